@@ -1,0 +1,253 @@
+"""The vocabulary of the round machine: rows it keeps, events that drive it, effects it asks for.
+
+:mod:`coordinator.rounds` is pure: ``step(state, event)`` gives effects, a shell (MQTT and SQLite, or the simulator)
+carries them out. The effects of one step are carried out in order; :class:`Save` comes first and commits in one
+transaction, so nothing is said that is not stored. All other effects follow from the rows and are idempotent:
+``resume(state)`` gives them again after a restart.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
+
+RunStatus: TypeAlias = Literal["running", "finished", "failed", "stopped"]
+AssignmentStatus: TypeAlias = Literal["open", "received", "failed", "cancelled"]
+
+
+# Rows: what the store keeps, one table each.
+class RunRow(msgspec.Struct, kw_only=True):
+    """One run. ``version`` counts model versions: 0 is the initial model, round r makes version r + 1."""
+
+    run: str
+    status: RunStatus = "running"
+    reason: str = ""
+    round: int = 0
+    phase: Literal["selecting", "open", "aggregating", "done"] = "selecting"
+    attempt: int = 0
+    deadline_unix_s: float = 0.0
+    version: int = 0
+    model: BlobRef
+    bundle: BlobRef
+    next_assignment: int = 0
+
+
+class AssignmentRow(msgspec.Struct, kw_only=True):
+    """What one device was asked to do. ``assignment`` is unique in its run."""
+
+    run: str
+    assignment: str
+    device: str
+    round: int
+    version: int
+    model: BlobRef
+    epochs: int | None = None
+    steps: int | None = None
+    variant: str | None = None
+    cut: str | None = None
+    codec: str = "raw"
+    byte_budget: int | None = None
+    deadline_unix_s: float
+    assigned_unix_s: float
+    status: AssignmentStatus = "open"
+    reason: str = ""
+
+
+class UpdateRow(msgspec.Struct, kw_only=True):
+    """One durable update. ``verdict`` is final once set; ``counted_round`` and ``weight`` go with ``counted``."""
+
+    update: UpdateId
+    blob: BlobRef
+    meta: UpdateMeta
+    received_unix_s: float
+    verdict: Literal["pending", "counted", "refused"] = "pending"
+    reason: str = ""
+    counted_round: int | None = None
+    weight: float | None = None
+
+
+class RoundRow(msgspec.Struct, kw_only=True):
+    """One closed round: the model it made, what it took, and what was measured on that model."""
+
+    run: str
+    round: int
+    version: int
+    model: BlobRef
+    opened_unix_s: float
+    closed_unix_s: float
+    updates: int
+    late_updates: int
+    samples: int
+    train_loss: float | None = None
+    test: Evaluation | None = None
+    devices: Evaluation | None = None  # hold-outs of the devices, measured on the version this round started from
+
+
+Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | RoundRow
+
+
+# Events
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed. Drives selection and deadlines."""
+
+    now: float
+
+
+class DeviceJoined(msgspec.Struct, frozen=True):
+    """A device announced itself (again): what it was told may be lost, tell it again."""
+
+    now: float
+    device: str
+
+
+class UpdateOffered(msgspec.Struct, frozen=True):
+    """A device offers an update; answered with a fetch, or at once with done or a verdict."""
+
+    now: float
+    update: UpdateId
+    blob: BlobRef
+    meta: UpdateMeta
+
+
+class UpdateArrived(msgspec.Struct, frozen=True):
+    """All bytes of an offered update are durable and their hash and content are right."""
+
+    now: float
+    update: UpdateId
+    blob: BlobRef
+    meta: UpdateMeta
+
+
+class UpdateDamaged(msgspec.Struct, frozen=True):
+    """An update arrived whole but cannot be used (NaN, wrong size, undecodable): refuse it with this reason."""
+
+    now: float
+    update: UpdateId
+    blob: BlobRef
+    meta: UpdateMeta
+    reason: str
+
+
+class JobReported(msgspec.Struct, frozen=True):
+    """A device says that an assignment failed or was rejected."""
+
+    now: float
+    device: str
+    assignment: str
+    reason: str
+
+
+class Aggregated(msgspec.Struct, frozen=True):
+    """The new model of a round is durable."""
+
+    now: float
+    round: int
+    model: BlobRef
+
+
+class Evaluated(msgspec.Struct, frozen=True):
+    """A model version was evaluated on the coordinator's test set."""
+
+    now: float
+    version: int
+    evaluation: Evaluation
+
+
+class StopRequested(msgspec.Struct, frozen=True):
+    """A user wants the run to end now; what it has stays."""
+
+    now: float
+    reason: str = "stopped by the user"
+
+
+Event: TypeAlias = (
+    Tick
+    | DeviceJoined
+    | UpdateOffered
+    | UpdateArrived
+    | UpdateDamaged
+    | JobReported
+    | Aggregated
+    | Evaluated
+    | StopRequested
+)
+
+
+# Effects
+class Save(msgspec.Struct, frozen=True):
+    """Store these rows (insert or replace) in one transaction, before any later effect."""
+
+    rows: list[Row]
+
+
+class SendJob(msgspec.Struct, frozen=True):
+    """Tell a device its assignment."""
+
+    assignment: AssignmentRow
+
+
+class SendCancel(msgspec.Struct, frozen=True):
+    """Tell a device that an assignment is no longer wanted."""
+
+    device: str
+    assignment: str
+    reason: str
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """Receive the bytes of an offered update."""
+
+    update: UpdateId
+    blob: BlobRef
+    meta: UpdateMeta
+
+
+class SendDone(msgspec.Struct, frozen=True):
+    """Tell a device that its update is durable here."""
+
+    update: UpdateId
+
+
+class SendVerdict(msgspec.Struct, frozen=True):
+    """Tell a device the final word about its update."""
+
+    update: UpdateId
+    counted: bool
+    reason: str = ""
+
+
+class AnswerFromStore(msgspec.Struct, frozen=True):
+    """An update of an assignment the machine no longer remembers: send the stored verdict, or refuse as unknown."""
+
+    update: UpdateId
+
+
+class Aggregate(msgspec.Struct, frozen=True):
+    """Make the next model from these updates, in this order, with these weights; answer with Aggregated."""
+
+    run: str
+    round: int
+    base: BlobRef
+    updates: list[UpdateRow]
+
+
+class Evaluate(msgspec.Struct, frozen=True):
+    """Evaluate a model version on the test set; answer with Evaluated."""
+
+    version: int
+    model: BlobRef
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The run has ended; nothing more will be asked."""
+
+    status: RunStatus
+    reason: str
+
+
+Effect: TypeAlias = (
+    Save | SendJob | SendCancel | Fetch | SendDone | SendVerdict | AnswerFromStore | Aggregate | Evaluate | Finished
+)

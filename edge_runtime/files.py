@@ -1,0 +1,79 @@
+"""Small helpers for files: typed TOML, and writes that survive a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from edge_runtime.errors import ConfigError, StorageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_T = TypeVar("_T")
+
+
+def load_toml(path: Path, kind: type[_T]) -> _T:
+    """Reads a TOML file into a struct.
+
+    Raises:
+        ConfigError: unreadable, no TOML, an unknown key, or a value of the wrong type; the message names the key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not valid TOML ({error})") from error
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames and deletions inside ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
+    """Writes a file so that after a power cut it holds either the old or all of the new content.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; the old content is untouched.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+        try:
+            view, at = memoryview(data), 0
+            while at < len(view):
+                at += os.write(handle, view[at:])
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The clear error for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{path}: no space left on the device; free space or lower the quota, nothing was lost")
+    return StorageError(f"{path}: cannot be written ({error.strerror})")

@@ -1,0 +1,287 @@
+"""Every message between agent and coordinator: typed structs in MessagePack, one schema version.
+
+Unknown fields are ignored (a newer peer may send more), a field of the wrong type is refused by name. A message
+travels as a map with the field ``t`` naming its type and ``v`` the schema version of the sender. Wire deadlines are
+durations in seconds, since device clocks may be years off.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from edge_runtime.errors import MessageError
+
+SCHEMA_VERSION = 1
+OLDEST_SCHEMA_VERSION = 1
+MESSAGE_LIMIT_BYTES = 120_000  # under 128 KiB, the smallest packet limit of a cloud broker in use
+
+Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class UpdateId(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """Identity of one client update. The round is an attribute of the assignment, not part of the identity."""
+
+    run: Name
+    device: Name
+    assignment: Name
+    sequence: Count
+
+    def __str__(self) -> str:
+        return f"{self.run}/{self.device}/{self.assignment}/{self.sequence}"
+
+
+class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A blob that can be transferred: its size and content hash, and how it is cut into chunks."""
+
+    sha256: Sha256
+    size_bytes: Count
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=64, le=MESSAGE_LIMIT_BYTES)] = 96 * 1024
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device refuses to exceed."""
+
+    blob_bytes: Count
+    worker_memory_bytes: Count
+
+
+class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A dataset a device offers for training; ``samples`` is what it last counted, None before the first look."""
+
+    name: Name
+    samples: Count | None = None
+
+
+class Telemetry(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="telemetry"):
+    """What the device measures about itself. None: this device cannot measure it (never a silent zero)."""
+
+    v: int = SCHEMA_VERSION
+    uptime_s: float
+    clock_unix_s: float
+    clock_synchronised: bool | None = None
+    cpu_percent: float | None = None
+    free_memory_bytes: Count | None = None
+    temperature_c: float | None = None
+    battery_percent: float | None = None
+    on_external_power: bool | None = None
+    link_sent_bytes: Count | None = None
+    link_received_bytes: Count | None = None
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="state"):
+    """Retained presence and announcement of a device; the last will is the same message with ``online`` false.
+
+    The coordinator assigns only what was announced here. ``session`` differs for every connection, so a repeated
+    retained copy is told from a reconnect; ``instance`` differs for every agent installation, so two agents with one
+    identity are told apart.
+    """
+
+    v: int = SCHEMA_VERSION
+    device: Name
+    online: bool
+    session: str
+    instance: str
+    software: str = ""
+    platform: str = ""
+    schema_versions: tuple[int, int] = (OLDEST_SCHEMA_VERSION, SCHEMA_VERSION)
+    codecs: list[str] = []
+    methods: list[str] = []
+    backends: list[str] = []
+    datasets: list[DatasetInfo] = []
+    limits: Limits | None = None
+
+
+class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="coordinator"):
+    """Retained presence of the coordinator. A new ``session`` tells devices to announce themselves again."""
+
+    v: int = SCHEMA_VERSION
+    online: bool
+    session: str
+    software: str = ""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="job"):
+    """Work for one device: train (and evaluate) one model on local data and send the update.
+
+    Exactly one of ``epochs`` and ``steps`` is set, or neither: evaluate only. ``deadline_s`` counts from arrival.
+    ``hyper`` overrides defaults of the bundle's optimiser. ``options`` are hyper-parameters of the client method.
+    """
+
+    v: int = SCHEMA_VERSION
+    run: Name
+    assignment: Name
+    round: Count
+    model_version: Count
+    bundle: BlobRef
+    model: BlobRef
+    dataset: Name
+    deadline_s: float
+    epochs: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    batch_size: Annotated[int, msgspec.Meta(ge=1)] = 32
+    last_batch: Literal["keep", "drop"] = "keep"
+    hyper: dict[str, float] = {}
+    method: str = "fedavg"
+    options: dict[str, float] = {}
+    variant: str | None = None
+    cut: str | None = None
+    codec: str = "raw"
+    byte_budget: Count | None = None
+    evaluate: bool = True
+    holdout_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
+    max_samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_age_s: float | None = None
+    priority: int = 0
+    seed: Count = 0
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="cancel"):
+    """The coordinator no longer wants this assignment; a finished update is still sent and gets its verdict."""
+
+    v: int = SCHEMA_VERSION
+    run: Name
+    assignment: Name
+    reason: str = ""
+
+
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="status"):
+    """Progress of a job. ``rejected``: will not start; ``failed``: started and ended without an update."""
+
+    v: int = SCHEMA_VERSION
+    run: Name
+    assignment: Name
+    status: Literal["accepted", "running", "failed", "rejected"]
+    reason: str = ""
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over the samples of one evaluation, so that results combine exactly."""
+
+    samples: Count
+    loss_sum: float
+    correct: Count | None = None
+
+
+class UpdateMeta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device says about its update; ``evaluation`` is of the received model on the device's hold-out."""
+
+    round: Count
+    model_version: Count
+    samples: Count
+    steps: Count
+    loss: float | None = None
+    train_s: float = 0.0
+    evaluation: Evaluation | None = None
+
+
+class UpdateOffer(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="offer"):
+    """A finished update waits on the device. ``first`` is chunk 0 (CRC and data), or empty when offered again."""
+
+    v: int = SCHEMA_VERSION
+    update: UpdateId
+    blob: BlobRef
+    meta: UpdateMeta
+    first: bytes = b""
+
+
+class Need(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="need"):
+    """The receiver of a blob asks for chunks: ``ranges`` of (first, count). Sent by either side."""
+
+    v: int = SCHEMA_VERSION
+    sha256: Sha256
+    ranges: list[tuple[Count, Count]]
+
+
+class Gone(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="gone"):
+    """The sender no longer has a blob that the receiver asked for."""
+
+    v: int = SCHEMA_VERSION
+    sha256: Sha256
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="done"):
+    """The update is durable at the coordinator; its bytes may be dropped on the device, its verdict follows."""
+
+    v: int = SCHEMA_VERSION
+    update: UpdateId
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="verdict"):
+    """The one final word about an update: counted in a model version, or refused with a reason."""
+
+    v: int = SCHEMA_VERSION
+    update: UpdateId
+    counted: bool
+    reason: str = ""
+
+
+FromDevice: TypeAlias = Telemetry | DeviceState | JobStatus | UpdateOffer | Need | Gone
+FromCoordinator: TypeAlias = CoordinatorState | Job | Cancel | Need | Gone | Done | Verdict
+Message: TypeAlias = FromDevice | FromCoordinator
+
+
+class _Version(msgspec.Struct):
+    v: int = 0
+
+
+_encoder = msgspec.msgpack.Encoder()
+_version = msgspec.msgpack.Decoder(_Version)
+_from_device: msgspec.msgpack.Decoder[FromDevice] = msgspec.msgpack.Decoder(FromDevice)
+_from_coordinator: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
+
+
+def encode(message: Message) -> bytes:
+    """MessagePack bytes of a message.
+
+    Raises:
+        MessageError: the message would not fit one packet.
+    """
+    data = _encoder.encode(message)
+    if len(data) > MESSAGE_LIMIT_BYTES:
+        raise MessageError(
+            f"{type(message).__name__} of {len(data)} bytes is over the packet limit of {MESSAGE_LIMIT_BYTES}; "
+            "send bulk data as a blob"
+        )
+    return data
+
+
+def decode_from_device(data: bytes) -> FromDevice:
+    """Decodes a message a device may send.
+
+    Raises:
+        MessageError: oversize, malformed, of a type a device may not send, or of a schema version not spoken here.
+    """
+    _check_version(data)
+    try:
+        return _from_device.decode(data)
+    except msgspec.MsgspecError as error:
+        raise MessageError(f"message refused: {error}") from error
+
+
+def decode_from_coordinator(data: bytes) -> FromCoordinator:
+    """Decodes a message the coordinator may send; raises like :func:`decode_from_device`."""
+    _check_version(data)
+    try:
+        return _from_coordinator.decode(data)
+    except msgspec.MsgspecError as error:
+        raise MessageError(f"message refused: {error}") from error
+
+
+def _check_version(data: bytes) -> None:
+    if len(data) > MESSAGE_LIMIT_BYTES:
+        raise MessageError(f"message of {len(data)} bytes refused: the limit is {MESSAGE_LIMIT_BYTES}")
+    try:
+        version = _version.decode(data).v
+    except msgspec.MsgspecError as error:
+        raise MessageError(f"message refused: {error}") from error
+    if (
+        not OLDEST_SCHEMA_VERSION <= version <= SCHEMA_VERSION + 1
+    ):  # one newer keeps working: unknown fields are ignored
+        raise MessageError(
+            f"message of schema version {version} refused: this side speaks {OLDEST_SCHEMA_VERSION} to "
+            f"{SCHEMA_VERSION + 1}; update the older side"
+        )

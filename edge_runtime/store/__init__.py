@@ -1,0 +1,1 @@
+"""Durable storage on the device and, for blobs, on the coordinator."""

@@ -1,0 +1,343 @@
+"""One MQTT connection with automatic reconnection, over paho-mqtt 2 and the event loop.
+
+A link promises little, so that nothing hidden is lost: it says when it is up (subscribed) and down, publishes at QoS 1
+while it is up, and forgets everything in flight when the connection ends. Whoever sends anything that matters sends
+it again after the next ``on_up``; a PUBACK only says that the broker has a message, never that the peer has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+
+from edge_runtime.errors import ConfigError, MessageError
+from edge_runtime.transport.loop import READ, WRITE, Loop, Timer
+
+if TYPE_CHECKING:
+    from random import Random
+
+log = logging.getLogger("edge.link")
+
+PACKET_LIMIT_BYTES = 128 * 1024  # the smallest limit of a cloud broker in use; brokers that say less are obeyed
+CHUNK_BYTES = 96 * 1024
+CONNECT_TIMEOUT_S = 10.0
+STABLE_S = 20.0  # a connection that lived this long resets the back-off
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class LinkSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach the broker. ``password`` is called at every attempt, so that a new secret is picked up."""
+
+    url: str
+    client_id: str
+    username: str | None = None
+    password: Callable[[], str | None] | None = None
+    ca_file: str | None = None
+    certificate_file: str | None = None
+    key_file: str | None = None
+    insecure: bool = False
+    keepalive_s: int = 60
+    backoff_first_s: float = 0.2
+    backoff_limit_s: float = 30.0
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Host, port and whether TLS is used."""
+
+    host: str
+    port: int
+    tls: bool
+
+
+def parse_url(url: str, *, insecure: bool = False) -> Address:
+    """Host, port and TLS of ``mqtt://`` or ``mqtts://``.
+
+    Raises:
+        ConfigError: another scheme, no host, or plain MQTT to another host without ``insecure``.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"broker URL {url!r} is malformed ({error})") from error
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
+        raise ConfigError(f"broker URL {url!r} is malformed: write mqtts://HOST:PORT, or mqtt://localhost:PORT")
+    tls = parts.scheme == "mqtts"
+    if not tls and parts.hostname not in LOOPBACK and not insecure:
+        raise ConfigError(f"broker URL {url!r} would send models unencrypted; use mqtts://, or allow it with insecure")
+    return Address(parts.hostname, port or (8883 if tls else 1883), tls)
+
+
+class Link:
+    """A client of one broker. All callbacks run in the loop's thread.
+
+    Args:
+        settings: where and as whom to connect.
+        loop: the event loop that drives it.
+        topics: subscribed (QoS 1) at every connection, before ``on_up``.
+        on_message: called with (topic, payload).
+        on_up: the connection stands and the topics are subscribed.
+        on_down: the connection ended, with the reason.
+        will: topic and function giving the retained last will's payload, asked at every attempt.
+        random: jitter of the reconnect back-off.
+    """
+
+    def __init__(
+        self,
+        settings: LinkSettings,
+        loop: Loop,
+        *,
+        topics: list[str],
+        on_message: Callable[[str, bytes], None],
+        on_up: Callable[[], None],
+        on_down: Callable[[str], None],
+        random: Random,
+        will: tuple[str, Callable[[], bytes]] | None = None,
+    ) -> None:
+        self.address = parse_url(settings.url, insecure=settings.insecure)
+        self.is_up = False
+        self.max_packet_bytes = PACKET_LIMIT_BYTES
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.rapid_losses = 0  # connections in a row that ended soon after they stood
+        self._settings = settings
+        self._loop = loop
+        self._topics = topics
+        self._on_message, self._on_up, self._on_down = on_message, on_up, on_down
+        self._will = will
+        self._random = random
+        self._client: paho.Client | None = None
+        self._fd = -1
+        self._attempt = 0
+        self._up_at = 0.0
+        self._protocol = MQTTProtocolVersion.MQTTv311 if settings.protocol == "3.1.1" else MQTTProtocolVersion.MQTTv5
+        self._timers: list[Timer] = []
+        self._acks: dict[int, Callable[[], None]] = {}
+        self._started = False
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of chunks that fit one packet of this broker, with room for topic and header."""
+        return min(CHUNK_BYTES, (self.max_packet_bytes - 4096) // 1024 * 1024)
+
+    def start(self) -> None:
+        """Connects now and reconnects until :meth:`stop`."""
+        self._started = True
+        self._connect()
+
+    def stop(self, farewell: tuple[str, bytes] | None = None) -> None:
+        """Disconnects; ``farewell`` is published, retained, just before (a clean end sends no last will)."""
+        self._started = False
+        if self.is_up and self._client is not None:
+            if farewell is not None:
+                self._client.publish(farewell[0], farewell[1], qos=0, retain=True)
+            self._client.disconnect()
+            self._flush(self._client)
+        self._drop("stopped", notify=False)
+
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, on_sent: Callable[[], None] | None = None
+    ) -> bool:
+        """Publishes at QoS 1; False, and nothing sent, while the link is down. ``on_sent``: the broker has it.
+
+        Raises:
+            MessageError: the packet is over the broker's limit (which paho would answer with endless reconnects).
+        """
+        if not self.is_up or self._client is None:
+            return False
+        size = len(payload) + len(topic) + 16
+        if size > self.max_packet_bytes:
+            raise MessageError(f"packet of {size} bytes for {topic} is over the broker's limit {self.max_packet_bytes}")
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_QUEUE_SIZE):
+            return False  # the loss is noticed by the loop, which reports it with on_down
+        self.sent_bytes += size
+        if on_sent is not None:
+            self._acks[info.mid] = on_sent
+        return True
+
+    def subscribe(self, topic: str) -> None:
+        """Subscribes until the connection ends (QoS 1)."""
+        if self.is_up and self._client is not None:
+            self._client.subscribe(topic, qos=1)
+
+    def unsubscribe(self, topic: str) -> None:
+        """Ends a subscription."""
+        if self.is_up and self._client is not None:
+            self._client.unsubscribe(topic)
+
+    @staticmethod
+    def _flush(client: paho.Client) -> None:
+        """Writes what is queued, for one second at most."""
+        for _ in range(20):
+            sock = client.socket()
+            if sock is None or not client.want_write():
+                return
+            select.select([], [sock], [], 0.05)
+            client.loop_write()
+
+    # Connecting
+
+    def _connect(self) -> None:
+        settings = self._settings
+        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=settings.client_id, protocol=self._protocol)
+        client.max_queued_messages_set(0)
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        if settings.username is not None:
+            client.username_pw_set(settings.username, settings.password() if settings.password else None)
+        if self._will is not None:
+            client.will_set(self._will[0], self._will[1](), qos=1, retain=True)
+        client.on_connect = self._connected
+        client.on_subscribe = self._subscribed
+        client.on_message = self._received
+        client.on_publish = self._published
+        client.on_disconnect = self._disconnected
+        client.on_socket_open = self._socket_opened
+        client.on_socket_close = self._socket_closed
+        client.on_socket_register_write = self._socket_wants_write
+        client.on_socket_unregister_write = self._socket_wrote
+        self._client = client
+        self._timers = [self._loop.call_later(CONNECT_TIMEOUT_S, lambda: self._drop("the broker did not answer"))]
+        try:
+            if self.address.tls:
+                client.tls_set_context(self._tls_context())
+            client.connect(self.address.host, self.address.port, keepalive=settings.keepalive_s)
+        except (OSError, ValueError) as error:
+            self._drop(f"cannot connect to {settings.url}: {error}")
+
+    def _tls_context(self) -> ssl.SSLContext:
+        settings = self._settings
+        context = ssl.create_default_context(cafile=settings.ca_file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if settings.certificate_file:
+            context.load_cert_chain(settings.certificate_file, settings.key_file)
+        return context
+
+    def _drop(self, reason: str, *, notify: bool = True) -> None:
+        """Ends this connection (if any) and plans the next one."""
+        client, self._client = self._client, None
+        if client is None:
+            return
+        was_up, self.is_up = self.is_up, False
+        for timer in self._timers:
+            timer.cancel()
+        self._acks.clear()
+        if self._fd >= 0:
+            self._loop.unwatch(self._fd)
+            self._fd = -1
+        client.on_disconnect = client.on_socket_close = client.on_socket_unregister_write = None
+        sock = client.socket()
+        if sock is not None:
+            sock.close()
+        if was_up:
+            stable = self._loop.now() - self._up_at > STABLE_S
+            self._attempt = 0 if stable else self._attempt
+            self.rapid_losses = 0 if stable else self.rapid_losses + 1
+        if notify:
+            log.log(logging.WARNING if was_up or self._attempt == 0 else logging.INFO, "link down: %s", reason)
+            self._on_down(reason)
+        if self._started:
+            limit_s = min(self._settings.backoff_limit_s, self._settings.backoff_first_s * 2**self._attempt)
+            self._attempt = min(self._attempt + 1, 16)
+            self._loop.call_later(limit_s * self._random.uniform(0.5, 1.0), self._reconnect)
+
+    def _reconnect(self) -> None:
+        if self._started and self._client is None:
+            self._connect()
+
+    # Callbacks of paho
+
+    def _connected(self, client: paho.Client, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
+        if client is not self._client:
+            return
+        if reason.is_failure:
+            if self._settings.protocol == "auto" and "rotocol" in str(reason):
+                self._protocol = MQTTProtocolVersion.MQTTv311
+                self._loop.call_soon(lambda: self._drop("the broker speaks no MQTT 5, going on with 3.1.1"))
+                return
+            self._loop.call_soon(lambda: self._drop(f"the broker refused {self._settings.client_id!r}: {reason}"))
+            return
+        limit = getattr(properties, "MaximumPacketSize", None)
+        self.max_packet_bytes = min(PACKET_LIMIT_BYTES, limit or PACKET_LIMIT_BYTES)
+        receive_maximum = getattr(properties, "ReceiveMaximum", None)
+        client.max_inflight_messages_set(min(receive_maximum or 20, 20))
+        client.subscribe([(topic, 1) for topic in self._topics])
+
+    def _subscribed(self, client: paho.Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
+        if client is not self._client:
+            return
+        refused = [str(reason) for reason in reasons if reason.is_failure]
+        if refused:
+            log.error("the broker refuses a subscription of %r: %s", self._settings.client_id, refused[0])
+        if self.is_up:
+            return
+        for timer in self._timers:
+            timer.cancel()
+        self._timers = [self._loop.call_later(self._settings.keepalive_s / 4, self._housekeep)]
+        self.is_up, self._up_at = True, self._loop.now()
+        self._loop.call_soon(self._announce_up)
+
+    def _announce_up(self) -> None:
+        if self.is_up:
+            log.info("link up: %s as %r", self._settings.url, self._settings.client_id)
+            self._on_up()
+
+    def _received(self, client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        if client is self._client:
+            self.received_bytes += len(message.payload) + len(message.topic) + 16
+            self._on_message(message.topic, bytes(message.payload))
+
+    def _published(self, client: paho.Client, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
+        if client is self._client:
+            action = self._acks.pop(mid, None)
+            if action is not None:
+                self._loop.call_soon(action)
+
+    def _disconnected(self, client: paho.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if client is self._client:
+            self._loop.call_soon(lambda: self._drop(str(reason)) if client is self._client else None)
+
+    # Socket events
+
+    def _socket_opened(self, client: paho.Client, _data: Any, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it a round trip costs 90 ms
+        self._fd = sock.fileno()
+        self._loop.watch(self._fd, READ, lambda events: self._socket_ready(client, events))
+
+    def _socket_closed(self, client: paho.Client, _data: Any, sock: Any) -> None:
+        if client is self._client and self._fd == sock.fileno():
+            self._loop.unwatch(self._fd)
+            self._fd = -1
+
+    def _socket_wants_write(self, client: paho.Client, _data: Any, _sock: Any) -> None:
+        if client is self._client and self._fd >= 0:
+            self._loop.watch(self._fd, READ | WRITE, lambda events: self._socket_ready(client, events))
+
+    def _socket_wrote(self, client: paho.Client, _data: Any, _sock: Any) -> None:
+        if client is self._client and self._fd >= 0:
+            self._loop.watch(self._fd, READ, lambda events: self._socket_ready(client, events))
+
+    def _socket_ready(self, client: paho.Client, events: int) -> None:
+        if events & WRITE and client is self._client:
+            client.loop_write()
+        if events & READ and client is self._client:
+            client.loop_read()
+            sock = client.socket()
+            while isinstance(sock, ssl.SSLSocket) and client is self._client and sock.pending():
+                client.loop_read()  # bytes already decrypted do not wake the selector
+                sock = client.socket()
+
+    def _housekeep(self) -> None:
+        if self.is_up and self._client is not None:
+            self._client.loop_misc()  # sends PINGREQ, notices a dead peer
+            self._timers = [self._loop.call_later(self._settings.keepalive_s / 4, self._housekeep)]

@@ -1,0 +1,5 @@
+"""Local data of a device: where it is, what is held out, and whether it fits the model."""
+
+from edge_runtime.data.config import DatasetConfig
+
+__all__ = ["DatasetConfig"]

@@ -1,0 +1,129 @@
+"""``agent.toml``: who this device is, where the broker is, what data it offers and what it may spend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from edge_runtime.data.config import DatasetConfig
+from edge_runtime.errors import ConfigError
+from edge_runtime.files import load_toml
+from edge_runtime.transport.link import LinkSettings, parse_url
+
+MB = 1_000_000
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The broker. ``password_file`` holds the password on one line and is read at every connection."""
+
+    url: str
+    username: str | None = None
+    password_file: str | None = None
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    insecure: bool = False
+    keepalive_s: Annotated[int, msgspec.Meta(ge=5, le=3600)] = 60
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the agent may use. Training stops (the job fails, the agent stays) when a limit is crossed."""
+
+    blob_mb: Positive = 500.0
+    cache_mb: Positive = 1000.0
+    spool_mb: Positive = 1000.0
+    worker_memory_mb: Positive | None = None
+    worker_nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
+    worker_threads: Annotated[int, msgspec.Meta(ge=1)] = 1
+    worker_linger_s: Annotated[float, msgspec.Meta(ge=0)] = 20.0
+    job_wall_s: Positive = 6 * 3600.0
+    max_temperature_c: float | None = None
+    min_battery_percent: float | None = None
+    min_free_memory_mb: float | None = None
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything in ``agent.toml``. ``device`` is the MQTT user name, client id and certificate name in one."""
+
+    device: str
+    state_dir: str
+    broker: BrokerConfig
+    data: list[DatasetConfig]
+    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    telemetry_interval_s: Positive = 60.0
+
+
+def load_agent_config(path: Path) -> AgentConfig:
+    """Reads ``agent.toml``; relative paths inside count from the file's folder.
+
+    Raises:
+        ConfigError: unreadable, an unknown key, a wrong type, an unusable device name, two datasets of one name, or a
+            broker URL that would send models unencrypted over a network.
+    """
+    config = load_toml(path, AgentConfig)
+    folder = path.parent
+    broker = config.broker
+
+    def absolute(name: str | None) -> str | None:
+        return None if name is None else str(folder / name)
+
+    config = msgspec.structs.replace(
+        config,
+        state_dir=str(folder / config.state_dir),
+        broker=msgspec.structs.replace(
+            broker,
+            password_file=absolute(broker.password_file),
+            ca=absolute(broker.ca),
+            certificate=absolute(broker.certificate),
+            key=absolute(broker.key),
+        ),
+        data=[
+            data if data.path is None else msgspec.structs.replace(data, path=str(folder / data.path))
+            for data in config.data
+        ],
+    )
+    check_agent_config(config)
+    return config
+
+
+def check_agent_config(config: AgentConfig) -> None:
+    """Refuses what the types cannot; see :func:`load_agent_config`."""
+    from edge_runtime.topics import check_name
+
+    check_name("device", config.device)
+    names = [check_name("dataset", data.name) for data in config.data]
+    if not names:
+        raise ConfigError("no [[data]] section: name at least one dataset this device may train on")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"two [[data]] sections have one name ({', '.join(sorted(names))}); names are unique")
+    parse_url(config.broker.url, insecure=config.broker.insecure)
+
+
+def link_settings(config: AgentConfig) -> LinkSettings:
+    """The agent's connection to the broker."""
+    broker = config.broker
+    return LinkSettings(
+        url=broker.url,
+        client_id=config.device,
+        username=broker.username,
+        password=None if broker.password_file is None else lambda: read_secret(broker.password_file),
+        ca_file=broker.ca,
+        certificate_file=broker.certificate,
+        key_file=broker.key,
+        insecure=broker.insecure,
+        keepalive_s=broker.keepalive_s,
+        protocol=broker.protocol,
+    )
+
+
+def read_secret(path: str | None) -> str | None:
+    """One line of a secrets file; None without a path.
+
+    Raises:
+        OSError: it cannot be read; the link reports that and tries again.
+    """
+    return None if path is None else Path(path).read_text(encoding="utf-8").strip()

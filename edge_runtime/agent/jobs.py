@@ -1,0 +1,389 @@
+"""What the agent does about jobs and updates, as a pure state machine: no I/O, clocks or threads.
+
+``step(state, event)`` changes the state and gives effects; the daemon (or a simulated device) carries them out in
+order. Jobs live in memory only: a coordinator that misses an update sends its job again. Updates are durable before
+anything is said about them, so after a restart :func:`AgentState.restore` and ``Connected`` are all it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import msgspec
+
+from edge_runtime.messages import BlobRef, Job, JobStatus, UpdateId, UpdateMeta
+from edge_runtime.store.spool import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from edge_runtime.store.spool import SpooledUpdate
+
+CRASH_LIMIT = 3
+QUEUE_LIMIT = 64
+
+Key: TypeAlias = tuple[str, str]  # run, assignment
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What this device announced; a job that needs anything else is rejected."""
+
+    datasets: frozenset[str]
+    codecs: frozenset[str]
+    methods: frozenset[str]
+    blob_limit_bytes: int
+
+
+@dataclass
+class Entry:
+    """A job and how far it is."""
+
+    job: Job
+    expires_at: float
+    missing: set[str]
+    running: bool = False
+
+
+@dataclass
+class AgentState:
+    """Everything the agent remembers between events."""
+
+    device: str
+    capabilities: Capabilities
+    jobs: dict[Key, Entry] = field(default_factory=dict)
+    updates: dict[UpdateId, State] = field(default_factory=dict)  # without a verdict
+    crashes: dict[str, int] = field(default_factory=dict)  # by bundle, in a row
+    running: Key | None = None
+    paused: str = ""  # why no training may run now (heat, battery, memory); empty: it may
+
+    @classmethod
+    def restore(cls, device: str, capabilities: Capabilities, updates: Iterable[SpooledUpdate]) -> AgentState:
+        """The state after a restart, from the open updates of the spool."""
+        return cls(device, capabilities, updates={update.update: update.state for update in updates})
+
+
+# Events
+class JobArrived(msgspec.Struct, frozen=True):
+    """A job came. ``known``: state of this job's update in the spool; ``crashes``: of its bundle; both from disk."""
+
+    now: float
+    job: Job
+    known: Literal["ready", "delivered", "counted", "refused"] | None
+    crashes: int
+
+
+class JobCancelled(msgspec.Struct, frozen=True):
+    """The coordinator no longer wants a job."""
+
+    run: str
+    assignment: str
+
+
+class BlobReady(msgspec.Struct, frozen=True):
+    """A bundle or model is whole and verified on disk."""
+
+    now: float
+    sha256: str
+
+
+class BlobFailed(msgspec.Struct, frozen=True):
+    """A bundle or model cannot be had."""
+
+    now: float
+    sha256: str
+    reason: str
+
+
+class Trained(msgspec.Struct, frozen=True):
+    """The worker finished the running job; the file is durable in the spool folder."""
+
+    now: float
+    file: str
+    blob: BlobRef
+    meta: UpdateMeta
+
+
+class TrainingFailed(msgspec.Struct, frozen=True):
+    """The worker reported that the running job cannot be done."""
+
+    now: float
+    reason: str
+
+
+class WorkerCrashed(msgspec.Struct, frozen=True):
+    """The worker died during the running job; ``ours``: the agent killed it (heat, limit), no fault of the bundle."""
+
+    now: float
+    reason: str
+    ours: bool
+
+
+class DoneArrived(msgspec.Struct, frozen=True):
+    """The coordinator has an update on disk."""
+
+    update: UpdateId
+
+
+class VerdictArrived(msgspec.Struct, frozen=True):
+    """The coordinator's final word about an update."""
+
+    update: UpdateId
+    counted: bool
+    reason: str
+
+
+class Connected(msgspec.Struct, frozen=True):
+    """The link stands, or the coordinator is a new process: say again what it may not have heard."""
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """Training may not run (reason), or may again (empty)."""
+
+    now: float
+    reason: str
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed."""
+
+    now: float
+
+
+Event: TypeAlias = (
+    JobArrived
+    | JobCancelled
+    | BlobReady
+    | BlobFailed
+    | Trained
+    | TrainingFailed
+    | WorkerCrashed
+    | DoneArrived
+    | VerdictArrived
+    | Connected
+    | Paused
+    | Tick
+)
+
+
+# Effects
+class FetchBlob(msgspec.Struct, frozen=True):
+    """Have this blob on disk; answer with BlobReady or BlobFailed, at once if it is there already."""
+
+    blob: BlobRef
+
+
+class StopFetch(msgspec.Struct, frozen=True):
+    """No job waits for this blob any more."""
+
+    sha256: str
+
+
+class StartTraining(msgspec.Struct, frozen=True):
+    """Let the worker do this job."""
+
+    job: Job
+
+
+class StopTraining(msgspec.Struct, frozen=True):
+    """Kill the worker; WorkerCrashed (ours) follows."""
+
+    reason: str
+
+
+class SpoolUpdate(msgspec.Struct, frozen=True):
+    """Make a finished update durable, before any later effect."""
+
+    update: UpdateId
+    file: str
+    blob: BlobRef
+    meta: UpdateMeta
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """Offer an update; ``push``: with its bytes at once, else the coordinator asks for what it lacks."""
+
+    update: UpdateId
+    push: bool
+
+
+class CloseUpdate(msgspec.Struct, frozen=True):
+    """Note durably what the coordinator said and free the bytes; stop offering."""
+
+    update: UpdateId
+    state: State
+    reason: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Tell the coordinator how a job is going."""
+
+    status: JobStatus
+
+
+class CountCrash(msgspec.Struct, frozen=True):
+    """Note durably that the worker crashed with this bundle."""
+
+    bundle: str
+
+
+class ForgiveCrashes(msgspec.Struct, frozen=True):
+    """A job with this bundle ended well."""
+
+    bundle: str
+
+
+Effect: TypeAlias = (
+    FetchBlob
+    | StopFetch
+    | StartTraining
+    | StopTraining
+    | SpoolUpdate
+    | Offer
+    | CloseUpdate
+    | Report
+    | CountCrash
+    | ForgiveCrashes
+)
+
+
+def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR0911, PLR0912 - one arm per event
+    """Changes ``state`` by one event and gives what to do, in order."""
+    match event:
+        case JobArrived():
+            return _job_arrived(state, event)
+        case JobCancelled():
+            return _remove(state, (event.run, event.assignment), "cancelled by the coordinator", report=False)
+        case BlobReady(now, sha256):
+            for entry in state.jobs.values():
+                entry.missing.discard(sha256)
+            return _start_next(state, now)
+        case BlobFailed(now, sha256, reason):
+            effects: list[Effect] = []
+            for key in [key for key, entry in state.jobs.items() if sha256 in entry.missing]:
+                effects += _remove(state, key, reason)
+            return effects + _start_next(state, now)
+        case Trained():
+            return _trained(state, event)
+        case TrainingFailed(now, reason):
+            return _finish_running(state, reason) + _start_next(state, now)
+        case WorkerCrashed():
+            return _crashed(state, event)
+        case DoneArrived(update):
+            if state.updates.get(update) != "ready":
+                return []
+            state.updates[update] = "delivered"
+            return [CloseUpdate(update, "delivered", "")]
+        case VerdictArrived(update, counted, reason):
+            if state.updates.pop(update, None) is None:
+                return []
+            return [CloseUpdate(update, "counted" if counted else "refused", reason)]
+        case Connected():
+            return [Offer(update, push=False) for update in state.updates]
+        case Paused(now, reason):
+            state.paused = reason
+            if reason and state.running is not None:
+                return [StopTraining(reason)]
+            return _start_next(state, now)
+        case Tick(now):
+            return _start_next(state, now)
+
+
+def _job_arrived(state: AgentState, event: JobArrived) -> list[Effect]:
+    job, key = event.job, (event.job.run, event.job.assignment)
+    update = UpdateId(job.run, state.device, job.assignment, 0)
+    if event.known in ("ready", "delivered"):
+        return [Offer(update, push=False)]
+    if event.known is not None or key in state.jobs:
+        return []  # closed, or at work on it
+    reason = _unfit(state, job, event.crashes)
+    if reason:
+        return [_report(job, "rejected", reason)]
+    missing = {job.bundle.sha256, job.model.sha256}
+    state.jobs[key] = Entry(job, event.now + job.deadline_s, missing)
+    return [_report(job, "accepted"), *(FetchBlob(blob) for blob in (job.bundle, job.model))]
+
+
+def _unfit(state: AgentState, job: Job, crashes: int) -> str:
+    can = state.capabilities
+    for kind, name, known in (
+        ("dataset", job.dataset, can.datasets),
+        ("codec", job.codec, can.codecs),
+        ("method", job.method, can.methods),
+    ):
+        if name not in known:
+            return f"{kind} {name!r} is not on this device (it has {', '.join(sorted(known)) or 'none'})"
+    size = max(job.bundle.size_bytes, job.model.size_bytes)
+    if size > can.blob_limit_bytes:
+        return f"blob of {size} bytes is over this device's limit of {can.blob_limit_bytes}"
+    if crashes >= CRASH_LIMIT:
+        return f"bundle {job.bundle.sha256[:12]} crashed the worker {crashes} times and is in quarantine here"
+    if len(state.jobs) >= QUEUE_LIMIT:
+        return f"the queue of this device is full ({QUEUE_LIMIT} jobs)"
+    return ""
+
+
+def _start_next(state: AgentState, now: float) -> list[Effect]:
+    effects: list[Effect] = []
+    for key in [key for key, entry in state.jobs.items() if entry.expires_at <= now and not entry.running]:
+        effects += _remove(state, key, "the deadline passed before training could start")
+    if state.running is not None or state.paused:
+        return effects
+    ready = [
+        (-entry.job.priority, order, key) for order, (key, entry) in enumerate(state.jobs.items()) if not entry.missing
+    ]
+    if ready:
+        key = min(ready)[2]
+        entry = state.jobs[key]
+        entry.running, state.running = True, key
+        effects.append(StartTraining(entry.job))
+    return effects
+
+
+def _trained(state: AgentState, event: Trained) -> list[Effect]:
+    if state.running is None:
+        return []
+    entry = state.jobs.pop(state.running)
+    state.running = None
+    update = UpdateId(entry.job.run, state.device, entry.job.assignment, 0)
+    state.updates[update] = "ready"
+    effects: list[Effect] = [SpoolUpdate(update, event.file, event.blob, event.meta), Offer(update, push=True)]
+    if entry.job.bundle.sha256 in state.crashes:
+        del state.crashes[entry.job.bundle.sha256]
+        effects.append(ForgiveCrashes(entry.job.bundle.sha256))
+    return effects + _start_next(state, event.now)
+
+
+def _crashed(state: AgentState, event: WorkerCrashed) -> list[Effect]:
+    if state.running is None:
+        return _start_next(state, event.now)
+    bundle = state.jobs[state.running].job.bundle.sha256
+    effects = _finish_running(state, event.reason)
+    if not event.ours:
+        state.crashes[bundle] = state.crashes.get(bundle, 0) + 1
+        effects.insert(0, CountCrash(bundle))
+    return effects + _start_next(state, event.now)
+
+
+def _finish_running(state: AgentState, reason: str) -> list[Effect]:
+    if state.running is None:
+        return []
+    entry = state.jobs.pop(state.running)
+    state.running = None
+    return [_report(entry.job, "failed", reason)]
+
+
+def _remove(state: AgentState, key: Key, reason: str, *, report: bool = True) -> list[Effect]:
+    entry = state.jobs.get(key)
+    if entry is None:
+        return []
+    if entry.running:
+        return [StopTraining(reason)]
+    del state.jobs[key]
+    wanted = {sha for other in state.jobs.values() for sha in other.missing}
+    effects: list[Effect] = [StopFetch(sha) for sha in sorted(entry.missing - wanted)]
+    return [*effects, _report(entry.job, "failed", reason)] if report else effects
+
+
+def _report(job: Job, status: Literal["accepted", "failed", "rejected"], reason: str = "") -> Report:
+    return Report(JobStatus(run=job.run, assignment=job.assignment, status=status, reason=reason))

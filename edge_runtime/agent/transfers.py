@@ -1,0 +1,207 @@
+"""The agent's side of transfers: fetching bundles and models, and offering updates until they are done."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from edge_runtime import messages, topics
+from edge_runtime.errors import EdgeError, StorageError, TransferError
+from edge_runtime.store.blobs import BlobReader, BlobStore
+from edge_runtime.transport.transfer import ChunkPump, Incoming, pack_first_chunk, unpack_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from random import Random
+
+    from edge_runtime.messages import BlobRef, Need, UpdateId
+    from edge_runtime.store.spool import Spool
+    from edge_runtime.transport.link import Link
+    from edge_runtime.transport.loop import Loop, Timer
+
+log = logging.getLogger("edge.transfer")
+
+OFFER_FIRST_S = 5.0
+OFFER_LIMIT_S = 300.0
+DISK_RETRY_S = 30.0
+
+
+class Downloads:
+    """Fetches blobs that jobs name, over the topic they share with all devices that need them.
+
+    Args:
+        on_ready: called with the hash of a blob that is whole on disk.
+        on_failed: called with the hash and the reason when a blob cannot be had.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        cache: BlobStore,
+        loop: Loop,
+        link: Link,
+        *,
+        on_ready: Callable[[str], None],
+        on_failed: Callable[[str, str], None],
+    ) -> None:
+        self._device, self._cache, self._loop, self._link = device, cache, loop, link
+        self._on_ready, self._on_failed = on_ready, on_failed
+        self._incoming: dict[str, Incoming] = {}  # by half hash
+
+    @property
+    def open(self) -> set[str]:
+        """Hashes of the blobs that are being fetched."""
+        return {incoming.partial.blob.sha256 for incoming in self._incoming.values()}
+
+    def fetch(self, blob: BlobRef) -> None:
+        """Starts or goes on fetching; answers at once when the blob is here."""
+        if self._cache.has(blob.sha256):
+            self._cache.touch(blob.sha256)
+            self._loop.call_soon(lambda: self._on_ready(blob.sha256))
+            return
+        if blob.sha256[:32] in self._incoming:
+            return
+        try:
+            partial = self._cache.receive(blob)
+        except EdgeError as error:
+            reason = str(error)
+            self._loop.call_soon(lambda: self._on_failed(blob.sha256, reason))
+            return
+        incoming = Incoming(
+            partial,
+            self._loop,
+            need=lambda ranges: self._need(blob.sha256, ranges),
+            complete=lambda: self._complete(blob),
+        )
+        self._incoming[incoming.half_hash] = incoming
+        self._ask(incoming)
+
+    def stop(self, sha256: str) -> None:
+        """Stops fetching; what arrived stays for the next time."""
+        incoming = self._incoming.pop(sha256[:32], None)
+        if incoming is not None:
+            self._link.unsubscribe(topics.blob(sha256))
+            incoming.close()
+
+    def on_chunk(self, payload: bytes) -> None:
+        """Takes a chunk packet; one that belongs to no open blob is ignored."""
+        half, index, crc, data = unpack_chunk(payload)
+        incoming = self._incoming.get(half)
+        if incoming is None:
+            return
+        try:
+            incoming.add(index, crc, data)
+        except TransferError as error:
+            log.warning("%s", error)
+        except StorageError as error:
+            self._fail(incoming.partial.blob.sha256, str(error))
+
+    def on_gone(self, sha256: str) -> None:
+        """The coordinator no longer has this blob."""
+        if sha256[:32] in self._incoming:
+            self._fail(sha256, f"the coordinator no longer has blob {sha256[:12]}")
+
+    def on_up(self) -> None:
+        """The link stands again: subscribe and ask for what is missing."""
+        for incoming in self._incoming.values():
+            self._ask(incoming)
+
+    def close(self) -> None:
+        """Stops all fetching."""
+        for incoming in self._incoming.values():
+            incoming.close()
+        self._incoming.clear()
+
+    def _ask(self, incoming: Incoming) -> None:
+        # The request follows the subscription on one connection, so no broker can answer before it is subscribed.
+        self._link.subscribe(topics.blob(incoming.partial.blob.sha256))
+        incoming.ask()
+
+    def _need(self, sha256: str, ranges: list[tuple[int, int]]) -> None:
+        message = messages.Need(sha256=sha256, ranges=ranges)
+        self._link.publish(topics.from_device(self._device, "message"), messages.encode(message))
+
+    def _complete(self, blob: BlobRef) -> None:
+        incoming = self._incoming[blob.sha256[:32]]
+        try:
+            incoming.partial.finish(durable=False)  # a cached blob that a power cut damages is fetched again
+        except TransferError as error:
+            log.warning("%s", error)
+            incoming.ask()
+            return
+        except StorageError as error:
+            self._fail(blob.sha256, str(error))
+            return
+        self.stop(blob.sha256)
+        self._on_ready(blob.sha256)
+
+    def _fail(self, sha256: str, reason: str) -> None:
+        self.stop(sha256)
+        self._on_failed(sha256, reason)
+
+
+class Uploads:
+    """Offers updates until the coordinator has spoken, and sends the chunks it asks for."""
+
+    def __init__(self, device: str, spool: Spool, loop: Loop, link: Link, pump: ChunkPump, random: Random) -> None:
+        self._device, self._spool, self._loop, self._link = device, spool, loop, link
+        self._pump, self._random = pump, random
+        self._waiting: dict[UpdateId, tuple[Timer, float]] = {}
+
+    def offer(self, update: UpdateId, *, push: bool, wait_s: float = OFFER_FIRST_S) -> None:
+        """Offers an update now and again, ever more rarely, until :meth:`close`."""
+        self.close(update)
+        timer = self._loop.call_later(
+            wait_s * self._random.uniform(0.8, 1.2),
+            lambda: self.offer(update, push=False, wait_s=min(2 * wait_s, OFFER_LIMIT_S)),
+        )
+        self._waiting[update] = (timer, wait_s)
+        spooled = self._spool.get(update)
+        if spooled is None or not self._link.is_up:
+            return
+        first = b""
+        if push and spooled.state == "ready":
+            reader = BlobReader(self._spool.path(spooled), spooled.blob)
+            first = pack_first_chunk(reader)
+            reader.close()
+        message = messages.UpdateOffer(update=update, blob=spooled.blob, meta=spooled.meta, first=first)
+        self._link.publish(topics.from_device(self._device, "message"), messages.encode(message))
+        if first:
+            self._send(update, [(1, 1 << 30)])
+
+    def on_need(self, need: Need) -> bool:
+        """Sends chunks of an update; False if no update has this hash."""
+        for update in list(self._waiting):
+            spooled = self._spool.get(update)
+            if spooled is not None and spooled.blob.sha256 == need.sha256 and spooled.state == "ready":
+                self.postpone(update)
+                self._send(update, need.ranges)
+                return True
+        return False
+
+    def postpone(self, update: UpdateId) -> None:
+        """The coordinator is at work on this update: offer it again only after a fresh pause."""
+        timer, wait_s = self._waiting[update]
+        timer.cancel()
+        again = self._loop.call_later(
+            wait_s, lambda: self.offer(update, push=False, wait_s=min(2 * wait_s, OFFER_LIMIT_S))
+        )
+        self._waiting[update] = (again, wait_s)
+
+    def close(self, update: UpdateId) -> None:
+        """Stops offering."""
+        entry = self._waiting.pop(update, None)
+        if entry is not None:
+            entry[0].cancel()
+
+    def delivered(self, update: UpdateId) -> None:
+        """The coordinator has the bytes: stop sending them, go on waiting for the verdict."""
+        spooled = self._spool.get(update)
+        if spooled is not None:
+            self._pump.forget(spooled.blob.sha256)
+
+    def _send(self, update: UpdateId, ranges: list[tuple[int, int]]) -> None:
+        spooled = self._spool.get(update)
+        if spooled is not None:
+            topic = topics.from_device(self._device, "chunk")
+            self._pump.send(topic, self._spool.path(spooled), spooled.blob, ranges)

@@ -6,7 +6,6 @@ Every frame is a little-endian u32 length and that many bytes of MessagePack. Bo
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import Literal, TypeAlias
 
@@ -77,12 +76,12 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="fail
     reason: str
 
 
-Request: TypeAlias = TrainRequest | Shutdown
-Reply: TypeAlias = Ready | Progress | Trained | Failed
+ToWorker: TypeAlias = TrainRequest | Shutdown
+FromWorker: TypeAlias = Ready | Progress | Trained | Failed
 
 _encoder = msgspec.msgpack.Encoder()
-_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
 class FrameReader:
@@ -111,36 +110,25 @@ class FrameReader:
         return frames
 
 
-def encode(message: Request | Reply) -> bytes:
-    """MessagePack bytes of a message, without the length."""
-    return _encoder.encode(message)
-
-
-def write_frame(fd: int, data: bytes) -> None:
-    """Writes length and data, all of it; blocks while the pipe is full.
-
-    Raises:
-        MessageError: the data is over the limit.
-        OSError: the other end is gone.
-    """
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """The frame of a message; raises MessageError if it is over the limit."""
+    data = _encoder.encode(message)
     if len(data) > FRAME_LIMIT_BYTES:
-        raise MessageError(f"frame of {len(data)} bytes is over the limit of the worker's pipe, {FRAME_LIMIT_BYTES}")
-    view = memoryview(_LENGTH.pack(len(data)) + data)
-    while view:
-        view = view[os.write(fd, view) :]
+        raise MessageError(f"{type(message).__name__} of {len(data)} bytes is over the pipe's limit")
+    return _LENGTH.pack(len(data)) + data
 
 
-def decode_request(frame: bytes) -> Request:
+def decode_to_worker(frame: bytes) -> ToWorker:
     """Message of a frame for the worker; raises MessageError if it is malformed."""
     try:
-        return _requests.decode(frame)
+        return _to_worker.decode(frame)
     except msgspec.MsgspecError as error:
         raise MessageError(f"request to the worker refused: {error}") from error
 
 
-def decode_reply(frame: bytes) -> Reply:
+def decode_from_worker(frame: bytes) -> FromWorker:
     """Message of a frame from the worker; raises MessageError if it is malformed."""
     try:
-        return _replies.decode(frame)
+        return _from_worker.decode(frame)
     except msgspec.MsgspecError as error:
         raise MessageError(f"reply of the worker refused: {error}") from error

@@ -1,1 +1,31 @@
+"""The device side: agent, bundle, messages, codecs. Nothing heavy is imported before it is used."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_runtime.agent.config import AgentConfig, load_agent_config
+    from edge_runtime.agent.daemon import Agent
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.errors import EdgeError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Agent": "edge_runtime.agent.daemon",
+    "AgentConfig": "edge_runtime.agent.config",
+    "Bundle": "edge_runtime.bundle",
+    "EdgeError": "edge_runtime.errors",
+    "load_agent_config": "edge_runtime.agent.config",
+}
+
+__all__ = ["Agent", "AgentConfig", "Bundle", "EdgeError", "__version__", "load_agent_config"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'edge_runtime' has no attribute {name!r}")
+    return getattr(import_module(home), name)

@@ -82,8 +82,7 @@ def load_agent_config(path: Path) -> AgentConfig:
             key=absolute(broker.key),
         ),
         data=[
-            data if data.path is None else msgspec.structs.replace(data, path=str(folder / data.path))
-            for data in config.data
+            msgspec.structs.replace(data, path=str(folder / data.path)) if data.path else data for data in config.data
         ],
     )
     check_agent_config(config)

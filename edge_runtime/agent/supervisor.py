@@ -42,7 +42,7 @@ class Supervisor:
         limits: LimitsConfig,
         loop: Loop,
         *,
-        on_reply: Callable[[pipe.Reply], None],
+        on_reply: Callable[[pipe.FromWorker], None],
         on_end: Callable[[str, bool], None],
     ) -> None:
         self._limits = limits
@@ -73,10 +73,10 @@ class Supervisor:
                 self._start()
             assert self._process is not None
             assert self._process.stdin is not None
-            pipe.write_frame(self._process.stdin.fileno(), pipe.encode(request))
+            self._process.stdin.write(pipe.encode(request))  # far below the pipe's capacity, so it does not block
         except OSError as error:
-            log.warning("worker cannot be reached: %s", error)
-            self._loop.call_soon(lambda: self._ended(f"the worker cannot be started ({error.strerror})"))
+            reason = f"the worker cannot be started ({error.strerror})"
+            self._loop.call_soon(lambda: self._ended(reason))
 
     def kill(self, reason: str) -> None:
         """Kills the worker; if a request is open, ``on_end`` follows with this reason."""
@@ -111,7 +111,7 @@ class Supervisor:
             self._ended("")
             return
         try:
-            replies = [pipe.decode_reply(frame) for frame in self._reader.feed(data)]
+            replies = [pipe.decode_from_worker(frame) for frame in self._reader.feed(data)]
         except EdgeError as error:
             self.kill(f"the worker sent a damaged reply ({error})")
             return

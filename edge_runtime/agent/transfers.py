@@ -143,7 +143,7 @@ class Downloads:
 class Uploads:
     """Offers updates until the coordinator has spoken, and sends the chunks it asks for."""
 
-    def __init__(self, device: str, spool: Spool, loop: Loop, link: Link, pump: ChunkPump, random: Random) -> None:
+    def __init__(self, device: str, spool: Spool, loop: Loop, link: Link, *, pump: ChunkPump, random: Random) -> None:
         self._device, self._spool, self._loop, self._link = device, spool, loop, link
         self._pump, self._random = pump, random
         self._waiting: dict[UpdateId, tuple[Timer, float]] = {}

@@ -29,7 +29,8 @@ log = logging.getLogger("edge.link")
 
 PACKET_LIMIT_BYTES = 128 * 1024  # the smallest limit of a cloud broker in use; brokers that say less are obeyed
 CHUNK_BYTES = 96 * 1024
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0  # TCP and TLS
+ANSWER_TIMEOUT_S = 5.0  # CONNACK and SUBACK; some 3.1.1-only brokers never answer an MQTT 5 client
 STABLE_S = 20.0  # a connection that lived this long resets the back-off
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -121,6 +122,9 @@ class Link:
         self._attempt = 0
         self._up_at = 0.0
         self._protocol = MQTTProtocolVersion.MQTTv311 if settings.protocol == "3.1.1" else MQTTProtocolVersion.MQTTv5
+        self._inflight = 20
+        self._answered = False  # by a CONNACK that does not refuse our protocol version
+        self._reached = False
         self._timers: list[Timer] = []
         self._acks: dict[int, Callable[[], None]] = {}
         self._started = False
@@ -192,9 +196,9 @@ class Link:
         settings = self._settings
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=settings.client_id, protocol=self._protocol)
         client.max_queued_messages_set(0)
+        client.max_inflight_messages_set(self._inflight)
+        self._answered = False
         client.connect_timeout = CONNECT_TIMEOUT_S
-        if settings.username is not None:
-            client.username_pw_set(settings.username, settings.password() if settings.password else None)
         if self._will is not None:
             client.will_set(self._will[0], self._will[1](), qos=1, retain=True)
         client.on_connect = self._connected
@@ -207,13 +211,17 @@ class Link:
         client.on_socket_register_write = self._socket_wants_write
         client.on_socket_unregister_write = self._socket_wrote
         self._client = client
-        self._timers = [self._loop.call_later(CONNECT_TIMEOUT_S, lambda: self._drop("the broker did not answer"))]
+        self._timers = []
         try:
+            if settings.username is not None:
+                client.username_pw_set(settings.username, settings.password() if settings.password else None)
             if self.address.tls:
                 client.tls_set_context(self._tls_context())
             client.connect(self.address.host, self.address.port, keepalive=settings.keepalive_s)
         except (OSError, ValueError) as error:
             self._drop(f"cannot connect to {settings.url}: {error}")
+            return
+        self._timers = [self._loop.call_later(ANSWER_TIMEOUT_S, lambda: self._drop("the broker did not answer"))]
 
     def _tls_context(self) -> ssl.SSLContext:
         settings = self._settings
@@ -239,6 +247,11 @@ class Link:
         sock = client.socket()
         if sock is not None:
             sock.close()
+        if self._reached and not self._answered and self._settings.protocol == "auto":
+            # Old brokers end a connection of a protocol they do not speak, with or without saying so.
+            five = self._protocol == MQTTProtocolVersion.MQTTv5
+            self._protocol = MQTTProtocolVersion.MQTTv311 if five else MQTTProtocolVersion.MQTTv5
+        self._reached = False
         if was_up:
             stable = self._loop.now() - self._up_at > STABLE_S
             self._attempt = 0 if stable else self._attempt
@@ -260,17 +273,17 @@ class Link:
     def _connected(self, client: paho.Client, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
         if client is not self._client:
             return
+        self._answered = "rotocol" not in str(reason)
         if reason.is_failure:
-            if self._settings.protocol == "auto" and "rotocol" in str(reason):
-                self._protocol = MQTTProtocolVersion.MQTTv311
-                self._loop.call_soon(lambda: self._drop("the broker speaks no MQTT 5, going on with 3.1.1"))
-                return
             self._loop.call_soon(lambda: self._drop(f"the broker refused {self._settings.client_id!r}: {reason}"))
             return
         limit = getattr(properties, "MaximumPacketSize", None)
         self.max_packet_bytes = min(PACKET_LIMIT_BYTES, limit or PACKET_LIMIT_BYTES)
         receive_maximum = getattr(properties, "ReceiveMaximum", None)
-        client.max_inflight_messages_set(min(receive_maximum or 20, 20))
+        if receive_maximum and receive_maximum < self._inflight:  # paho cannot be told on a standing connection
+            self._inflight = receive_maximum
+            self._loop.call_soon(lambda: self._drop(f"the broker takes {receive_maximum} messages at a time"))
+            return
         client.subscribe([(topic, 1) for topic in self._topics])
 
     def _subscribed(self, client: paho.Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
@@ -311,6 +324,7 @@ class Link:
 
     def _socket_opened(self, client: paho.Client, _data: Any, sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it a round trip costs 90 ms
+        self._reached = True
         self._fd = sock.fileno()
         self._loop.watch(self._fd, READ, lambda events: self._socket_ready(client, events))
 

@@ -1,0 +1,240 @@
+"""The coordinator's side of transfers: models and bundles down, once for all who need them, and updates up."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edge_runtime import messages, topics
+from edge_runtime.errors import EdgeError, StorageError, TransferError
+from edge_runtime.transport.transfer import ChunkPump, Incoming, check_first_chunk, unpack_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from edge_runtime.messages import BlobRef, Need, UpdateId, UpdateMeta, UpdateOffer
+    from edge_runtime.store.blobs import BlobStore
+    from edge_runtime.transport.link import Link
+    from edge_runtime.transport.loop import Loop, Timer
+
+log = logging.getLogger("edge.transfer")
+
+GATHER_S = 0.05  # how long the first request for a blob waits for the other devices that were told of it
+DISK_RETRY_S = 30.0
+
+
+@dataclass
+class _Gathering:
+    """Requests for one blob that will be answered by one broadcast."""
+
+    timer: Timer
+    ranges: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # by device
+
+
+class Downlink:
+    """Answers requests for chunks of models and bundles.
+
+    Devices that were told of a blob ask for it at about the same time; the answer waits until all of them have asked
+    (at most ``GATHER_S``) and goes once to the topic they share. A chunk that a single device asks for goes to that
+    device alone.
+
+    Args:
+        find: path and reference of a blob by hash, None if it is not here.
+    """
+
+    def __init__(self, loop: Loop, link: Link, find: Callable[[str], tuple[Path, BlobRef] | None]) -> None:
+        self.sent_bytes: dict[str, int] = {}  # by device, of payload
+        self._loop, self._link, self._find = loop, link, find
+        self._pump = ChunkPump(link)
+        self._expected: dict[str, set[str]] = {}
+        self._gathering: dict[str, _Gathering] = {}
+
+    def expect(self, device: str, *blobs: BlobRef) -> None:
+        """A device was told of these blobs and may ask for them."""
+        for blob in blobs:
+            self._expected.setdefault(blob.sha256, set()).add(device)
+
+    def forget(self, sha256: str) -> None:
+        """The blob is no longer wanted by anyone."""
+        self._expected.pop(sha256, None)
+        self._pump.forget(sha256)
+
+    def unexpect(self, device: str) -> None:
+        """A device answered or went away: nobody waits for its requests any more."""
+        for sha256, devices in self._expected.items():
+            devices.discard(device)
+            self._flush_if_complete(sha256)
+
+    def on_need(self, device: str, need: Need) -> None:
+        """A device asks for chunks."""
+        if self._find(need.sha256) is None:
+            message = messages.Gone(sha256=need.sha256)
+            self._link.publish(topics.to_device(device, "message"), messages.encode(message))
+            return
+        gathering = self._gathering.get(need.sha256)
+        if gathering is None:
+            timer = self._loop.call_later(GATHER_S, lambda: self._flush(need.sha256))
+            gathering = self._gathering[need.sha256] = _Gathering(timer)
+        gathering.ranges[device] = need.ranges
+        self._flush_if_complete(need.sha256)
+
+    def reset(self) -> None:
+        """The connection ended: devices will ask again."""
+        self._pump.reset()
+        for gathering in self._gathering.values():
+            gathering.timer.cancel()
+        self._gathering.clear()
+
+    def _flush_if_complete(self, sha256: str) -> None:
+        gathering = self._gathering.get(sha256)
+        if gathering is not None and self._expected.get(sha256, set()) <= gathering.ranges.keys():
+            self._flush(sha256)
+
+    def _flush(self, sha256: str) -> None:
+        gathering = self._gathering.pop(sha256)
+        gathering.timer.cancel()
+        found = self._find(sha256)
+        if found is None:
+            return
+        path, blob = found
+        expected = self._expected.get(sha256, set())
+        for device, ranges in gathering.ranges.items():
+            expected.discard(device)
+            wanted = sum(min(count, -(-blob.size_bytes // blob.chunk_bytes) - first) for first, count in ranges)
+            size = min(blob.size_bytes, max(0, wanted) * blob.chunk_bytes)
+            self.sent_bytes[device] = self.sent_bytes.get(device, 0) + size
+        try:
+            if len(gathering.ranges) == 1:
+                ((device, ranges),) = gathering.ranges.items()
+                self._pump.send(topics.to_device(device, "chunk"), path, blob, ranges)
+            else:
+                for ranges in gathering.ranges.values():
+                    self._pump.send(topics.blob(sha256), path, blob, ranges)
+        except StorageError as error:
+            log.error("%s", error)  # noqa: TRY400 - one line for the operator
+
+
+@dataclass
+class _Upload:
+    incoming: Incoming
+    updates: dict[UpdateId, UpdateMeta]
+
+
+class Uplink:
+    """Receives updates into a store of their own and tells when one is whole and durable.
+
+    Args:
+        arrived: called with (update, blob, meta) when the bytes are durable.
+        refused: called with (update, blob, meta, reason) when they cannot be taken.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        link: Link,
+        *,
+        arrived: Callable[[UpdateId, BlobRef, UpdateMeta], None],
+        refused: Callable[[UpdateId, BlobRef, UpdateMeta, str], None],
+    ) -> None:
+        self.received_bytes: dict[str, int] = {}  # by run, of payload
+        self._loop, self._link = loop, link
+        self._arrived, self._refused = arrived, refused
+        self._uploads: dict[str, _Upload] = {}  # by half hash
+
+    def fetch(self, store: BlobStore, offer: UpdateOffer) -> None:
+        """Starts or goes on receiving an offered update."""
+        blob, half = offer.blob, offer.blob.sha256[:32]
+        upload = self._uploads.get(half)
+        if upload is not None:
+            upload.updates[offer.update] = offer.meta  # two devices may well offer the same bytes
+        elif store.has(blob.sha256):
+            self._arrived(offer.update, blob, offer.meta)
+            return
+        else:
+            try:
+                partial = store.receive(blob)
+            except TransferError as error:
+                self._refused(offer.update, blob, offer.meta, str(error))
+                return
+            except StorageError as error:
+                log.error("%s; update %s stays on its device", error, offer.update)  # noqa: TRY400
+                return
+            incoming = Incoming(
+                partial,
+                self._loop,
+                need=lambda ranges: self._need(half, ranges),
+                complete=lambda: self._complete(half),
+            )
+            upload = self._uploads[half] = _Upload(incoming, {offer.update: offer.meta})
+        first = check_first_chunk(blob, offer.first)
+        if first is None:
+            upload.incoming.ask()
+        else:
+            self._add(upload, offer.update.run, 0, first)
+        if not upload.incoming.partial.missing and half in self._uploads:
+            self._complete(half)  # all of it had arrived before a restart
+
+    def on_chunk(self, payload: bytes) -> None:
+        """Takes a chunk packet; one that belongs to no open transfer is ignored."""
+        half, index, crc, data = unpack_chunk(payload)
+        upload = self._uploads.get(half)
+        if upload is not None:
+            run = next(iter(upload.updates)).run
+            self._add(upload, run, index, (crc, data))
+
+    def stop_run(self, run: str) -> None:
+        """Stops receiving updates of a run."""
+        for half, upload in list(self._uploads.items()):
+            if all(update.run == run for update in upload.updates):
+                del self._uploads[half]
+                upload.incoming.close(discard=True)
+
+    def reset(self) -> None:
+        """The connection ended: devices will offer again, what arrived stays."""
+        for upload in self._uploads.values():
+            upload.incoming.close()
+        self._uploads.clear()
+
+    def _add(self, upload: _Upload, run: str, index: int, chunk: tuple[int, memoryview]) -> None:
+        try:
+            upload.incoming.add(index, *chunk)
+        except TransferError as error:
+            log.warning("%s", error)
+        except StorageError as error:
+            log.error("%s; receiving stops for %g s, updates stay on their devices", error, DISK_RETRY_S)  # noqa: TRY400
+            self._uploads.pop(upload.incoming.half_hash, None)
+            upload.incoming.close()
+        else:
+            self.received_bytes[run] = self.received_bytes.get(run, 0) + len(chunk[1])
+
+    def _need(self, half: str, ranges: list[tuple[int, int]]) -> None:
+        upload = self._uploads[half]
+        need = messages.encode(messages.Need(sha256=upload.incoming.partial.blob.sha256, ranges=ranges))
+        for device in {update.device for update in upload.updates}:
+            self._link.publish(topics.to_device(device, "message"), need)
+
+    def _complete(self, half: str) -> None:
+        upload = self._uploads[half]
+        try:
+            upload.incoming.partial.finish(durable=True)
+        except TransferError as error:
+            log.warning("%s", error)
+            upload.incoming.ask()
+            return
+        except EdgeError as error:
+            log.error("%s; updates stay on their devices", error)  # noqa: TRY400
+            self.reset()
+            return
+        del self._uploads[half]
+        upload.incoming.close()
+        for update, meta in upload.updates.items():
+            self._arrived(update, upload.incoming.partial.blob, meta)
+
+
+def with_chunk_size(blob: BlobRef, chunk_bytes: int) -> BlobRef:
+    """The same blob, cut for a link whose packets hold ``chunk_bytes``."""
+    return msgspec.structs.replace(blob, chunk_bytes=chunk_bytes)

@@ -1,0 +1,380 @@
+"""The agent: connects link, job machine, spool, transfers and worker. All decisions are in :mod:`.jobs`."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import edge_runtime
+from edge_runtime import compression, messages, methods, telemetry, topics
+from edge_runtime.agent import jobs, pipe
+from edge_runtime.agent.config import MB, check_agent_config, link_settings
+from edge_runtime.agent.supervisor import Supervisor
+from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
+from edge_runtime.errors import ConfigError, MessageError, StorageError
+from edge_runtime.files import write_durably
+from edge_runtime.store.blobs import BlobStore
+from edge_runtime.store.spool import Spool, SpooledUpdate
+from edge_runtime.transport.link import CHUNK_BYTES, Link
+from edge_runtime.transport.loop import Loop
+from edge_runtime.transport.transfer import ChunkPump
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edge_runtime.agent.config import AgentConfig
+    from edge_runtime.messages import BlobRef
+
+log = logging.getLogger("edge.agent")
+
+TICK_S = 5.0
+EARLIEST_CLOCK_UNIX_S = 1_767_225_600.0  # 2026-01-01: a clock before this was never set
+TAKEOVER_LOSSES = 4
+
+
+class Agent:
+    """One device. :meth:`run` returns after :meth:`stop` was called from a signal handler or another thread.
+
+    Example:
+        >>> from edge_runtime import Agent  # doctest: +SKIP
+        >>> Agent(load_agent_config(Path("agent.toml"))).run()  # doctest: +SKIP
+
+    Raises:
+        ConfigError: the configuration cannot be used, or another agent runs on this state folder.
+        StorageError: the state folder cannot be used.
+    """
+
+    def __init__(
+        self, config: AgentConfig, *, loop: Loop | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        check_agent_config(config)
+        self.config = config
+        self.loop = loop or Loop()
+        self._clock = clock
+        self._owns_loop = loop is None
+        self._started_s = time.monotonic()
+        folder = Path(config.state_dir)
+        self._lock = _lock(folder)
+        self.instance = _instance(folder)
+        random = Random(f"{config.device}/{self.instance}")
+        limits = config.limits
+        self.spool = Spool(folder)
+        self.cache = BlobStore(folder / "cache", int(limits.blob_mb * MB))
+        self._state_folder = folder / "methods"
+        self._state_folder.mkdir(exist_ok=True)
+        capabilities = jobs.Capabilities(
+            datasets=frozenset(data.name for data in config.data),
+            codecs=frozenset(compression.codec_names()),
+            methods=frozenset(methods.method_names()),
+            blob_limit_bytes=int(limits.blob_mb * MB),
+        )
+        self.state = jobs.AgentState.restore(config.device, capabilities, self.spool.open_updates())
+        self._session = 0
+        self._coordinator_session = ""
+        self._samples: dict[str, int] = {}
+        self._next_telemetry_s = 0.0
+        self.link = Link(
+            link_settings(config),
+            self.loop,
+            topics=[topics.COORDINATOR, topics.to_device(config.device, "message")],
+            on_message=self._on_message,
+            on_up=self._on_up,
+            on_down=self._on_down,
+            random=random,
+            will=(topics.from_device(config.device, "state"), lambda: self._announcement(online=False)),
+        )
+        self.pump = ChunkPump(self.link)
+        self.uploads = Uploads(config.device, self.spool, self.loop, self.link, pump=self.pump, random=random)
+        self.downloads = Downloads(
+            config.device,
+            self.cache,
+            self.loop,
+            self.link,
+            on_ready=lambda sha: self._step(jobs.BlobReady(self.loop.now(), sha)),
+            on_failed=lambda sha, reason: self._step(jobs.BlobFailed(self.loop.now(), sha, reason)),
+        )
+        self.supervisor = Supervisor(limits, self.loop, on_reply=self._on_reply, on_end=self._on_worker_end)
+
+    def run(self) -> None:
+        """Runs until :meth:`stop`."""
+        self.start()
+        try:
+            self.loop.run()
+        finally:
+            self.close()
+
+    def start(self) -> None:
+        """Connects; the loop does the rest."""
+        self._connect_when_clock_is_set()
+        self.loop.call_later(TICK_S, self._tick)
+
+    def stop(self) -> None:
+        """Ends :meth:`run`; may be called from a signal handler or another thread."""
+        self.loop.stop()
+
+    def close(self) -> None:
+        """Says good-bye, kills the worker and frees everything. Finished updates wait in the spool."""
+        self.supervisor.close()
+        self.downloads.close()
+        self.link.stop((topics.from_device(self.config.device, "state"), self._announcement(online=False)))
+        self.spool.close()
+        os.close(self._lock)
+        if self._owns_loop:
+            self.loop.close()
+
+    # The link
+
+    def _connect_when_clock_is_set(self) -> None:
+        if self.link.address.tls and self._clock() < EARLIEST_CLOCK_UNIX_S:
+            date = time.strftime("%Y-%m-%d", time.gmtime(self._clock()))
+            log.warning("the clock says %s: waiting for time synchronisation, TLS cannot check certificates", date)
+            self.loop.call_later(TICK_S, self._connect_when_clock_is_set)
+            return
+        self.link.start()
+
+    def _on_up(self) -> None:
+        self._session += 1
+        self._announce()
+        self.downloads.on_up()
+        self._send_telemetry()
+        self._step(jobs.Connected())
+
+    def _on_down(self, _reason: str) -> None:
+        self.pump.reset()
+        if self.link.rapid_losses == TAKEOVER_LOSSES:
+            log.error(
+                "the broker keeps ending this connection: is another agent running as device %r? Give each device its "
+                "own name and certificate",
+                self.config.device,
+            )
+
+    def _announce(self) -> None:
+        self.link.publish(topics.from_device(self.config.device, "state"), self._announcement(online=True), retain=True)
+
+    def _announcement(self, *, online: bool) -> bytes:
+        can = self.state.capabilities
+        return messages.encode(
+            messages.DeviceState(
+                device=self.config.device,
+                online=online,
+                session=f"{self.instance}-{os.getpid()}-{self._session}",
+                instance=self.instance,
+                software=edge_runtime.__version__,
+                platform=telemetry.machine(),
+                codecs=sorted(can.codecs),
+                methods=sorted(can.methods),
+                backends=["onnxruntime"],
+                datasets=[
+                    messages.DatasetInfo(name=name, samples=self._samples.get(name)) for name in sorted(can.datasets)
+                ],
+                limits=messages.Limits(
+                    blob_bytes=can.blob_limit_bytes,
+                    worker_memory_bytes=int((self.config.limits.worker_memory_mb or 0) * MB),
+                ),
+            )
+        )
+
+    def _send(self, message: messages.FromDevice) -> None:
+        self.link.publish(topics.from_device(self.config.device, "message"), messages.encode(message))
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        try:
+            if topic.endswith("/message") or topic == topics.COORDINATOR:
+                self._handle(messages.decode_from_coordinator(payload))
+            else:
+                self.downloads.on_chunk(payload)
+        except MessageError as error:
+            log.warning("%s: %s", topic, error)
+
+    def _handle(self, message: messages.FromCoordinator) -> None:  # noqa: C901 - one arm per message
+        now = self.loop.now()
+        match message:
+            case messages.Job():
+                update = messages.UpdateId(message.run, self.config.device, message.assignment, 0)
+                known = self.spool.get(update)
+                crashes = self.spool.crashes(message.bundle.sha256)
+                self._step(jobs.JobArrived(now, message, known.state if known else None, crashes))
+            case messages.Cancel(run=run, assignment=assignment):
+                self._step(jobs.JobCancelled(run, assignment))
+            case messages.Need():
+                if not self.uploads.on_need(message):
+                    self._send(messages.Gone(sha256=message.sha256))
+            case messages.Gone(sha256=sha256):
+                self.downloads.on_gone(sha256)
+            case messages.Done(update=update):
+                self._step(jobs.DoneArrived(update))
+            case messages.Verdict(update=update, counted=counted, reason=reason):
+                self._step(jobs.VerdictArrived(update, counted, reason))
+            case messages.CoordinatorState(online=online, session=session):
+                if online and session != self._coordinator_session:
+                    known_before, self._coordinator_session = self._coordinator_session, session
+                    if known_before:  # a new coordinator process: it may have missed what was said meanwhile
+                        self._on_up()
+
+    # Effects
+
+    def _step(self, event: jobs.Event) -> None:
+        for effect in jobs.step(self.state, event):
+            self._carry_out(effect)
+
+    def _carry_out(self, effect: jobs.Effect) -> None:  # noqa: C901 - one arm per effect
+        match effect:
+            case jobs.FetchBlob(blob):
+                self._make_room(blob)
+                self.downloads.fetch(blob)
+            case jobs.StopFetch(sha256):
+                self.downloads.stop(sha256)
+            case jobs.StartTraining(job):
+                self._start_training(job)
+            case jobs.StopTraining(reason):
+                self.supervisor.kill(reason)
+            case jobs.SpoolUpdate(update, file, blob, meta):
+                self._add_to_spool(SpooledUpdate(update=update, file=file, blob=blob, meta=meta))
+            case jobs.Offer(update, push):
+                self.uploads.offer(update, push=push)
+            case jobs.CloseUpdate(update, state, reason):
+                self.uploads.delivered(update)
+                self.spool.set_state(update, state, reason)
+                if state != "delivered":
+                    self.uploads.close(update)
+                    log.info("update %s: %s %s", update, state, reason)
+            case jobs.Report(status):
+                if status.reason:
+                    log.warning("job %s/%s %s: %s", status.run, status.assignment, status.status, status.reason)
+                self._send(status)
+            case jobs.CountCrash(bundle):
+                self.spool.crashed(bundle)
+            case jobs.ForgiveCrashes(bundle):
+                self.spool.forgive(bundle)
+
+    def _add_to_spool(self, update: SpooledUpdate) -> None:
+        """A full disk must not lose a finished update: the row is tried until it can be written."""
+        try:
+            self.spool.add(update)
+        except StorageError as error:
+            log.error("%s; trying again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line, the user's disk is full
+
+            def again() -> None:
+                self._add_to_spool(update)
+                self.uploads.offer(update.update, push=True)
+
+            self.loop.call_later(DISK_RETRY_S, again)
+
+    def _make_room(self, blob: BlobRef) -> None:
+        quota = int(self.config.limits.cache_mb * MB)
+        if not self.cache.has(blob.sha256):
+            needed = {entry.job.bundle.sha256 for entry in self.state.jobs.values()}
+            needed |= {entry.job.model.sha256 for entry in self.state.jobs.values()}
+            self.cache.evict(max(0, quota - blob.size_bytes), needed)
+
+    def _start_training(self, job: messages.Job) -> None:
+        limits = self.config.limits
+        if self.spool.used_bytes() > limits.spool_mb * MB:
+            reason = f"the spool holds more than limits.spool_mb = {limits.spool_mb:g}: waiting updates come first"
+            self.loop.call_soon(lambda: self._step(jobs.TrainingFailed(self.loop.now(), reason)))
+            return
+        self.supervisor.request(
+            pipe.TrainRequest(
+                job=job,
+                device=self.config.device,
+                bundle_path=str(self.cache.path(job.bundle.sha256)),
+                model_path=str(self.cache.path(job.model.sha256)),
+                output_folder=str(self.spool.folder),
+                dataset=next(data for data in self.config.data if data.name == job.dataset),
+                state_folder=str(self._state_folder),
+                threads=limits.worker_threads,
+            )
+        )
+
+    def _on_reply(self, reply: pipe.FromWorker) -> None:
+        now = self.loop.now()
+        match reply:
+            case pipe.Trained(path=path, sha256=sha256, size_bytes=size, meta=meta, dataset_samples=samples):
+                running = self.state.running
+                if running is not None:
+                    self._samples[self.state.jobs[running].job.dataset] = samples
+                chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
+                blob = messages.BlobRef(sha256=sha256, size_bytes=size, chunk_bytes=chunk_bytes)
+                self._step(jobs.Trained(now, Path(path).name, blob, meta))
+            case pipe.Failed(reason=reason):
+                self._step(jobs.TrainingFailed(now, reason))
+            case pipe.Progress(step=step, steps_total=total, loss=loss):
+                log.info("training step %d of %d, loss %.4f", step, total, loss)
+            case pipe.Ready():
+                return
+
+    def _on_worker_end(self, reason: str, ours: bool) -> None:
+        self._step(jobs.WorkerCrashed(self.loop.now(), reason, ours))
+
+    # Health
+
+    def _tick(self) -> None:
+        self._check_health()
+        self._step(jobs.Tick(self.loop.now()))
+        if self.loop.now() >= self._next_telemetry_s:
+            self._send_telemetry()
+        self.loop.call_later(TICK_S, self._tick)
+
+    def _send_telemetry(self) -> None:
+        self._next_telemetry_s = self.loop.now() + self.config.telemetry_interval_s
+        if self.link.is_up:
+            self._send(telemetry.measure(self._started_s, self.link.sent_bytes, self.link.received_bytes))
+
+    def _check_health(self) -> None:
+        limits = self.config.limits
+        if (
+            limits.max_temperature_c is None
+            and limits.min_battery_percent is None
+            and limits.min_free_memory_mb is None
+        ):
+            return
+        reason = unhealthy(telemetry.measure(self._started_s, 0, 0), self.config)
+        if reason != self.state.paused:
+            log.warning("training paused: %s", reason) if reason else log.info("training may run again")
+            self._step(jobs.Paused(self.loop.now(), reason))
+
+
+def unhealthy(measured: messages.Telemetry, config: AgentConfig) -> str:
+    """Why no training may run now, by the limits of the configuration; empty when it may."""
+    limits = config.limits
+    heat, battery, free = measured.temperature_c, measured.battery_percent, measured.free_memory_bytes
+    if limits.max_temperature_c is not None and heat is not None and heat > limits.max_temperature_c:
+        return f"{heat:.0f} degrees C is over limits.max_temperature_c = {limits.max_temperature_c:g}"
+    plugged = measured.on_external_power is True
+    least = limits.min_battery_percent
+    if least is not None and battery is not None and not plugged and battery < least:
+        return f"battery at {battery:.0f} % is under limits.min_battery_percent = {least:g}"
+    if limits.min_free_memory_mb is not None and free is not None and free < limits.min_free_memory_mb * MB:
+        return f"{free / MB:.0f} MB of free memory is under limits.min_free_memory_mb = {limits.min_free_memory_mb:g}"
+    return ""
+
+
+def _lock(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StorageError(f"{folder}: state_dir cannot be used ({error.strerror})") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ConfigError(
+            f"{folder}: another agent runs on this state_dir; stop it, or give each agent its own name and folder"
+        ) from error
+    return handle
+
+
+def _instance(folder: Path) -> str:
+    """A random name of this installation, made once."""
+    path = folder / "instance"
+    if path.exists():
+        return path.read_text(encoding="ascii").strip()
+    name = os.urandom(8).hex()
+    write_durably(path, name.encode())
+    return name

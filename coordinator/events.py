@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
+from edge_runtime.messages import BlobRef, DeviceState, Evaluation, Telemetry, UpdateId, UpdateMeta
 
 RunStatus: TypeAlias = Literal["running", "finished", "failed", "stopped"]
 AssignmentStatus: TypeAlias = Literal["open", "received", "failed", "cancelled"]
@@ -20,7 +20,12 @@ AssignmentStatus: TypeAlias = Literal["open", "received", "failed", "cancelled"]
 
 # Rows: what the store keeps, one table each.
 class RunRow(msgspec.Struct, kw_only=True):
-    """One run. ``version`` counts model versions: 0 is the initial model, round r makes version r + 1."""
+    """One run. ``version`` counts model versions: 0 is the initial model, round r makes version r + 1.
+
+    ``phase`` "done" with ``status`` "running" waits for the last evaluation. ``down`` is what devices download where
+    that is not ``model`` itself (a lossy downlink codec); ``method_state`` is the server method's own state.
+    ``opened_unix_s`` is when the current round began, ``short_since_unix_s`` since when too few devices were there.
+    """
 
     run: str
     status: RunStatus = "running"
@@ -32,7 +37,17 @@ class RunRow(msgspec.Struct, kw_only=True):
     version: int = 0
     model: BlobRef
     bundle: BlobRef
+    initial_model: BlobRef
+    initial_method_state: BlobRef | None = None
+    down: BlobRef | None = None
+    method_state: BlobRef | None = None
+    test_set: BlobRef | None = None
+    initial_test: Evaluation | None = None
     next_assignment: int = 0
+    submitted_unix_s: float = 0.0
+    opened_unix_s: float = 0.0
+    ended_unix_s: float | None = None
+    short_since_unix_s: float | None = None
 
 
 class AssignmentRow(msgspec.Struct, kw_only=True):
@@ -42,6 +57,7 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     assignment: str
     device: str
     round: int
+    attempt: int = 0
     version: int
     model: BlobRef
     epochs: int | None = None
@@ -57,7 +73,11 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
 
 
 class UpdateRow(msgspec.Struct, kw_only=True):
-    """One durable update. ``verdict`` is final once set; ``counted_round`` and ``weight`` go with ``counted``."""
+    """One update and what became of it. ``verdict`` is final once it is not "pending".
+
+    ``counted_round`` is the round whose aggregate takes the update with ``weight``; both are fixed when the update is
+    taken in (while pending), and None for a refused one.
+    """
 
     update: UpdateId
     blob: BlobRef
@@ -81,12 +101,26 @@ class RoundRow(msgspec.Struct, kw_only=True):
     updates: int
     late_updates: int
     samples: int
+    method_state: BlobRef | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
     train_loss: float | None = None
     test: Evaluation | None = None
     devices: Evaluation | None = None  # hold-outs of the devices, measured on the version this round started from
 
 
-Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | RoundRow
+class DeviceRow(msgspec.Struct, kw_only=True):
+    """What the server last knew about one device, for other processes to look at."""
+
+    device: str
+    online: bool
+    last_contact_unix_s: float
+    conflict: str = ""
+    state: DeviceState
+    telemetry: Telemetry | None = None
+
+
+Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | RoundRow | DeviceRow
 
 
 # Events
@@ -141,11 +175,19 @@ class JobReported(msgspec.Struct, frozen=True):
 
 
 class Aggregated(msgspec.Struct, frozen=True):
-    """The new model of a round is durable."""
+    """The new model of a round is durable.
+
+    ``down`` is what devices download where it differs from the model; ``bytes_up`` and ``bytes_down`` are the payload
+    bytes since the last round of this run.
+    """
 
     now: float
     round: int
     model: BlobRef
+    down: BlobRef | None = None
+    method_state: BlobRef | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class Evaluated(msgspec.Struct, frozen=True):
@@ -163,6 +205,13 @@ class StopRequested(msgspec.Struct, frozen=True):
     reason: str = "stopped by the user"
 
 
+class WorkFailed(msgspec.Struct, frozen=True):
+    """Aggregation or evaluation cannot be done (unusable graph, full disk): the run fails with this reason."""
+
+    now: float
+    reason: str
+
+
 Event: TypeAlias = (
     Tick
     | DeviceJoined
@@ -173,6 +222,7 @@ Event: TypeAlias = (
     | Aggregated
     | Evaluated
     | StopRequested
+    | WorkFailed
 )
 
 
@@ -232,6 +282,7 @@ class Aggregate(msgspec.Struct, frozen=True):
     round: int
     base: BlobRef
     updates: list[UpdateRow]
+    method_state: BlobRef | None = None
 
 
 class Evaluate(msgspec.Struct, frozen=True):

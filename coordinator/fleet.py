@@ -1,0 +1,204 @@
+"""What is known about the devices: presence, what they announced, what they measured. Pure; time comes in.
+
+Presence comes from the retained :class:`~edge_runtime.messages.DeviceState` of every device and its last will, so a
+restarted coordinator knows the fleet as soon as it has subscribed. Sets of eligible devices are kept up to date at
+every announcement: asking for them costs nothing per device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from coordinator.events import DeviceRow
+from edge_runtime.messages import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from coordinator.plan import Plan
+    from edge_runtime.messages import DatasetInfo, DeviceState, Telemetry
+
+CONFLICT_S = 600.0  # two agents with one name take turns within seconds; a replaced SD card does not come back
+
+
+class Requirement(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device must have announced to take part. ``blob_bytes`` is the largest blob it will have to take."""
+
+    dataset: str
+    codecs: tuple[str, ...]
+    method: str
+    blob_bytes: int = 0
+
+
+def requirement(plan: Plan, blob_bytes: int = 0) -> Requirement:
+    """What a plan asks of a device."""
+    codecs = tuple(sorted({plan.codec, plan.downlink_codec}))
+    return Requirement(dataset=plan.dataset, codecs=codecs, method=plan.method, blob_bytes=blob_bytes)
+
+
+@dataclass
+class Device:
+    """One device. ``conflict`` says why it is not trusted at the moment, empty when all is well."""
+
+    name: str
+    state: DeviceState
+    last_contact_unix_s: float
+    telemetry: Telemetry | None = None
+    telemetry_unix_s: float | None = None
+    conflict: str = ""
+    instances: dict[str, float] = field(default_factory=dict)  # installation -> when it was last seen
+    switched_unix_s: float = 0.0
+
+    @property
+    def online(self) -> bool:
+        """Whether the device is connected, as far as the broker told."""
+        return self.state.online
+
+    def dataset(self, name: str) -> DatasetInfo | None:
+        """What the device said about one of its datasets."""
+        return next((entry for entry in self.state.datasets if entry.name == name), None)
+
+    def row(self) -> DeviceRow:
+        """What the store keeps, for other processes to look at."""
+        return DeviceRow(
+            device=self.name,
+            online=self.online,
+            last_contact_unix_s=self.last_contact_unix_s,
+            conflict=self.conflict,
+            state=self.state,
+            telemetry=self.telemetry,
+        )
+
+
+class FleetView(Protocol):
+    """The read-only side of :class:`Fleet` that the round machine and selectors see."""
+
+    def get(self, name: str) -> Device | None:
+        """The device, or None if it never announced itself."""
+        ...
+
+    def eligible(self, need: Requirement) -> Collection[str]:
+        """Names of the devices that are online, not in conflict, and announced all that is needed."""
+        ...
+
+
+class Fleet:
+    """Registry of the devices."""
+
+    def __init__(self) -> None:
+        self._devices: dict[str, Device] = {}
+        self._eligible: dict[Requirement, set[str]] = {}
+
+    def get(self, name: str) -> Device | None:
+        return self._devices.get(name)
+
+    def devices(self) -> Iterable[Device]:
+        """All devices that ever announced themselves to this process."""
+        return self._devices.values()
+
+    def eligible(self, need: Requirement) -> Collection[str]:
+        known = self._eligible.get(need)
+        if known is None:
+            known = {name for name, device in self._devices.items() if not unfit(device, need)}
+            self._eligible[need] = known
+        return known
+
+    def forget(self, need: Requirement) -> None:
+        """Stops keeping the set for a requirement; called when the last run with it has ended."""
+        self._eligible.pop(need, None)
+
+    def announce(self, now: float, state: DeviceState) -> bool:
+        """Takes in a device's state; True if the device has just joined, so that it must be told its work.
+
+        A repeated retained copy is no news, and an "offline" of an earlier session than the current one is the last
+        will of a connection that was already replaced.
+        """
+        device = self._devices.get(state.device)
+        if device is None:
+            device = Device(state.device, state, now, instances={state.instance: now})
+            self._devices[state.device] = device
+            self._sort(device)
+            return state.online
+        if not state.online and state.session != device.state.session:
+            return False
+        joined = state.online and (not device.online or state.session != device.state.session)
+        self._watch_instance(now, device, state)
+        device.state = state
+        device.last_contact_unix_s = now
+        self._sort(device)
+        return joined
+
+    def measured(self, now: float, name: str, telemetry: Telemetry) -> None:
+        """Takes in what a device measured about itself."""
+        device = self._devices.get(name)
+        if device is not None:
+            device.telemetry, device.telemetry_unix_s = telemetry, now
+            self.contact(now, name)
+
+    def contact(self, now: float, name: str) -> None:
+        """Notes that a message came from the device."""
+        device = self._devices.get(name)
+        if device is None:
+            return
+        device.last_contact_unix_s = now
+        if device.conflict and now - device.switched_unix_s > CONFLICT_S:
+            device.conflict = ""
+            self._sort(device)
+
+    def gone(self, now: float, name: str) -> None:
+        """Notes that a device is offline where no last will says so (the broker itself was lost)."""
+        device = self._devices.get(name)
+        if device is not None and device.online:
+            device.state = msgspec.structs.replace(device.state, online=False)
+            device.last_contact_unix_s = now
+            self._sort(device)
+
+    def _watch_instance(self, now: float, device: Device, state: DeviceState) -> None:
+        if not state.online:
+            return
+        before = device.state.instance
+        if state.instance != before:
+            back = now - device.instances.get(state.instance, -CONFLICT_S) < CONFLICT_S
+            device.switched_unix_s = now
+            if back:  # an installation that another one had replaced: both are running
+                device.conflict = (
+                    f"two agents use the name {device.name!r} (installations {before[:12]} and "
+                    f"{state.instance[:12]}); give one of them another name and identity"
+                )
+        elif device.conflict and now - device.switched_unix_s > CONFLICT_S:
+            device.conflict = ""
+        device.instances = {name: seen for name, seen in device.instances.items() if now - seen < CONFLICT_S}
+        device.instances[before] = device.last_contact_unix_s
+        device.instances[state.instance] = now
+
+    def _sort(self, device: Device) -> None:
+        for need, names in self._eligible.items():
+            if unfit(device, need):
+                names.discard(device.name)
+            else:
+                names.add(device.name)
+
+
+def unfit(device: Device, need: Requirement) -> str:  # noqa: PLR0911 - one reason, one line
+    """Why a device cannot take part; empty if it can."""
+    state = device.state
+    if not state.online:
+        return "offline"
+    if device.conflict:
+        return device.conflict
+    oldest, newest = state.schema_versions
+    if not oldest <= SCHEMA_VERSION <= newest + 1:
+        return f"speaks message versions {oldest} to {newest}, not {SCHEMA_VERSION}"
+    if device.dataset(need.dataset) is None:
+        return f"offers no dataset {need.dataset!r}"
+    missing = [codec for codec in need.codecs if codec not in state.codecs]
+    if missing:
+        return f"lacks codec {missing[0]!r}"
+    if need.method not in state.methods:
+        return f"lacks method {need.method!r}"
+    if state.limits is not None and state.limits.blob_bytes < need.blob_bytes:
+        return f"takes blobs of at most {state.limits.blob_bytes} bytes, {need.blob_bytes} are needed"
+    return ""

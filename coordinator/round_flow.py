@@ -1,0 +1,287 @@
+"""How a run moves: selecting devices, closing a round, going to the next version, ending. Part of the round machine."""
+
+from __future__ import annotations
+
+import copy
+import math
+from random import Random
+from typing import TYPE_CHECKING
+
+from coordinator import events as e
+from coordinator.selection import RoundRequest
+from edge_runtime.messages import Evaluation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from coordinator.fleet import FleetView
+    from coordinator.run_state import RunState
+
+
+class Work:
+    """What one step collects: rows to save, in one transaction, and what is said after that."""
+
+    __slots__ = ("_rows", "now", "out")
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.out: list[e.Effect] = []
+        self._rows: dict[int, e.Row] = {}
+
+    def save(self, *rows: e.Row) -> None:
+        """Rows of the state that changed; their content at the end of the step is saved, each once."""
+        for row in rows:
+            self._rows[id(row)] = row
+
+    def effects(self) -> list[e.Effect]:
+        """Save first, with copies: the shell may write them while the state goes on."""
+        if not self._rows:
+            return self.out
+        return [e.Save([copy.copy(row) for row in self._rows.values()]), *self.out]
+
+
+def progress(state: RunState, work: Work, fleet: FleetView) -> None:
+    """Moves the round on as far as it can go now."""
+    run = state.run
+    if run.phase == "selecting":
+        _start(state, work, fleet)
+    elif run.phase == "open":
+        _watch(state, work, fleet)
+
+
+def _start(state: RunState, work: Work, fleet: FleetView) -> None:
+    run, rules = state.run, state.plan.participation
+    if len(fleet.eligible(state.need)) < rules.minimum:
+        return
+    candidates = _candidates(state, fleet)
+    if len(candidates) >= rules.target:
+        if run.short_since_unix_s is not None:
+            run.short_since_unix_s = None
+            work.save(run)
+    else:
+        if run.short_since_unix_s is None:
+            run.short_since_unix_s = work.now
+            work.save(run)
+        if len(candidates) < rules.minimum or work.now < run.short_since_unix_s + state.patience_s:
+            return
+    if _ask(state, work, fleet, candidates, math.ceil(rules.target * rules.over_commit)):
+        run.phase = "open"
+        run.deadline_unix_s = work.now + rules.deadline_s
+        work.save(run)
+
+
+def _watch(state: RunState, work: Work, fleet: FleetView) -> None:
+    run, rules = state.run, state.plan.participation
+    if state.fresh >= rules.target:
+        _close(state, work)
+        return
+    wanted = math.ceil(rules.target * rules.over_commit) - state.fresh - state.open_attempt
+    if wanted > 0:
+        _ask(state, work, fleet, _candidates(state, fleet), wanted)
+    enough = state.fresh + state.late >= rules.minimum
+    if not state.open_round:
+        if enough:
+            _close(state, work)
+            return
+        soon = work.now + state.patience_s  # all who were asked have failed: no use in waiting for long
+        if soon < run.deadline_unix_s:
+            run.deadline_unix_s = soon
+            work.save(run)
+    if work.now < run.deadline_unix_s:
+        return
+    if enough:
+        _close(state, work)
+    elif run.attempt + 1 < rules.attempts:
+        _ask_again(state, work, fleet)
+    else:
+        finish(state, work, "failed", _too_few(state))
+
+
+def _ask_again(state: RunState, work: Work, fleet: FleetView) -> None:
+    run, rules = state.run, state.plan.participation
+    run.attempt += 1
+    run.deadline_unix_s = work.now + rules.deadline_s
+    work.save(run)
+    state.recount()
+    for row in state.assignments.values():
+        if row.status == "open":
+            work.out.append(e.SendJob(copy.copy(row)))  # the message may be what was lost
+    wanted = math.ceil(rules.target * rules.over_commit) - state.fresh
+    _ask(state, work, fleet, _candidates(state, fleet), wanted)
+
+
+def _candidates(state: RunState, fleet: FleetView) -> list[str]:
+    """Eligible devices with nothing to do in this run that were not asked in this attempt, sorted."""
+    return sorted(set(fleet.eligible(state.need)).difference(state.busy, state.asked))
+
+
+def _ask(state: RunState, work: Work, fleet: FleetView, candidates: list[str], count: int) -> int:
+    """Asks up to ``count`` candidates; returns how many."""
+    run = state.run
+    if not candidates or count <= 0:
+        return 0
+    request = RoundRequest(
+        run=run.run,
+        round_=run.round,
+        attempt=run.attempt,
+        count=min(count, len(candidates)),
+        candidates=candidates,
+        plan=state.plan,
+        random=Random(f"{state.plan.seed}/{run.run}/{run.round}/{run.attempt}/{run.next_assignment}"),
+    )
+    free = set(candidates)
+    asked = 0
+    for choice in state.selector.select(work.now, fleet, request)[: request.count]:
+        if choice.device not in free:
+            continue  # a selector cannot ask a device twice, nor one that is not eligible
+        free.discard(choice.device)
+        row = e.AssignmentRow(
+            run=run.run,
+            assignment=f"r{run.round}-{run.next_assignment}",
+            device=choice.device,
+            round=run.round,
+            attempt=run.attempt,
+            version=run.version,
+            model=run.down or run.model,
+            epochs=choice.epochs,
+            steps=choice.steps,
+            variant=choice.variant,
+            cut=choice.cut,
+            codec=choice.codec,
+            byte_budget=choice.byte_budget,
+            assigned_unix_s=work.now,
+            deadline_unix_s=work.now + choice.deadline_s,
+        )
+        run.next_assignment += 1
+        state.add_assignment(row)
+        work.save(run, row)
+        work.out.append(e.SendJob(copy.copy(row)))
+        asked += 1
+    return asked
+
+
+def _close(state: RunState, work: Work) -> None:
+    state.run.phase = "aggregating"
+    work.save(state.run)
+    work.out.append(aggregate_effect(state))
+
+
+def aggregate_effect(state: RunState) -> e.Aggregate:
+    """The aggregation of the current round; the same after a restart."""
+    run = state.run
+    chosen = [row for row in state.pending.values() if row.counted_round == run.round]
+    chosen.sort(key=lambda row: row.update)
+    return e.Aggregate(run.run, run.round, run.model, [copy.copy(row) for row in chosen], run.method_state)
+
+
+def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
+    """The new model is there: verdicts, the round's record, and on to the next version."""
+    run = state.run
+    chosen = [row for row in state.pending.values() if row.counted_round == run.round]
+    chosen.sort(key=lambda row: row.update)
+    fresh = [row for row in chosen if state.assignments[row.update.assignment].version == run.version]
+    for row in chosen:
+        row.verdict = "counted"
+        del state.pending[row.update]
+        work.out.append(e.SendVerdict(row.update, counted=True))
+    record = e.RoundRow(
+        run=run.run,
+        round=run.round,
+        version=run.version + 1,
+        model=event.model,
+        method_state=event.method_state,
+        opened_unix_s=run.opened_unix_s,
+        closed_unix_s=work.now,
+        updates=len(chosen),
+        late_updates=len(chosen) - len(fresh),
+        samples=sum(row.meta.samples for row in chosen),
+        bytes_up=event.bytes_up,
+        bytes_down=event.bytes_down,
+        train_loss=_train_loss(chosen),
+        devices=_combine(row.meta.evaluation for row in fresh),
+    )
+    run.version += 1
+    run.round += 1
+    run.attempt = 0
+    run.model, run.down, run.method_state = event.model, event.down, event.method_state
+    run.opened_unix_s = work.now
+    run.phase = "selecting" if run.round < state.plan.rounds else "done"
+    work.save(*chosen, record, run)
+    if state.is_evaluated(run.version):
+        state.unevaluated[run.version] = record
+        work.out.append(e.Evaluate(run.version, run.model))
+    _drop_stale(state, work)
+    state.recount()
+    if run.phase == "done":
+        _cancel_open(state, work, "the run's last round is closed")
+        if not state.evaluations_due():
+            finish(state, work, "finished", "")
+
+
+def _drop_stale(state: RunState, work: Work) -> None:
+    oldest = state.run.version - state.plan.participation.max_staleness
+    for row in state.assignments.values():
+        if row.status == "open" and row.version < oldest:
+            _cancel(state, work, row, "stale: its update could not count any more")
+    state.prune()
+
+
+def finish(state: RunState, work: Work, status: e.RunStatus, reason: str) -> None:
+    """Ends the run: no update stays without a verdict, no device keeps a job."""
+    run = state.run
+    run.status, run.reason, run.phase, run.ended_unix_s = status, reason, "done", work.now
+    work.save(run)
+    ending = f"run has ended: {reason or status}"
+    for row in sorted(state.pending.values(), key=lambda row: row.update):
+        row.verdict, row.reason, row.counted_round, row.weight = "refused", ending, None, None
+        work.save(row)
+        work.out.append(e.SendVerdict(row.update, counted=False, reason=ending))
+    state.pending.clear()
+    _cancel_open(state, work, ending)
+    work.out.append(e.Finished(status, reason))
+    state.recount()
+
+
+def start_evaluations(state: RunState, out: list[e.Effect]) -> None:
+    """Asks for all evaluations that are due."""
+    out.extend(e.Evaluate(version, model) for version, model in state.evaluations_due().items())
+
+
+def _cancel_open(state: RunState, work: Work, reason: str) -> None:
+    for row in state.assignments.values():
+        if row.status == "open":
+            _cancel(state, work, row, reason)
+
+
+def _cancel(state: RunState, work: Work, row: e.AssignmentRow, reason: str) -> None:
+    state.close_assignment(row, "cancelled", reason)
+    work.save(row)
+    work.out.append(e.SendCancel(row.device, row.assignment, reason))
+
+
+def _too_few(state: RunState) -> str:
+    run, rules = state.run, state.plan.participation
+    failed = [row for row in state.assignments.values() if row.round == run.round and row.status == "failed"]
+    last = f"; last failure, on {failed[-1].device}: {failed[-1].reason}" if failed else ""
+    return (
+        f"round {run.round} had {state.fresh + state.late} of at least {rules.minimum} updates after "
+        f"{rules.attempts} attempts of {rules.deadline_s:g} s, {state.open_round} devices never answered{last}"
+    )
+
+
+def _train_loss(rows: list[e.UpdateRow]) -> float | None:
+    known = [(row.meta.samples, row.meta.loss) for row in rows if row.meta.loss is not None]
+    samples = sum(count for count, _ in known)
+    return math.fsum(count * loss for count, loss in known) / samples if samples else None
+
+
+def _combine(parts: Iterable[Evaluation | None]) -> Evaluation | None:
+    known = [part for part in parts if part is not None and part.samples]
+    if not known:
+        return None
+    counted = all(part.correct is not None for part in known)
+    return Evaluation(
+        samples=sum(part.samples for part in known),
+        loss_sum=math.fsum(part.loss_sum for part in known),
+        correct=sum(part.correct or 0 for part in known) if counted else None,
+    )

@@ -1,0 +1,236 @@
+"""The round machine: pure decisions of one run. ``effects = step(state, event, fleet)``.
+
+A round goes through three phases. *Selecting*: as soon as ``target`` devices are eligible and idle, the selector picks
+``ceil(target * over_commit)`` of them; with fewer, but at least ``minimum``, the round waits a tenth of the deadline
+once per shortage, then starts with those that are there and asks others as they appear. *Open*: closes when ``target``
+updates of the current version arrived, when all who were asked have answered and nobody else can be asked, or at the
+deadline, the latter two with at least ``minimum`` updates (late ones included). A deadline with fewer repeats the jobs
+still open and asks further devices, ``attempts`` times in all; then the run fails. *Aggregating*: the shell makes the
+next model. Updates that arrive meanwhile belong to the next round.
+
+An update gets its round, staleness and weight when it is taken in, so nothing that was acknowledged is refused later,
+unless the run ends. ``step`` is O(1) apart from selecting and closing; it uses no clock, no I/O and no randomness but
+``Random`` seeded from plan seed, run, round and attempt.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from coordinator import events as e
+from coordinator.round_flow import Work, advance, aggregate_effect, finish, progress, start_evaluations
+from coordinator.selection import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coordinator.fleet import FleetView
+    from coordinator.run_state import RunState
+    from edge_runtime.messages import BlobRef, UpdateId, UpdateMeta
+
+__all__ = ["resume", "step"]
+
+
+def step(state: RunState, event: e.Event, fleet: FleetView) -> list[e.Effect]:
+    """What has to be done about one event. Changes ``state``; carry the effects out in order.
+
+    Events of any order, repeated, or about things unknown are fine; none raises.
+    """
+    work = Work(event.now)
+    _HANDLERS[type(event)](state, work, event)
+    progress(state, work, fleet)
+    return work.effects()
+
+
+def resume(state: RunState) -> list[e.Effect]:
+    """All outward effects that are still due, for a state just built. Those already carried out do no harm.
+
+    Jobs go to all devices with open assignments; the shell may drop those for devices that are not connected, since
+    DeviceJoined repeats them.
+    """
+    out: list[e.Effect] = []
+    for row in state.updates.values():
+        if row.verdict == "pending":
+            out.append(e.SendDone(row.update))
+        else:
+            out.append(_verdict(row))
+    for assignment in state.assignments.values():
+        if assignment.status == "open":
+            out.append(e.SendJob(copy.copy(assignment)))
+        elif assignment.status == "cancelled":
+            out.append(e.SendCancel(assignment.device, assignment.assignment, assignment.reason))
+    if state.ended:
+        out.append(e.Finished(state.run.status, state.run.reason))
+        return out
+    if state.run.phase == "aggregating":
+        out.append(aggregate_effect(state))
+    start_evaluations(state, out)
+    return out
+
+
+def _time_passed(_state: RunState, _work: Work, _event: e.Tick) -> None:
+    """All that time does is done by ``progress``."""
+
+
+def _offered(state: RunState, work: Work, event: e.UpdateOffered) -> None:
+    if not _answered(state, work, event.update, event.blob, event.meta):
+        work.out.append(e.Fetch(event.update, event.blob, event.meta))
+
+
+def _arrived(state: RunState, work: Work, event: e.UpdateArrived) -> None:
+    if not _answered(state, work, event.update, event.blob, event.meta):
+        _take(state, work, event)
+
+
+def _damaged(state: RunState, work: Work, event: e.UpdateDamaged) -> None:
+    if not _answered(state, work, event.update, event.blob, event.meta):
+        _refuse(state, work, event, event.reason)
+
+
+def _aggregated(state: RunState, work: Work, event: e.Aggregated) -> None:
+    if state.run.phase == "aggregating" and event.round == state.run.round:
+        advance(state, work, event)
+
+
+def _stop(state: RunState, work: Work, event: e.StopRequested) -> None:
+    if not state.ended:
+        finish(state, work, "stopped", event.reason)
+
+
+def _work_failed(state: RunState, work: Work, event: e.WorkFailed) -> None:
+    if not state.ended:
+        finish(state, work, "failed", event.reason)
+
+
+def _answered(state: RunState, work: Work, name: UpdateId, blob: BlobRef, meta: UpdateMeta) -> bool:
+    """Answers an update that is known or cannot count; False if its bytes are wanted."""
+    known = state.updates.get(name)
+    if known is not None:
+        work.out.append(e.SendDone(name) if known.verdict == "pending" else _verdict(known))
+        return True
+    assignment = state.assignments.get(name.assignment)
+    if assignment is None or name.run != state.run.run:
+        work.out.append(e.AnswerFromStore(name))
+        return True
+    if assignment.device != name.device:  # not stored: the reason never changes, and strangers fill no table
+        work.out.append(e.SendVerdict(name, counted=False, reason="this assignment belongs to another device"))
+        return True
+    reason = _unwanted(state, assignment, name, meta)
+    if reason:
+        row = e.UpdateRow(update=name, blob=blob, meta=meta, received_unix_s=work.now)
+        _refuse(state, work, row, reason)
+        return True
+    return False
+
+
+def _unwanted(state: RunState, assignment: e.AssignmentRow, name: UpdateId, meta: UpdateMeta) -> str:  # noqa: PLR0911
+    """Why an update of a known assignment cannot count; empty if it can."""
+    run = state.run
+    closing = run.phase == "aggregating"
+    staleness = run.round + closing - assignment.version
+    if state.ended:
+        return f"run has ended: {run.reason or run.status}"
+    if run.phase == "done" or run.round + closing >= state.plan.rounds:
+        return "run has ended: its last round is closed"
+    if assignment.status == "received":
+        taken = state.by_assignment[name.assignment][0]
+        return f"this assignment already delivered update {taken.sequence}"
+    if meta.samples <= 0:
+        return f"trained on {meta.samples} samples"
+    if meta.model_version != assignment.version:
+        return f"trained from model version {meta.model_version}, the assignment is of version {assignment.version}"
+    limit = state.plan.participation.max_staleness
+    if staleness > limit:
+        return f"stale: {staleness} versions late, at most {limit} count"
+    return state.method.accept(meta, staleness)
+
+
+def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
+    assignment = state.assignments[event.update.assignment]
+    round_ = state.run.round + (state.run.phase == "aggregating")
+    row = e.UpdateRow(
+        update=event.update,
+        blob=event.blob,
+        meta=event.meta,
+        received_unix_s=work.now,
+        counted_round=round_,
+        weight=state.method.weight(event.meta, round_ - assignment.version),
+    )
+    state.close_assignment(assignment, "received")
+    state.add_update(row)
+    work.save(row, assignment)
+    work.out.append(e.SendDone(event.update))
+    state.selector.observe(assignment.device, state.outcome(assignment, row))
+
+
+def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, reason: str) -> None:
+    row = e.UpdateRow(
+        update=event.update,
+        blob=event.blob,
+        meta=event.meta,
+        received_unix_s=work.now,
+        verdict="refused",
+        reason=reason,
+    )
+    state.add_update(row)
+    work.save(row)
+    work.out.append(_verdict(row))
+    _failed(state, work, state.assignments[event.update.assignment], reason)
+
+
+def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
+    assignment = state.assignments.get(event.assignment)
+    if assignment is not None and assignment.device == event.device:
+        _failed(state, work, assignment, event.reason)
+
+
+def _failed(state: RunState, work: Work, assignment: e.AssignmentRow, reason: str) -> None:
+    """Frees the place of an assignment that will not bring an update."""
+    if assignment.status == "open":
+        state.close_assignment(assignment, "failed", reason)
+        work.save(assignment)
+        state.selector.observe(assignment.device, Outcome(assignment=assignment, reason=reason))
+
+
+def _tell_again(state: RunState, work: Work, event: e.DeviceJoined) -> None:
+    device = event.device
+    for name in state.by_device.get(device, ()):
+        assignment = state.assignments[name]
+        for update in state.by_assignment.get(name, ()):
+            row = state.updates[update]
+            work.out.append(e.SendDone(update) if row.verdict == "pending" else _verdict(row))
+        if assignment.status == "open":
+            work.out.append(e.SendJob(copy.copy(assignment)))
+        elif assignment.status == "cancelled":
+            work.out.append(e.SendCancel(device, name, assignment.reason))
+
+
+def _evaluated(state: RunState, work: Work, event: e.Evaluated) -> None:
+    row = state.unevaluated.pop(event.version, None)
+    if row is not None:
+        row.test = event.evaluation
+        work.save(row)
+    elif event.version == 0 and state.run.initial_test is None:
+        state.run.initial_test = event.evaluation
+        work.save(state.run)
+    if state.run.phase == "done" and not state.ended and not state.evaluations_due():
+        finish(state, work, "finished", "")
+
+
+def _verdict(row: e.UpdateRow) -> e.SendVerdict:
+    return e.SendVerdict(row.update, counted=row.verdict == "counted", reason=row.reason)
+
+
+_HANDLERS: dict[type, Callable[[RunState, Work, Any], None]] = {
+    e.Tick: _time_passed,
+    e.DeviceJoined: _tell_again,
+    e.UpdateOffered: _offered,
+    e.UpdateArrived: _arrived,
+    e.UpdateDamaged: _damaged,
+    e.JobReported: _job_failed,
+    e.Aggregated: _aggregated,
+    e.Evaluated: _evaluated,
+    e.StopRequested: _stop,
+    e.WorkFailed: _work_failed,
+}

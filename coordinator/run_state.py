@@ -1,0 +1,239 @@
+"""What the round machine remembers of one run: its recent rows, and counters over them that make every step O(1).
+
+Everything but the rows is derived, so a state rebuilt from stored rows equals the live one. Assignments and updates
+stay in memory for ``max_staleness + 1`` versions; older ones are answered from the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coordinator.events import AssignmentRow, RoundRow, RunRow, UpdateRow
+from coordinator.fleet import requirement
+from coordinator.methods import METHODS
+from coordinator.selection import SELECTORS, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from coordinator.events import Row
+    from coordinator.fleet import Requirement
+    from coordinator.methods import ServerMethod
+    from coordinator.plan import Plan
+    from coordinator.selection import Selector
+    from edge_runtime.messages import BlobRef, UpdateId
+
+
+@dataclass
+class RunState:
+    """One run in memory. Make it by :meth:`start` or :meth:`from_rows`; :func:`coordinator.rounds.step` drives it."""
+
+    plan: Plan
+    run: RunRow
+    need: Requirement
+    method: ServerMethod = field(compare=False)
+    selector: Selector = field(compare=False)
+    assignments: dict[str, AssignmentRow] = field(default_factory=dict)
+    updates: dict[UpdateId, UpdateRow] = field(default_factory=dict)
+    unevaluated: dict[int, RoundRow] = field(default_factory=dict)  # by version, those that are to be evaluated
+    # Derived from the rows:
+    by_device: dict[str, list[str]] = field(default_factory=dict)  # assignments, oldest first
+    by_assignment: dict[str, list[UpdateId]] = field(default_factory=dict)
+    busy: dict[str, int] = field(default_factory=dict)  # open assignments of a device
+    asked: set[str] = field(default_factory=set)  # devices asked in this attempt, or with an update in this round
+    pending: dict[UpdateId, UpdateRow] = field(default_factory=dict)
+    fresh: int = 0  # updates of the current version for this round
+    late: int = 0  # updates of earlier versions for this round
+    open_round: int = 0  # open assignments of this round
+    open_attempt: int = 0  # those of them that this attempt made
+
+    @classmethod
+    def start(
+        cls,
+        run_id: str,
+        plan: Plan,
+        bundle: BlobRef,
+        model: BlobRef,
+        *,
+        now: float = 0.0,
+        test_set: BlobRef | None = None,
+        down: BlobRef | None = None,
+        method_state: BlobRef | None = None,
+    ) -> RunState:
+        """A new run; store ``state.run``, then carry out :func:`coordinator.rounds.resume`.
+
+        Raises:
+            PluginError: the plan names a selector or server method that is not there.
+        """
+        row = RunRow(
+            run=run_id,
+            model=model,
+            bundle=bundle,
+            initial_model=model,
+            initial_method_state=method_state,
+            test_set=test_set,
+            down=down,
+            method_state=method_state,
+            submitted_unix_s=now,
+            opened_unix_s=now,
+        )
+        return cls.from_rows(plan, [row])
+
+    @classmethod
+    def from_rows(cls, plan: Plan, rows: Iterable[Row]) -> RunState:
+        """The run as it was when these rows were stored; rows of forgotten versions are skipped.
+
+        Raises:
+            PluginError: the plan names a selector or server method that is not there.
+            ValueError: there is not exactly one run row.
+        """
+        rows = list(rows)
+        (run,) = [row for row in rows if isinstance(row, RunRow)]
+        exponent = plan.participation.staleness_exponent
+        state = cls(
+            plan=plan,
+            run=run,
+            need=requirement(plan, max(run.bundle.size_bytes, run.model.size_bytes)),
+            method=METHODS.create(plan.server_method, {"staleness_exponent": exponent, **plan.server_options}),
+            selector=SELECTORS.create(plan.participation.selector, {}),
+        )
+        assignments = [row for row in rows if isinstance(row, AssignmentRow) and row.version >= state.oldest_version]
+        for assignment in sorted(assignments, key=lambda row: _number(row.assignment)):
+            state.add_assignment(assignment)
+        for update in sorted((row for row in rows if isinstance(row, UpdateRow)), key=lambda row: row.received_unix_s):
+            if update.update.assignment in state.assignments:
+                state.add_update(update)
+        for row in rows:
+            if isinstance(row, RoundRow) and row.test is None and state.is_evaluated(row.version):
+                state.unevaluated[row.version] = row
+        for outcome in state.outcomes():
+            state.selector.observe(outcome.assignment.device, outcome)
+        return state
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version whose assignments are remembered: one more than may count, to repeat its verdicts."""
+        return self.run.version - self.plan.participation.max_staleness - 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has its final status."""
+        return self.run.status != "running"
+
+    @property
+    def next_due_unix_s(self) -> float | None:
+        """When a Tick is due at the latest; None: nothing waits for time. Ticks in between do no harm."""
+        if self.run.phase == "open":
+            return self.run.deadline_unix_s
+        if self.run.phase == "selecting" and self.run.short_since_unix_s is not None:
+            return self.run.short_since_unix_s + self.patience_s
+        return None
+
+    @property
+    def patience_s(self) -> float:
+        """How long a round waits for missing devices before it starts with fewer than ``target``."""
+        return self.plan.participation.deadline_s / 10
+
+    def is_evaluated(self, version: int) -> bool:
+        """Whether the plan wants this version evaluated: the initial one, every n-th and the last."""
+        last = version == self.plan.rounds
+        return self.plan.test_set is not None and (last or version % self.plan.evaluate_every == 0)
+
+    def evaluations_due(self) -> dict[int, BlobRef]:
+        """Versions made so far that are still to be evaluated, oldest first, and their models."""
+        due = {version: row.model for version, row in sorted(self.unevaluated.items())}
+        if self.is_evaluated(0) and self.run.initial_test is None:
+            due = {0: self.run.initial_model, **due}
+        return due
+
+    def outcomes(self) -> Iterable[Outcome]:
+        """What the selector would have observed, in the order of assignment."""
+        for row in self.assignments.values():
+            taken = [self.updates[name] for name in self.by_assignment.get(row.assignment, ())]
+            good = next((update for update in taken if update.verdict != "refused"), None)
+            if good is not None:
+                yield self.outcome(row, good)
+            elif row.status == "failed":
+                yield Outcome(assignment=row, reason=row.reason)
+
+    def outcome(self, row: AssignmentRow, update: UpdateRow) -> Outcome:
+        """The outcome of an assignment whose update was taken in."""
+        return Outcome(
+            assignment=row,
+            meta=update.meta,
+            elapsed_s=update.received_unix_s - row.assigned_unix_s,
+            staleness=(update.counted_round or 0) - row.version,
+        )
+
+    def add_assignment(self, row: AssignmentRow) -> None:
+        """Remembers an assignment and counts it."""
+        self.assignments[row.assignment] = row
+        self.by_device.setdefault(row.device, []).append(row.assignment)
+        current = row.round == self.run.round
+        this_attempt = current and row.attempt == self.run.attempt
+        if this_attempt or (current and row.status == "received"):
+            self.asked.add(row.device)
+        if row.status == "open":
+            self.busy[row.device] = self.busy.get(row.device, 0) + 1
+            self.open_round += current
+            self.open_attempt += this_attempt
+
+    def close_assignment(self, row: AssignmentRow, status: str, reason: str = "") -> None:
+        """Gives an assignment its end and frees its device."""
+        if row.status == "open":
+            current = row.round == self.run.round
+            self.open_round -= current
+            self.open_attempt -= current and row.attempt == self.run.attempt
+            self.busy[row.device] -= 1
+            if not self.busy[row.device]:
+                del self.busy[row.device]
+        row.status, row.reason = status, reason  # type: ignore[assignment]
+
+    def add_update(self, row: UpdateRow) -> None:
+        """Remembers an update and counts it."""
+        self.updates[row.update] = row
+        self.by_assignment.setdefault(row.update.assignment, []).append(row.update)
+        if row.verdict == "pending":
+            self.pending[row.update] = row
+            if row.counted_round == self.run.round:
+                fresh = self.assignments[row.update.assignment].version == self.run.version
+                self.fresh += fresh
+                self.late += not fresh
+                if fresh:
+                    self.asked.add(row.update.device)
+
+    def recount(self) -> None:
+        """Counts again after the round or the attempt changed."""
+        run = self.run
+        self.asked = set()
+        self.fresh = self.late = self.open_round = self.open_attempt = 0
+        for row in self.assignments.values():
+            if row.round == run.round:
+                this_attempt = row.attempt == run.attempt
+                if this_attempt or row.status == "received":
+                    self.asked.add(row.device)
+                if row.status == "open":
+                    self.open_round += 1
+                    self.open_attempt += this_attempt
+        for update in self.pending.values():
+            if update.counted_round == run.round:
+                fresh = self.assignments[update.update.assignment].version == run.version
+                self.fresh += fresh
+                self.late += not fresh
+
+    def prune(self) -> None:
+        """Forgets assignments, and their updates, that are too old to matter. All of them are closed."""
+        limit = self.oldest_version
+        for name in [name for name, row in self.assignments.items() if row.version < limit]:
+            row = self.assignments.pop(name)
+            for update in self.by_assignment.pop(name, ()):
+                del self.updates[update]
+            names = self.by_device[row.device]
+            names.remove(name)
+            if not names:
+                del self.by_device[row.device]
+
+
+def _number(assignment: str) -> int:
+    return int(assignment.rpartition("-")[2])

@@ -1,0 +1,13 @@
+"""Who takes part in a round: selectors by name."""
+
+from __future__ import annotations
+
+from coordinator.plugins import Registry
+from coordinator.selection.base import Choice, Outcome, RoundRequest, Selector
+from coordinator.selection.random import RandomSelector
+
+SELECTORS: Registry[Selector] = Registry(
+    "selector", "coordinator.selectors", {RandomSelector.name: RandomSelector.from_options}
+)
+
+__all__ = ["SELECTORS", "Choice", "Outcome", "RoundRequest", "Selector"]

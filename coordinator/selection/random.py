@@ -1,0 +1,31 @@
+"""Uniformly random devices, all with the plan's own work: the baseline every other selector is measured against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from coordinator.plugins import check_options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coordinator.fleet import FleetView
+    from coordinator.selection.base import Choice, Outcome, RoundRequest
+
+
+class RandomSelector:
+    """McMahan et al. 2017, algorithm 1: a uniformly random subset without replacement."""
+
+    name: ClassVar[str] = "random"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, float]) -> RandomSelector:
+        check_options(options, {})
+        return cls()
+
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> list[Choice]:  # noqa: ARG002
+        count = min(request.count, len(request.candidates))
+        return [request.choice(device) for device in request.random.sample(request.candidates, count)]
+
+    def observe(self, device: str, outcome: Outcome) -> None:
+        """Learns nothing."""

@@ -53,8 +53,8 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
     """``(value * scale - mean) / std``, applied on the device after the cast; mean and std: one or per channel."""
 
     scale: float = 1.0
-    mean: list[float] = [0.0]
-    std: list[float] = [1.0]
+    mean: list[float] = msgspec.field(default_factory=lambda: [0.0])
+    std: list[float] = msgspec.field(default_factory=lambda: [1.0])
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +69,14 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """How the graphs take batches.
 
     ``dynamic``: any size from 1. ``fixed``: exactly ``size``; a partial batch is padded and masked if ``mask`` is true,
-    else dropped (models with batch statistics, where padding would change the statistics).
+    else dropped (models with batch statistics, where padding would change the statistics). A batch smaller than
+    ``minimum`` cannot be trained on and is dropped: BatchNorm of single values needs two samples.
     """
 
     mode: Literal["dynamic", "fixed"]
     size: int | None = None
     mask: bool = False
+    minimum: int = 1
 
 
 class Parameter(msgspec.Struct, frozen=True, kw_only=True):

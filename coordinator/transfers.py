@@ -47,7 +47,7 @@ class Downlink:
     """
 
     def __init__(self, loop: Loop, link: Link, find: Callable[[str], tuple[Path, BlobRef] | None]) -> None:
-        self.sent_bytes: dict[str, int] = {}  # by device, of payload
+        self.sent_bytes: dict[str, int] = {}  # by blob, of payload, summed over the devices that asked
         self._loop, self._link, self._find = loop, link, find
         self._pump = ChunkPump(link)
         self._expected: dict[str, set[str]] = {}
@@ -106,7 +106,7 @@ class Downlink:
             expected.discard(device)
             wanted = sum(min(count, -(-blob.size_bytes // blob.chunk_bytes) - first) for first, count in ranges)
             size = min(blob.size_bytes, max(0, wanted) * blob.chunk_bytes)
-            self.sent_bytes[device] = self.sent_bytes.get(device, 0) + size
+            self.sent_bytes[sha256] = self.sent_bytes.get(sha256, 0) + size
         try:
             if len(gathering.ranges) == 1:
                 ((device, ranges),) = gathering.ranges.items()

@@ -261,9 +261,8 @@ def test_evaluations_are_asked_for_and_awaited():
     state, fleet = h.start(h.plan(rounds=3, target=1, test_set="t.npz", evaluate_every=2)), h.fleet("a")
     assert h.one(e.Evaluate, resume(state)).version == 0
     result = Evaluation(samples=10, loss_sum=5.0, correct=5)
-    step(state, e.Evaluated(0.0, 0, result), fleet)
+    jobs, asked = h.jobs(step(state, e.Evaluated(0.0, 0, result), fleet)), []
     assert state.run.initial_test == result
-    jobs, asked = h.jobs(step(state, e.Tick(0.0), fleet)), []
     for round_ in range(3):
         step(state, h.arrived(jobs[0]), fleet)
         effects = step(state, e.Aggregated(3.0, round_, h.blob(20 + round_)), fleet)

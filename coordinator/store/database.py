@@ -1,0 +1,101 @@
+"""Opens the database: pragmas, schema version, and errors a user understands."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.pool import StaticPool
+
+from coordinator.errors import StoreError
+from coordinator.store import tables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUSY_TIMEOUT_S = 20.0
+
+
+def open_database(url: str, synchronous: Literal["FULL", "NORMAL", "OFF"] = "FULL") -> sa.Engine:
+    """An engine on a database with the current schema, which is made if there is none.
+
+    SQLite gets one connection, in WAL mode: the store is used by one thread per process, and ``data_version`` then
+    tells other processes' changes from its own. ``synchronous`` FULL survives a power cut, OFF is for tests.
+
+    Raises:
+        StoreError: not reachable, damaged, or written by newer software.
+    """
+    try:
+        address = sa.make_url(url)
+    except sa.exc.ArgumentError as error:
+        raise StoreError(f"database URL {url!r} cannot be used: {error}") from error
+    with translated(address.render_as_string(hide_password=True)):
+        if address.get_backend_name() == "sqlite":
+            engine = sa.create_engine(
+                address,
+                poolclass=StaticPool,
+                connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
+            )
+
+            @sa.event.listens_for(engine, "connect")
+            def set_pragmas(connection: Any, _record: Any) -> None:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute(f"PRAGMA synchronous={synchronous}")
+
+        else:
+            engine = sa.create_engine(address)
+        _check_schema(engine, address.render_as_string(hide_password=True))
+    return engine
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turns database errors into StoreError with one line of text."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        text = str(error.orig).strip().splitlines()[0]
+        cure = ""
+        if "locked" in text:
+            cure = f"; another process held it for over {BUSY_TIMEOUT_S:g} s"
+        elif "full" in text or "disk I/O" in text:
+            cure = "; free space on the disk, nothing acknowledged was lost"
+        raise StoreError(f"{what}: database failed: {text}{cure}") from error
+    except (sa.exc.SQLAlchemyError, ImportError) as error:
+        raise StoreError(f"{what}: database cannot be used: {error}") from error
+
+
+def _check_schema(engine: sa.Engine, where: str) -> None:
+    with engine.begin() as connection:
+        if not sa.inspect(connection).has_table(tables.schema.name):
+            tables.metadata.create_all(connection)
+    with engine.begin() as connection:
+        found = connection.execute(sa.select(tables.schema.c.version)).scalar()
+        if found is None:
+            insert = _insert(engine)(tables.schema).values(version=tables.SCHEMA_VERSION)
+            connection.execute(insert.on_conflict_do_nothing())
+            found = tables.SCHEMA_VERSION
+    if found > tables.SCHEMA_VERSION:
+        raise StoreError(
+            f"{where}: has schema version {found}, this software knows up to {tables.SCHEMA_VERSION}; update "
+            "edge-training-runtime on this machine, or use the state folder of the older version"
+        )
+
+
+def upsert(engine: sa.Engine, table: sa.Table) -> Any:
+    """Insert-or-replace by primary key."""
+    statement = _insert(engine)(table)
+    keys = [column.name for column in table.primary_key]
+    changed = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=changed)
+
+
+def _insert(engine: sa.Engine) -> Any:
+    if engine.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
+        return postgresql.insert
+    from sqlalchemy.dialects import sqlite
+
+    return sqlite.insert

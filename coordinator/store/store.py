@@ -1,0 +1,280 @@
+"""The store: what the round machine saves, what the command line asks, and nothing in memory.
+
+One process serves the runs; others (the command line) submit, stop and look. They share only this database. A
+``Store`` is used by one thread; a row that was saved is on disk when ``save`` returns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import sqlalchemy as sa
+
+from coordinator.errors import StoreError, UnknownRunError
+from coordinator.events import AssignmentRow, DeviceRow, RoundRow, RunRow, UpdateRow
+from coordinator.plan import Plan
+from coordinator.store import rows as convert
+from coordinator.store import tables
+from coordinator.store.database import open_database, translated, upsert
+from edge_runtime.errors import StorageError
+from edge_runtime.files import storage_error
+from edge_runtime.store.blobs import BlobStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from coordinator.events import Row
+    from edge_runtime.messages import UpdateId
+
+_DATABASE = "coordinator.db"
+
+
+class StoredRun(msgspec.Struct, frozen=True):
+    """A run with its plan, and why a user wants it to end, if one does."""
+
+    row: RunRow
+    plan: Plan
+    stop_reason: str | None
+
+
+class Store:
+    """State of a coordinator in ``folder``: ``coordinator.db`` and ``blobs/``.
+
+    Args:
+        folder: made if missing, unless ``create`` is false.
+        url: database elsewhere, as ``postgresql+psycopg://...``; blobs stay in the folder.
+        synchronous: SQLite's; FULL survives a power cut, OFF is for tests and simulation.
+        create: false for commands that only look.
+
+    Raises:
+        StoreError: no state there (``create`` false), not usable, or written by newer software.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        url: str | None = None,
+        *,
+        synchronous: Literal["FULL", "NORMAL", "OFF"] = "FULL",
+        create: bool = True,
+    ) -> None:
+        self.folder = folder
+        if not create and url is None and not (folder / _DATABASE).is_file():
+            raise StoreError(f"{folder}: holds no coordinator state; name the right folder with --state")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        self._engine = open_database(url or f"sqlite:///{folder / _DATABASE}", synchronous)
+        self._where = str(folder)
+        self._sqlite = self._engine.dialect.name == "sqlite"
+        self._upserts = {kind: upsert(self._engine, entry.table) for kind, entry in convert.BY_KIND.items()}
+        runs = tables.runs
+        names = [name for name in RunRow.__struct_fields__ if name != "run"]
+        self._update_run = (
+            sa.update(runs)
+            .where(runs.c.run == sa.bindparam("run_"))
+            .values({name: sa.bindparam(name) for name in names})
+        )
+        self._data_version = self._read_data_version()
+        self.blobs = BlobStore(folder / "blobs")
+
+    def close(self) -> None:
+        """Closes the database."""
+        self._engine.dispose()
+
+    # What the server does
+    def save(self, rows: Sequence[Row]) -> None:
+        """Stores rows (insert or replace) in one transaction; on disk when it returns.
+
+        Raises:
+            StoreError: the disk is full, the database locked for long, or a run row was never submitted.
+        """
+        batches: dict[type, list[dict[str, Any]]] = {}
+        for row in rows:
+            kind = type(row)
+            batches.setdefault(kind, []).append(convert.BY_KIND[kind].columns(row))
+        with translated(self._where), self._engine.begin() as connection:
+            for kind, batch in batches.items():
+                if kind is not RunRow:
+                    connection.execute(self._upserts[kind], batch)
+                    continue
+                for values in batch:
+                    name = values.pop("run")
+                    done = connection.execute(self._update_run, {**values, "run_": name})
+                    if done.rowcount != 1:
+                        raise StoreError(f"{self._where}: run {name!r} was never submitted here")
+
+    def changed(self) -> bool:
+        """Whether another process may have written since the last call; cheap enough for every tick."""
+        if not self._sqlite:
+            return True
+        before, self._data_version = self._data_version, self._read_data_version()
+        return before != self._data_version
+
+    def active(self) -> list[StoredRun]:
+        """Runs that have not ended, in order of submission."""
+        return self._runs(tables.runs.c.status == "running")
+
+    def load_run(self, run: str) -> list[Row]:
+        """All rows that :meth:`coordinator.run_state.RunState.from_rows` needs: those of recent versions.
+
+        Raises:
+            UnknownRunError: no such run.
+        """
+        stored = self.run(run)
+        oldest = stored.row.version - stored.plan.participation.max_staleness - 1
+        a, u = tables.assignments, tables.updates
+        recent = (a.c.run == run) & (a.c.version >= oldest)
+        names = sa.select(a.c.assignment).where(recent)
+        assignments = self._select(sa.select(a).where(recent))
+        updates = self._select(sa.select(u).where(u.c.run == run, u.c.assignment.in_(names)))
+        return [
+            stored.row,
+            *(convert.ASSIGNMENTS.row(entry) for entry in assignments),
+            *(convert.UPDATES.row(entry) for entry in updates),
+            *self.rounds(run),
+        ]
+
+    def stored_verdict(self, update: UpdateId) -> UpdateRow | None:
+        """The stored row of an update, however old; None if it never came."""
+        u = tables.updates
+        found = self._select(
+            sa.select(u).where(
+                u.c.run == update.run,
+                u.c.device == update.device,
+                u.c.assignment == update.assignment,
+                u.c.sequence == update.sequence,
+            )
+        )
+        return convert.UPDATES.row(found[0]) if found else None
+
+    def drop_update_blobs(self, run: str, before_round: int) -> int:
+        """Deletes the bytes of updates that are decided and belong to rounds before ``before_round``.
+
+        Bytes that an undecided update of any run shares are kept. Returns how many blobs were deleted.
+        """
+        u = tables.updates
+        waiting = sa.select(u.c.sha256).where(u.c.verdict == "pending")
+        decided = sa.select(u.c.sha256).where(
+            u.c.run == run,
+            u.c.verdict != "pending",
+            sa.or_(u.c.counted_round < before_round, u.c.counted_round.is_(None)),
+            u.c.sha256.not_in(waiting),
+        )
+        names = {entry["sha256"] for entry in self._select(decided.distinct()) if self.blobs.has(entry["sha256"])}
+        try:
+            for name in names:
+                self.blobs.delete(name)
+        except OSError as error:
+            raise StorageError(f"{self.blobs.folder}: cannot delete ({error.strerror})") from error
+        return len(names)
+
+    # What the command line does
+    def submit(self, plan: Plan, row: RunRow) -> str:
+        """Stores a new run and returns its name: the plan's, with a number behind it. ``row.run`` is replaced.
+
+        Raises:
+            StoreError: the database cannot be written.
+        """
+        text = msgspec.json.encode(plan).decode()
+        taken = len(self._select(sa.select(tables.runs.c.run).where(tables.runs.c.run.like(f"{plan.name[:56]}-%"))))
+        for number in range(taken + 1, taken + 1000):
+            name = f"{plan.name[:56]}-{number}"
+            values = convert.RUNS.columns(msgspec.structs.replace(row, run=name))
+            try:
+                with translated(self._where), self._engine.begin() as connection:
+                    connection.execute(sa.insert(tables.runs).values(plan=text, **values))
+            except StoreError as error:
+                if not isinstance(error.__cause__, sa.exc.IntegrityError):
+                    raise
+            else:
+                return name
+        raise StoreError(f"{self._where}: no free name for a run of plan {plan.name!r}")
+
+    def request_stop(self, run: str, reason: str = "stopped by the user") -> None:
+        """Asks the server to end a run.
+
+        Raises:
+            UnknownRunError: no such run.
+        """
+        self.run(run)
+        runs = tables.runs
+        with translated(self._where), self._engine.begin() as connection:
+            connection.execute(sa.update(runs).where(runs.c.run == run).values(stop_reason=reason))
+
+    def runs(self) -> list[StoredRun]:
+        """All runs in order of submission."""
+        return self._runs(sa.true())
+
+    def run(self, run: str) -> StoredRun:
+        """One run.
+
+        Raises:
+            UnknownRunError: no such run.
+        """
+        found = self._runs(tables.runs.c.run == run)
+        if not found:
+            names = ", ".join(entry.row.run for entry in self.runs()[-5:]) or "there are none"
+            raise UnknownRunError(f"no run is called {run!r}; the latest: {names}")
+        return found[0]
+
+    def rounds(self, run: str) -> list[RoundRow]:
+        """The closed rounds of a run in order."""
+        t = tables.rounds
+        return [
+            convert.ROUNDS.row(entry) for entry in self._select(sa.select(t).where(t.c.run == run).order_by(t.c.round))
+        ]
+
+    def counted_updates(self, run: str, round_: int) -> list[UpdateRow]:
+        """The updates that a closed round's model was made of, in update id order."""
+        u = tables.updates
+        wanted = sa.select(u).where(u.c.run == run, u.c.counted_round == round_, u.c.verdict == "counted")
+        return sorted((convert.UPDATES.row(entry) for entry in self._select(wanted)), key=lambda row: row.update)
+
+    def update_counts(self, run: str) -> dict[str, int]:
+        """How many updates of a run are counted, refused and pending."""
+        u = tables.updates
+        wanted = sa.select(u.c.verdict, sa.func.count().label("n")).where(u.c.run == run).group_by(u.c.verdict)
+        return {entry["verdict"]: entry["n"] for entry in self._select(wanted)}
+
+    def assignments(self, run: str, round_: int) -> list[AssignmentRow]:
+        """The assignments that one round made, oldest first."""
+        a = tables.assignments
+        wanted = sa.select(a).where(a.c.run == run, a.c.round == round_).order_by(a.c.assigned_unix_s, a.c.assignment)
+        return [convert.ASSIGNMENTS.row(entry) for entry in self._select(wanted)]
+
+    def participants(self, run: str) -> int:
+        """How many different devices were asked by a run."""
+        a = tables.assignments
+        return int(
+            self._select(sa.select(sa.func.count(a.c.device.distinct()).label("n")).where(a.c.run == run))[0]["n"]
+        )
+
+    def devices(self) -> list[DeviceRow]:
+        """All devices that the server last knew, by name."""
+        return [
+            convert.DEVICES.row(entry)
+            for entry in self._select(sa.select(tables.devices).order_by(tables.devices.c.device))
+        ]
+
+    def _runs(self, condition: Any) -> list[StoredRun]:
+        t = tables.runs
+        found = self._select(sa.select(t).where(condition).order_by(t.c.submitted_unix_s, t.c.run))
+        return [
+            StoredRun(convert.RUNS.row(entry), msgspec.json.decode(entry["plan"], type=Plan), entry["stop_reason"])
+            for entry in found
+        ]
+
+    def _select(self, statement: Any) -> Sequence[Any]:
+        with translated(self._where), self._engine.connect() as connection:
+            return connection.execute(statement).mappings().all()
+
+    def _read_data_version(self) -> int:
+        if not self._sqlite:
+            return 0
+        with translated(self._where), self._engine.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            return int(driver.execute("PRAGMA data_version").fetchone()[0])

@@ -1,0 +1,144 @@
+"""The tables. Plain columns for what is searched, JSON text for nested values; SQLite and PostgreSQL alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+)
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+
+def _name(column: str, *, key: bool = False) -> Column[Any]:
+    return Column(column, String(64), primary_key=key, nullable=False)
+
+
+def _integer(column: str, *, key: bool = False, nullable: bool = False) -> Column[Any]:
+    return Column(column, Integer, primary_key=key, autoincrement=False, nullable=nullable)
+
+
+def _time(column: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(column, Float(53), nullable=nullable)
+
+
+def _text(column: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(column, Text, nullable=nullable)
+
+
+schema = Table("schema_version", metadata, Column("version", SmallInteger, primary_key=True, autoincrement=False))
+
+runs = Table(
+    "runs",
+    metadata,
+    _name("run", key=True),
+    _text("plan"),
+    _text("stop_reason", nullable=True),  # set by another process that wants the run to end
+    _name("status"),
+    _text("reason"),
+    _integer("round"),
+    _name("phase"),
+    _integer("attempt"),
+    _time("deadline_unix_s"),
+    _integer("version"),
+    _text("model"),
+    _text("bundle"),
+    _text("initial_model"),
+    _text("initial_method_state", nullable=True),
+    _text("down", nullable=True),
+    _text("method_state", nullable=True),
+    _text("test_set", nullable=True),
+    _text("initial_test", nullable=True),
+    _integer("next_assignment"),
+    _time("submitted_unix_s"),
+    _time("opened_unix_s"),
+    _time("ended_unix_s", nullable=True),
+    _time("short_since_unix_s", nullable=True),
+)
+
+assignments = Table(
+    "assignments",
+    metadata,
+    _name("run", key=True),
+    _name("assignment", key=True),
+    _name("device"),
+    _integer("round"),
+    _integer("attempt"),
+    _integer("version"),
+    _text("model"),
+    _integer("epochs", nullable=True),
+    _integer("steps", nullable=True),
+    _text("variant", nullable=True),
+    _text("cut", nullable=True),
+    _text("codec"),
+    Column("byte_budget", BigInteger, nullable=True),
+    _time("deadline_unix_s"),
+    _time("assigned_unix_s"),
+    _name("status"),
+    _text("reason"),
+    Index("assignments_by_version", "run", "version"),
+)
+
+updates = Table(
+    "updates",
+    metadata,
+    _name("run", key=True),
+    _name("device", key=True),
+    _name("assignment", key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    _text("blob"),
+    _text("meta"),
+    _time("received_unix_s"),
+    _name("verdict"),
+    _text("reason"),
+    _integer("counted_round", nullable=True),
+    Column("weight", Float(53), nullable=True),
+    Index("updates_by_assignment", "run", "assignment"),
+    Index("updates_by_round", "run", "counted_round"),
+    Index("updates_by_sha256", "sha256"),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    _name("run", key=True),
+    _integer("round", key=True),
+    _integer("version"),
+    _text("model"),
+    _time("opened_unix_s"),
+    _time("closed_unix_s"),
+    _integer("updates"),
+    _integer("late_updates"),
+    Column("samples", BigInteger, nullable=False),
+    _text("method_state", nullable=True),
+    Column("bytes_up", BigInteger, nullable=False),
+    Column("bytes_down", BigInteger, nullable=False),
+    Column("train_loss", Float(53), nullable=True),
+    _text("test", nullable=True),
+    _text("devices", nullable=True),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    _name("device", key=True),
+    Column("online", Boolean, nullable=False),
+    _time("last_contact_unix_s"),
+    _text("conflict"),
+    _text("state"),
+    _text("telemetry", nullable=True),
+)

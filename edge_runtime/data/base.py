@@ -35,6 +35,10 @@ class Snapshot(Protocol):
         """Inputs ``[len(indices), ...]`` and targets ``[len(indices), ...]`` of these rows, as they are stored."""
         ...
 
+    def targets(self, indices: Indices) -> Array:
+        """The targets alone, ``[len(indices), ...]``."""
+        ...
+
     def keys(self, start: int, stop: int) -> Keys:
         """uint64 per row of ``[start, stop)``: a stable hash of the sample's identity, uniform over all values.
 
@@ -110,8 +114,8 @@ def _find_factory(config: DatasetConfig) -> Callable[[DatasetConfig], Dataset]:
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=GROUP, name=config.factory):
-        factory = entry.load()
-        return factory
+        found: Callable[[DatasetConfig], Dataset] = entry.load()
+        return found
     raise DataError(
         f"dataset {config.name!r}: no installed package offers the dataset {config.factory!r}; install it, or write "
         "factory as module:callable"

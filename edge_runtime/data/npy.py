@@ -83,14 +83,14 @@ class NpyFolder:
                 raise self._incomplete(f"{path} is cut off or no .npy file ({error})") from error
         sizes = {len(array) if array.ndim else 0 for array in arrays}
         if len(sizes) != 1:
-            raise _IncompleteError(
+            raise self._incomplete(
                 f"{self._folder}: files *{suffix}.npy hold different numbers of rows {sorted(sizes)}"
             )
         return _Shard(suffix, stamp, dict(zip(self._parts, arrays, strict=True)), sizes.pop())
 
     def _incomplete(self, detail: str) -> DataError:
         return DataError(
-            f"dataset {self._config.name!r}: {detail}; complete or delete it (only the newest shard may be half-written)"
+            f"dataset {self._config.name!r}: {detail}; complete or delete it, only the newest shard may be half-written"
         )
 
 
@@ -111,20 +111,23 @@ class NpySnapshot:
 
     def batch(self, indices: Indices) -> tuple[Array, Array]:
         """Copies of these rows."""
-        x, y = self._config.x, self._config.y
+        return self._gather(self._config.x, indices), self._gather(self._config.y, indices)
+
+    def targets(self, indices: Indices) -> Array:
+        """Copies of these rows' targets."""
+        return self._gather(self._config.y, indices)
+
+    def _gather(self, part: str, indices: Indices) -> Array:
+        first: Array = self._shards[0].arrays[part]
+        out = np.empty((len(indices), *first.shape[1:]), first.dtype)
         if len(self._shards) == 1:
-            arrays = self._shards[0].arrays
-            return arrays[x][indices], arrays[y][indices]
+            out[:] = first[indices]
+            return out
         where = np.searchsorted(self._starts, indices, side="right") - 1
-        first = self._shards[0].arrays
-        out_x = np.empty((len(indices), *first[x].shape[1:]), first[x].dtype)
-        out_y = np.empty((len(indices), *first[y].shape[1:]), first[y].dtype)
         for number in np.unique(where):
             rows = where == number
-            local = indices[rows] - self._starts[number]
-            arrays = self._shards[number].arrays
-            out_x[rows], out_y[rows] = arrays[x][local], arrays[y][local]
-        return out_x, out_y
+            out[rows] = self._shards[number].arrays[part][indices[rows] - self._starts[number]]
+        return out
 
     def keys(self, start: int, stop: int) -> Keys:
         """By id, or by shard and row where there are no ids."""

@@ -57,6 +57,10 @@ class NpzSnapshot:
         """Copies of these rows."""
         return self._x[indices], self._y[indices]
 
+    def targets(self, indices: Indices) -> Array:
+        """Copies of these rows' targets."""
+        return self._y[indices]
+
     def keys(self, start: int, stop: int) -> Keys:
         """By id, or by content where there are no ids."""
         if self._ids is not None:

@@ -1,4 +1,4 @@
-"""A dataset as one job sees it: checked against the bundle, windowed, split into training and hold-out, preprocessed."""
+"""A dataset as one job sees it: checked against the bundle, windowed, hold-out apart, preprocessed."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class View:
         if window.max_age_s is not None:
             if times is None:
                 raise DataError(
-                    f"dataset {self.name!r} has no sample times, but the job asks for max_age_s; set time in the agent's "
-                    "configuration or leave max_age_s out"
+                    f"dataset {self.name!r} has no sample times, but the job asks for max_age_s; set time in the "
+                    "agent's configuration or leave max_age_s out"
                 )
             chosen = chosen[times >= now_unix_s - window.max_age_s]
             if len(chosen) == 0:
@@ -115,7 +115,7 @@ class View:
         low, high = 0, 0
         rows = np.concatenate([self.train, self.holdout])
         for start in range(0, len(rows), _CHUNK):
-            labels = self._labels(rows[start : start + _CHUNK])
+            labels = self._snapshot.targets(rows[start : start + _CHUNK])
             low, high = min(low, int(labels.min())), max(high, int(labels.max()))
             if low < 0 or high >= classes:
                 first = rows[
@@ -125,10 +125,6 @@ class View:
                     f"dataset {self.name!r}: label {low if low < 0 else high} of sample {first} is out of range, the "
                     f"bundle has classes 0 to {classes - 1}; relabel the data or export a bundle with more classes"
                 )
-
-    def _labels(self, rows: Indices) -> Array:
-        targets = getattr(self._snapshot, "targets", None)  # optional: spares reading x
-        return np.asarray(targets(rows)) if targets is not None else self._stored_batch(rows)[1]
 
 
 class _Converter:
@@ -152,11 +148,12 @@ class _Converter:
     def convert(self, stored: Array, out: Array, indices: Indices) -> None:
         if stored.shape != out.shape:
             raise DataError(f"{self._where} gave a batch of shape {stored.shape}, expected {out.shape}")
-        if self._affine is None:
-            np.copyto(out, stored, casting="unsafe")
-        else:
-            np.multiply(stored, self._affine[0], out=out, dtype=np.float32, casting="unsafe")
-            out += self._affine[1]
+        with np.errstate(all="ignore"):  # what overflows float32 is found below
+            if self._affine is None:
+                np.copyto(out, stored, casting="unsafe")
+            else:
+                np.multiply(stored, self._affine[0], out=out, dtype=np.float32, casting="unsafe")
+                out += self._affine[1]
         if self._may_be_infinite and out.size and not _all_finite(out):
             bad = ~np.isfinite(out.reshape(len(out), -1)).all(1)
             raise DataError(
@@ -187,7 +184,7 @@ def _affine(expected: Input) -> tuple[NDArray[np.float32], NDArray[np.float32]] 
 def _per_channel(expected: Input, step: Preprocessing, values: list[float]) -> NDArray[np.float64]:
     """One value for all, or one per channel; the channel is the first axis of a sample."""
     if len(values) == 1:
-        return np.float64(values[0]).reshape(())
+        return np.asarray(values[0], np.float64)
     if not expected.shape or len(values) != expected.shape[0]:
         raise BundleError(
             f"manifest.json: preprocessing of {expected.name!r} has {len(step.mean)} means and {len(step.std)} "

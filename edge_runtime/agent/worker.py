@@ -1,0 +1,147 @@
+"""`edge-agent worker`: the child process that trains, so that the daemon stays small and alive.
+
+It speaks frames (:mod:`edge_runtime.agent.pipe`) on standard input and output, one request at a time, and ends with
+its parent: by signal where the kernel offers it, else when its input ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_runtime.agent import pipe
+from edge_runtime.errors import EdgeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edge_runtime.training.job import JobRunner
+
+log = logging.getLogger("edge.worker")
+PROGRESS_INTERVAL_S = 1.0
+_READ_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1
+
+
+def run_job(request: pipe.TrainRequest, runner: JobRunner | None = None) -> pipe.Trained:
+    """Does one job in this process; a ``runner`` given again keeps bundles and datasets loaded.
+
+    Raises:
+        EdgeError: see :meth:`edge_runtime.training.job.JobRunner.run`.
+    """
+    from edge_runtime.training.job import JobRunner
+
+    return (runner or JobRunner()).run(request)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves requests until told to end or the daemon is gone; gives the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+    _die_with_parent()
+    _lower_priority(options.nice, options.oom_score_adj)
+    if options.memory_mb is not None:
+        _limit_memory(options.memory_mb)
+    requests = os.dup(0)
+    replies = os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)  # whatever a library prints must not get between frames
+    os.close(null)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would reserve memory per core
+    try:
+        return _serve(requests, replies)
+    except BrokenPipeError:
+        return 0
+
+
+def _serve(requests: int, replies: int) -> int:
+    from edge_runtime.training.job import JobRunner
+
+    runner = JobRunner()
+    reader = pipe.FrameReader()
+    _send(replies, pipe.Ready(backends=["onnx"]))
+    while data := os.read(requests, _READ_BYTES):
+        for frame in reader.feed(data):
+            request = pipe.decode_to_worker(frame)
+            if isinstance(request, pipe.Shutdown):
+                return 0
+            _send(replies, _answer(runner, request, replies))
+    return 0
+
+
+def _answer(runner: JobRunner, request: pipe.TrainRequest, replies: int) -> pipe.Trained | pipe.Failed:
+    from edge_runtime.training.job import failure_kind
+
+    told = time.monotonic()
+
+    def on_step(step: int, steps_total: int, loss: float) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= PROGRESS_INTERVAL_S:
+            told = now
+            _send(replies, pipe.Progress(step=step, steps_total=steps_total, loss=loss))
+
+    try:
+        return runner.run(request, on_step)
+    except BrokenPipeError:
+        raise
+    except EdgeError as error:
+        return pipe.Failed(kind=failure_kind(error), reason=_line(str(error)))
+    except MemoryError:
+        return pipe.Failed(
+            kind="internal", reason="out of memory; lower the batch size or raise the worker's memory limit"
+        )
+    except Exception as error:
+        log.exception("job %s failed", request.job.assignment)
+        return pipe.Failed(kind=failure_kind(error), reason=_line(f"{type(error).__name__}: {error}"))
+
+
+def _send(replies: int, message: pipe.FromWorker) -> None:
+    view = memoryview(pipe.encode(message))
+    while view:
+        view = view[os.write(replies, view) :]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:1000]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="edge-agent worker", description="Trains for the agent; not to be called.")
+    parser.add_argument("--nice", type=int, default=10, help="added to the process's niceness")
+    parser.add_argument("--oom-score-adj", type=int, default=500, help="how much rather the kernel kills this process")
+    parser.add_argument("--memory-mb", type=int, default=None, help="limit of private memory (RLIMIT_DATA)")
+    return parser
+
+
+def _die_with_parent() -> None:
+    """Best effort: where it does not exist, the end of the input pipe ends the worker between jobs."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _lower_priority(nice: int, oom_score_adj: int) -> None:
+    with contextlib.suppress(OSError):
+        os.nice(nice)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(oom_score_adj), encoding="ascii")
+
+
+def _limit_memory(memory_mb: int) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, memory_mb << 20))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The trainer seam: a backend that runs a bundle's graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.data.view import View
+    from edge_runtime.messages import Evaluation
+
+    Vector: TypeAlias = NDArray[np.float32]
+    GradientHook: TypeAlias = Callable[[Vector, Vector], Vector]
+    Sampler: TypeAlias = Callable[[int, np.random.Generator], NDArray[np.integer[Any]]]
+    OnStep: TypeAlias = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long and how to train; exactly one of ``epochs`` and ``steps``. ``seed`` fixes shuffling and dropout."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 32
+    last_batch: Literal["keep", "drop"] = "keep"
+    hyper: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Weights after training, float32 ``[layout.size]``, and what was done; ``loss`` is the mean over all samples seen.
+
+    ``vector`` belongs to the trainer and is overwritten by its next call.
+    """
+
+    vector: Vector
+    steps: int
+    samples: int
+    loss: float
+    train_s: float
+
+
+class Trainer(Protocol):
+    """Runs one bundle. Not for several threads at a time."""
+
+    name: ClassVar[str]
+
+    def load(self, bundle: Bundle, variant: str | None = None) -> None:
+        """Takes a bundle and prepares its state; graphs are loaded when they are first used.
+
+        Raises:
+            BundleError: the bundle cannot be read or lacks what training needs.
+        """
+        ...
+
+    def train(
+        self,
+        start: Vector,
+        view: View,
+        settings: TrainSettings,
+        *,
+        gradient: GradientHook | None = None,
+        sampler: Sampler | None = None,
+        on_step: OnStep | None = None,
+    ) -> TrainResult:
+        """Trains on ``view.train`` from the weights ``start`` (float32 ``[layout.size]``), optimiser slots at zero.
+
+        Raises:
+            TrainingError: an unknown hyper-parameter, or a loss or weight that is not finite.
+            DataError: nothing to train on, or a bad sample.
+            BundleError: a graph cannot be used.
+        """
+        ...
+
+    def evaluate(
+        self, weights: Vector, view: View, indices: NDArray[np.integer[Any]], batch_size: int
+    ) -> Evaluation | None:
+        """Sums over the samples ``indices``; None if there are none. Raises like :meth:`train`."""
+        ...

@@ -1,0 +1,249 @@
+"""One job from request to update: read the model, evaluate, train, encode, write durably."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import numpy as np
+
+from edge_runtime.agent.pipe import Trained
+from edge_runtime.bundle import Bundle
+from edge_runtime.compression import decode, encode
+from edge_runtime.compression.frame import frame_limit
+from edge_runtime.data import open_dataset
+from edge_runtime.data.view import View, Window
+from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError, TrainingError
+from edge_runtime.files import write_durably
+from edge_runtime.messages import Evaluation, Job, UpdateMeta
+from edge_runtime.methods import ClientMethod, create_method
+from edge_runtime.training.base import TrainResult, TrainSettings
+from edge_runtime.training.onnx_trainer import OnnxTrainer
+from edge_runtime.training.schedule import job_seed
+from edge_runtime.training.state import RunState, StateFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from edge_runtime.agent.pipe import FailureKind, TrainRequest
+    from edge_runtime.compression.base import Layout
+    from edge_runtime.data import Dataset
+    from edge_runtime.training.base import OnStep, Vector
+
+_T = TypeVar("_T")
+MODEL_CHANNEL = "model"
+
+
+class JobRunner:
+    """Does jobs one after the other and keeps what the next one can use: loaded bundles, opened and checked datasets.
+
+    Not for several threads at a time.
+
+    Args:
+        bundles: how many loaded bundles to keep.
+        datasets: how many opened datasets to keep.
+        clock: unix time in seconds, for windows by age.
+    """
+
+    def __init__(self, *, bundles: int = 1, datasets: int = 2, clock: Callable[[], float] = time.time) -> None:
+        self._loaded: OrderedDict[Hashable, _Loaded] = OrderedDict()
+        self._datasets: OrderedDict[Hashable, Dataset] = OrderedDict()
+        self._views: OrderedDict[Hashable, tuple[object, View]] = OrderedDict()
+        self._max_bundles, self._max_datasets = bundles, datasets
+        self._clock = clock
+
+    def run(self, request: TrainRequest, on_step: OnStep | None = None) -> Trained:
+        """Does one job; ``on_step(step, steps_total, loss)`` is called after each step.
+
+        The update file holds a frame with the channels of the job's method, laid out as ``Bundle.layout()``. A job
+        without epochs and steps only evaluates: on the hold-out, or on all samples where nothing is held out.
+
+        Raises:
+            EdgeError: what went wrong, in one line; :func:`failure_kind` sorts it. Nothing is left behind.
+        """
+        job = request.job
+        method = create_method(job.method, job.options)
+        loaded = self._load(request, method.variant if job.variant is None else job.variant)
+        samples, view = self._view(request, loaded)
+        received = _read_model(Path(request.model_path), loaded.layout)
+        trains = job.epochs is not None or job.steps is not None
+        evaluation = None
+        if job.evaluate or not trains:
+            rows = view.holdout if job.holdout_fraction > 0 or trains else view.train
+            evaluation = loaded.trainer.evaluate(received, view, rows, job.batch_size)
+        if not trains:
+            meta = _meta(job, len(view.train), None, evaluation)
+            return Trained(path="", sha256="", size_bytes=0, meta=meta, dataset_samples=samples)
+        states = StateFolder(request.state_folder, job.run)
+        state = states.load(job.assignment)
+        result, channels = _Training(request, loaded, method).run(view, received, state, on_step)
+        layouts = dict.fromkeys(method.channels, loaded.layout)
+        if channels.keys() != layouts.keys():
+            raise TrainingError(f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(layouts)}")
+        data, state.codec = encode(job.codec, channels, layouts, state.codec if state.codec_name == job.codec else b"")
+        state.codec_name, state.assignment = job.codec, job.assignment
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = Path(request.output_folder) / f"{job.run}.{job.assignment}.{sha256[:16]}.update"
+        write_durably(path, data)
+        try:
+            states.save(state)
+        except EdgeError:
+            path.unlink(missing_ok=True)
+            raise
+        meta = _meta(job, result.samples, result, evaluation)
+        return Trained(path=str(path), sha256=sha256, size_bytes=len(data), meta=meta, dataset_samples=samples)
+
+    def _load(self, request: TrainRequest, variant: str | None) -> _Loaded:
+        key = (request.job.bundle.sha256, request.bundle_path, variant, request.threads)
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            while len(self._loaded) >= self._max_bundles:
+                self._loaded.popitem(last=False)
+            loaded = _Loaded(request, variant)
+            self._loaded[key] = loaded
+        self._loaded.move_to_end(key)
+        return loaded
+
+    def _view(self, request: TrainRequest, loaded: _Loaded) -> tuple[int, View]:
+        job, config = request.job, request.dataset
+        key = msgspec.json.encode(config)
+        dataset = self._datasets.get(key)
+        if dataset is None:
+            dataset = _keep(self._datasets, key, open_dataset(config), self._max_datasets)
+        try:
+            snapshot = dataset.snapshot()
+        except EdgeError:
+            raise
+        except Exception as error:  # the user's own dataset class
+            text = " ".join(str(error).split())[:300]
+            raise DataError(f"dataset {config.name!r}: snapshot failed: {type(error).__name__}: {text}") from error
+        window = Window(job.holdout_fraction, job.max_samples, job.max_age_s)
+        view_key = (key, window, job.bundle.sha256, request.bundle_path)
+        known = self._views.get(view_key)
+        if known is not None and known[0] is snapshot and job.max_age_s is None:
+            return known[1].samples, known[1]
+        view = View(config.name, snapshot, loaded.bundle.manifest, window, now_unix_s=self._clock())
+        _keep(self._views, view_key, (snapshot, view), self._max_datasets)
+        return view.samples, view
+
+
+class _Loaded:
+    def __init__(self, request: TrainRequest, variant: str | None) -> None:
+        self.bundle = Bundle.open(request.bundle_path)
+        expected = request.job.bundle.sha256
+        if not self.bundle.path.is_dir() and self.bundle.sha256 != expected:
+            raise BundleError(f"{self.bundle.path}: is not the bundle of the job ({expected[:12]}); fetch it again")
+        self.layout = self.bundle.layout()
+        self.trainer = OnnxTrainer(request.threads)
+        self.trainer.load(self.bundle, variant)
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """Which part a failed job is blamed on."""
+    kinds: tuple[tuple[type[EdgeError], FailureKind], ...] = (
+        (DataError, "data"),
+        (BundleError, "bundle"),
+        (TrainingError, "training"),
+        (CodecError, "codec"),
+        (StorageError, "storage"),
+    )
+    for kind, name in kinds:
+        if isinstance(error, kind):
+            return name
+    return "storage" if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal"
+
+
+class _Training:
+    """One method at work on one model."""
+
+    def __init__(self, request: TrainRequest, loaded: _Loaded, method: ClientMethod) -> None:
+        job = request.job
+        self._method, self._layout, self._trainer = method, loaded.layout, loaded.trainer
+        self._settings = TrainSettings(
+            epochs=job.epochs,
+            steps=job.steps,
+            batch_size=job.batch_size,
+            last_batch=job.last_batch,
+            hyper=job.hyper,
+            seed=job_seed(job.seed, request.device, job.assignment),
+        )
+        self._personal = method.personal(loaded.layout)
+        unknown = self._personal - set(loaded.layout.names)
+        if unknown:
+            raise TrainingError(
+                f"method {method.name!r} keeps {min(unknown)!r} personal, which the model does not have"
+            )
+
+    def run(
+        self, view: View, received: Vector, state: RunState, on_step: OnStep | None
+    ) -> tuple[TrainResult, dict[str, Vector]]:
+        """Trains and updates the method's part of ``state``; personal tensors do not get into the channels."""
+        method, layout = self._method, self._layout
+        memory = state.vectors("memory")
+        start = method.on_receive(_with_personal(received, layout, self._personal, state), layout, memory)
+        result = self._trainer.train(
+            start, view, self._settings, gradient=method.gradient_hook(), sampler=method.sampler, on_step=on_step
+        )
+        trained = result.vector
+        if self._personal:
+            trained = trained.copy()
+            own, given = layout.split(trained), layout.split(received)
+            state.personal = {name: own[name].tobytes() for name in sorted(self._personal)}
+            for name in self._personal:
+                own[name][...] = given[name]
+        channels = method.on_finish(received, trained, layout, memory)
+        state.memory = {name: np.ascontiguousarray(vector, "<f4").tobytes() for name, vector in memory.items()}
+        return result, channels
+
+
+def _with_personal(received: Vector, layout: Layout, personal: frozenset[str], state: RunState) -> Vector:
+    if not personal:
+        return received
+    start: Vector = received.copy()
+    kept = state.vectors("personal")
+    for name, tensor in layout.split(start).items():
+        if name in personal and name in kept and kept[name].size == tensor.size:
+            tensor[...] = kept[name].reshape(tensor.shape)
+    start.flags.writeable = False
+    return start
+
+
+def _read_model(path: Path, layout: Layout) -> Vector:
+    layouts = {MODEL_CHANNEL: layout}
+    try:
+        size = path.stat().st_size
+        if size > frame_limit(layouts):
+            raise CodecError(f"{path}: {size} bytes are more than a model of {layout.size} numbers can take")
+        data = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        return decode(data, layouts)[MODEL_CHANNEL]
+    except CodecError as error:
+        raise CodecError(f"{path}: {error}") from error
+
+
+def _meta(job: Job, samples: int, result: TrainResult | None, evaluation: Evaluation | None) -> UpdateMeta:
+    return UpdateMeta(
+        round=job.round,
+        model_version=job.model_version,
+        samples=samples,
+        steps=0 if result is None else result.steps,
+        loss=None if result is None else result.loss,
+        train_s=0.0 if result is None else result.train_s,
+        evaluation=evaluation,
+    )
+
+
+def _keep(table: OrderedDict[Hashable, _T], key: Hashable, value: _T, limit: int) -> _T:
+    """Puts a value in, and the oldest ones out."""
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > limit:
+        table.popitem(last=False)
+    return value

@@ -1,0 +1,246 @@
+"""Training with stock onnxruntime: two sets of weights that one step reads and the next one writes."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from edge_runtime.errors import DataError, TrainingError
+from edge_runtime.messages import Evaluation
+from edge_runtime.training.base import TrainResult
+from edge_runtime.training.onnx_graph import OnnxGraph, scalar, shared
+from edge_runtime.training.schedule import batches, generator, total_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.bundle.manifest import Manifest
+    from edge_runtime.compression.base import Layout
+    from edge_runtime.data.view import View
+    from edge_runtime.training.base import GradientHook, OnStep, Sampler, TrainSettings, Vector
+
+_LARGEST = float(np.finfo(np.float32).max)
+_MAX_BINDINGS = 4  # batch sizes that stay bound: the usual one and a partial one, twice
+
+
+class OnnxTrainer:
+    """The :class:`~edge_runtime.training.base.Trainer` of ``.onnx`` graphs; one thread by default, never spinning."""
+
+    name: ClassVar[str] = "onnx"
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+        self._graphs: dict[str, OnnxGraph] = {}
+        self._bindings: dict[tuple[str, int], list[Any]] = {}
+
+    def load(self, bundle: Bundle, variant: str | None = None) -> None:
+        """See :class:`~edge_runtime.training.base.Trainer`; keeps the tensors, not the bundle's bytes."""
+        self._bundle, self._variant = bundle, variant
+        manifest = self._manifest = bundle.manifest
+        self._graphs.clear()
+        self._bindings.clear()
+        self._sides = _make_sides(manifest, bundle.layout(), bundle.initial_tensors())
+        self._gradient = np.zeros_like(self._sides[0].vector)
+        views = bundle.layout().split(self._gradient)
+        self._gradients = {f"g.{name}": shared(view) for name, view in views.items()}
+        self._buffer_gradients = [views[e.name] for e in manifest.parameters if e.buffer and e.name in views]
+        self._scalars = {name: scalar(np.float32, value) for name, value in manifest.optimizer.hyper.items()}
+        self._scalars["seed"] = scalar(np.int64)
+        self._results = {name: scalar(np.float32) for name in ("loss", "loss_sum", "correct", "count")}
+        self._batch = _BatchMemory(manifest, 0)
+
+    def train(
+        self,
+        start: Vector,
+        view: View,
+        settings: TrainSettings,
+        *,
+        gradient: GradientHook | None = None,
+        sampler: Sampler | None = None,
+        on_step: OnStep | None = None,
+    ) -> TrainResult:
+        """See :class:`~edge_runtime.training.base.Trainer`."""
+        began = time.monotonic()
+        self._set_hyper(settings.hyper)
+        names = ("train",) if gradient is None else ("gradients", "update")
+        first = self._graph(names[0])
+        self._check_batch(first, settings.batch_size)
+        drop = settings.last_batch == "drop" or (first.fixed_batch is not None and not first.has_mask)
+        count = len(view.train)
+        try:
+            total = total_steps(count, settings, drop=drop)
+        except DataError as error:
+            raise DataError(f"dataset {view.name!r}: {error}") from error
+        for side in self._sides:
+            side.reset(start)
+        dropout = generator(settings.seed, 1)
+        loss, loss_sum, seen, step = self._results["loss"], 0.0, 0, 0
+        for step, positions in enumerate(batches(count, settings, drop=drop, sampler=sampler), 1):
+            indices = view.train[positions]
+            size = self._fill(first, view, indices, settings.batch_size)
+            self._scalars["seed"][()] = dropout.integers(1 << 31)
+            first.run(self._bound(names[0], size)[(step - 1) % 2])
+            if gradient is not None:
+                self._apply(gradient, (step - 1) % 2)
+            value = float(loss[()])
+            if not math.isfinite(value):
+                raise TrainingError(f"loss is {value} at step {step} of {total}; {self._cure()}")
+            loss_sum += value * len(indices)
+            seen += len(indices)
+            if on_step is not None:
+                on_step(step, total, value)
+        vector = self._sides[step % 2].vector
+        if vector.size and not (math.isfinite(vector.min()) and math.isfinite(vector.max())):
+            raise TrainingError(f"weights are NaN or infinite after step {step} of {total}; {self._cure()}")
+        return TrainResult(vector, step, count, loss_sum / seen, time.monotonic() - began)
+
+    def evaluate(
+        self, weights: Vector, view: View, indices: NDArray[np.integer[Any]], batch_size: int
+    ) -> Evaluation | None:
+        """See :class:`~edge_runtime.training.base.Trainer`. A fixed batch without mask leaves a partial batch out."""
+        if len(indices) == 0:
+            return None
+        graph = self._graph("evaluate")
+        size = graph.fixed_batch or batch_size
+        self._sides[0].reset(weights)
+        samples, loss_sum, correct = 0, 0.0, 0.0
+        results = self._results
+        for start in range(0, len(indices), size):
+            chosen = indices[start : start + size]
+            if len(chosen) < size and graph.fixed_batch is not None and not graph.has_mask:
+                break
+            bound = self._fill(graph, view, chosen, size)
+            graph.run(self._bound("evaluate", bound)[0])
+            samples += len(chosen)
+            loss_sum += float(results["loss_sum"][()])
+            correct += float(results["correct"][()])
+        if samples == 0:
+            return None
+        if not math.isfinite(loss_sum):
+            raise TrainingError(f"the received model gives a loss of {loss_sum} on {samples} samples; it has diverged")
+        return Evaluation(
+            samples=samples, loss_sum=loss_sum, correct=round(correct) if "correct" in graph.outputs else None
+        )
+
+    def _apply(self, gradient: GradientHook, side: int) -> None:
+        for view in self._buffer_gradients:
+            view[...] = 0
+        changed = gradient(self._gradient, self._sides[side].vector)
+        if changed is not self._gradient:
+            self._gradient[:] = changed
+        self._graph("update").run(self._bound("update", 0)[side])
+
+    def _graph(self, name: str) -> OnnxGraph:
+        if name not in self._graphs:
+            self._graphs[name] = OnnxGraph(self._bundle, name, self._variant, self._threads)
+        return self._graphs[name]
+
+    def _bound(self, name: str, size: int) -> list[Any]:
+        """Bindings of a graph for one batch size (0: takes no batch): from side 0 to side 1, and back."""
+        bindings = self._bindings.get((name, size))
+        if bindings is None:
+            if len(self._bindings) >= 2 * _MAX_BINDINGS:
+                self._bindings.clear()
+            common = {key: shared(array) for key, array in self._scalars.items()} | self._gradients
+            common |= self._batch.values(size) if size else {}
+            results = {key: shared(array) for key, array in self._results.items()} | self._gradients
+            graph = self._graph(name)
+            bindings = [
+                graph.bind(common | source.values, results | {f"new.{key}": v for key, v in target.values.items()})
+                for source, target in (self._sides, self._sides[::-1])
+            ]
+            self._bindings[name, size] = bindings
+        return bindings
+
+    def _fill(self, graph: OnnxGraph, view: View, indices: NDArray[np.integer[Any]], batch_size: int) -> int:
+        """Reads samples into the batch memory; gives the size of the batch that the graph sees."""
+        if self._batch.size < batch_size:
+            self._batch = _BatchMemory(self._manifest, batch_size)
+            self._bindings.clear()
+        memory, count = self._batch, len(indices)
+        view.read(indices, memory.x, memory.y)
+        if graph.fixed_batch is None:
+            memory.mask[:count] = 1
+            return count
+        memory.x[count:batch_size], memory.y[count:batch_size] = 0, 0
+        memory.mask[:count], memory.mask[count:batch_size] = 1, 0
+        return batch_size
+
+    def _check_batch(self, graph: OnnxGraph, size: int) -> None:
+        if graph.fixed_batch is not None and size != graph.fixed_batch:
+            raise TrainingError(
+                f"bundle {self._manifest.name!r} takes batches of {graph.fixed_batch} only, the job asks for "
+                f"{size}; set batch_size = {graph.fixed_batch}"
+            )
+
+    def _set_hyper(self, hyper: Mapping[str, float]) -> None:
+        defaults = self._manifest.optimizer.hyper
+        for name, value in hyper.items():
+            if name not in defaults:
+                raise TrainingError(
+                    f"bundle {self._manifest.name!r} has no hyper-parameter {name!r}; it has {', '.join(defaults)}"
+                )
+            if not abs(value) <= _LARGEST:
+                raise TrainingError(f"hyper-parameter {name!r} is {value}; give a finite number")
+        for name, value in defaults.items():
+            self._scalars[name][()] = hyper.get(name, value)
+
+    def _cure(self) -> str:
+        rate = f" (now {float(self._scalars['lr'][()]):g})" if "lr" in self._scalars else ""
+        return f"lower the learning rate{rate}, clip gradients, or look for outliers in the data"
+
+
+class _Side:
+    """One set of everything that a step changes; ``vector`` is what travels, in layout order."""
+
+    def __init__(self, manifest: Manifest, layout: Layout, private: Mapping[str, NDArray[Any]]) -> None:
+        self.vector = np.zeros(layout.size, np.float32)
+        self.frozen: Mapping[str, NDArray[Any]] = {}  # kept alive for onnxruntime
+        self._slots = np.zeros(sum(math.prod(slot.shape) for slot in manifest.optimizer.slots), np.float32)
+        self._private = [(np.array(tensor), tensor) for tensor in private.values()]
+        self.values = {f"p.{name}": shared(view) for name, view in layout.split(self.vector).items()}
+        for name, (own, _) in zip(private, self._private, strict=True):
+            self.values[f"p.{name}"] = shared(own)
+        at = 0
+        for slot in manifest.optimizer.slots:
+            end = at + math.prod(slot.shape)
+            self.values[f"s.{slot.name}"] = shared(self._slots[at:end].reshape(slot.shape))
+            at = end
+
+    def reset(self, weights: Vector) -> None:
+        self.vector[:] = weights
+        self._slots[:] = 0
+        for own, initial in self._private:
+            own[...] = initial
+
+
+def _make_sides(manifest: Manifest, layout: Layout, tensors: Mapping[str, NDArray[Any]]) -> list[_Side]:
+    """Frozen tensors are shared, since no step writes them; buffers that do not travel start anew in every job."""
+    private = {e.name: tensors[e.name] for e in manifest.parameters if e.buffer and e.name not in layout.names}
+    frozen = {e.name: np.array(tensors[e.name]) for e in manifest.parameters if not (e.buffer or e.trainable)}
+    sides = [_Side(manifest, layout, private), _Side(manifest, layout, private)]
+    for side in sides:
+        side.frozen = frozen
+        side.values.update({f"p.{name}": shared(tensor) for name, tensor in frozen.items()})
+    return sides
+
+
+class _BatchMemory:
+    """Memory for one batch; smaller batches use its beginning."""
+
+    def __init__(self, manifest: Manifest, size: int) -> None:
+        self._names = (manifest.inputs[0].name, manifest.target.name) if manifest.inputs else ("x", "y")
+        self.size = size
+        self.x = np.zeros((size, *manifest.inputs[0].shape), manifest.inputs[0].dtype)
+        self.y = np.zeros((size, *manifest.target.shape), manifest.target.dtype)
+        self.mask = np.zeros(size, np.float32)
+
+    def values(self, size: int) -> dict[str, Any]:
+        x, y = self._names
+        return {x: shared(self.x[:size]), y: shared(self.y[:size]), "mask": shared(self.mask[:size])}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.events import AssignmentRow, RoundRow, RunRow, UpdateRow
 from coordinator.fleet import requirement
-from coordinator.methods import METHODS
+from coordinator.methods import create_method
 from coordinator.selection import SELECTORS, Outcome
 
 if TYPE_CHECKING:
@@ -90,12 +90,11 @@ class RunState:
         """
         rows = list(rows)
         (run,) = [row for row in rows if isinstance(row, RunRow)]
-        exponent = plan.participation.staleness_exponent
         state = cls(
             plan=plan,
             run=run,
             need=requirement(plan, max(run.bundle.size_bytes, run.model.size_bytes)),
-            method=METHODS.create(plan.server_method, {"staleness_exponent": exponent, **plan.server_options}),
+            method=create_method(plan),
             selector=SELECTORS.create(plan.participation.selector, {}),
         )
         assignments = [row for row in rows if isinstance(row, AssignmentRow) and row.version >= state.oldest_version]

@@ -10,27 +10,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     import numpy.typing as npt
 
     from edge_runtime.messages import UpdateMeta
 
 Vector: TypeAlias = "npt.NDArray[np.float32]"
-Accumulator: TypeAlias = "npt.NDArray[np.float64]"
+Totals: TypeAlias = "dict[str, npt.NDArray[np.float64]]"
 State: TypeAlias = "dict[str, npt.NDArray[Any]]"
 
 
 class ServerMethod(Protocol):
-    """One method; one instance serves one run."""
+    """One method; one instance serves one run.
+
+    Attributes:
+        name: the name plans use.
+        channels: the vectors of an update that this method wants; devices must send exactly these.
+    """
 
     name: ClassVar[str]
+    channels: ClassVar[tuple[str, ...]]
 
     def init(self, size: int) -> State:
         """State before round 0 for a model of ``size`` elements; empty for stateless methods."""
         ...
 
-    def down(self, model: Vector, state: State) -> Vector:
-        """What devices receive, float32 ``[size]``; the model itself for most methods."""
+    def down(self, model: Vector, state: State) -> dict[str, Vector]:
+        """What devices receive, float32 ``[size]`` by channel; ``{"model": model}`` for most methods."""
         ...
 
     def accept(self, meta: UpdateMeta, staleness: int) -> str:
@@ -41,10 +49,10 @@ class ServerMethod(Protocol):
         """Weight > 0 of an update that is ``staleness`` versions old."""
         ...
 
-    def aggregate(self, total: Accumulator, update: Vector, weight: float) -> None:
-        """Adds one update to ``total`` (float64 ``[size]``, zeros at the start); called in update id order."""
+    def aggregate(self, totals: Totals, update: Mapping[str, Vector], weight: float) -> None:
+        """Adds one update to ``totals`` (float64 ``[size]`` by channel, zeros at the start); in update id order."""
         ...
 
-    def apply(self, base: Vector, total: Accumulator, weight_sum: float, state: State) -> tuple[Vector, State]:
-        """The next model and the state for the next round."""
+    def apply(self, base: Vector, totals: Totals, weight_sum: float, state: State) -> tuple[Vector, State]:
+        """The next model, float32 ``[size]``, and the state for the next round."""
         ...

@@ -9,7 +9,7 @@ from coordinator.plugins import check_options
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from coordinator.methods.base import Accumulator, State, Vector
+    from coordinator.methods.base import State, Totals, Vector
     from edge_runtime.messages import UpdateMeta
 
 
@@ -23,9 +23,10 @@ class FedAvg:
     """
 
     name: ClassVar[str] = "fedavg"
+    channels: ClassVar[tuple[str, ...]] = ("delta",)
 
     def __init__(self, *, lr: float = 1.0, staleness_exponent: float = 0.5) -> None:
-        if lr <= 0:
+        if not lr > 0:
             raise ValueError(f"lr is {lr}, it must be above 0")
         self.lr = lr
         self.staleness_exponent = staleness_exponent
@@ -37,8 +38,8 @@ class FedAvg:
     def init(self, size: int) -> State:  # noqa: ARG002
         return {}
 
-    def down(self, model: Vector, state: State) -> Vector:  # noqa: ARG002
-        return model
+    def down(self, model: Vector, state: State) -> dict[str, Vector]:  # noqa: ARG002
+        return {"model": model}
 
     def accept(self, meta: UpdateMeta, staleness: int) -> str:  # noqa: ARG002
         return ""
@@ -46,12 +47,16 @@ class FedAvg:
     def weight(self, meta: UpdateMeta, staleness: int) -> float:
         return float(meta.samples * (1.0 + staleness) ** -self.staleness_exponent)
 
-    def aggregate(self, total: Accumulator, update: Vector, weight: float) -> None:
+    def aggregate(self, totals: Totals, update: Mapping[str, Vector], weight: float) -> None:
         import numpy as np
 
-        total += np.multiply(update, weight, dtype=np.float64)  # float32 * float alone would round to float32
+        total = totals["delta"]
+        block = 1 << 16  # blocks stay in the cache, and no temporary of the model's size is made
+        for start in range(0, total.size, block):
+            part = update["delta"][start : start + block]
+            total[start : start + block] += np.multiply(part, weight, dtype=np.float64)
 
-    def apply(self, base: Vector, total: Accumulator, weight_sum: float, state: State) -> tuple[Vector, State]:
+    def apply(self, base: Vector, totals: Totals, weight_sum: float, state: State) -> tuple[Vector, State]:
         import numpy as np
 
-        return (base + total * (self.lr / weight_sum)).astype(np.float32), state
+        return (base + totals["delta"] * (self.lr / weight_sum)).astype(np.float32), state

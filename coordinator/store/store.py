@@ -17,7 +17,6 @@ from coordinator.plan import Plan
 from coordinator.store import rows as convert
 from coordinator.store import tables
 from coordinator.store.database import open_database, translated, upsert
-from edge_runtime.errors import StorageError
 from edge_runtime.files import storage_error
 from edge_runtime.store.blobs import BlobStore
 
@@ -78,8 +77,13 @@ class Store:
             .where(runs.c.run == sa.bindparam("run_"))
             .values({name: sa.bindparam(name) for name in names})
         )
-        self._data_version = self._read_data_version()
+        self._data_version = -1  # the first look is news
         self.blobs = BlobStore(folder / "blobs")
+
+    @classmethod
+    def open(cls, folder: Path, url: str | None = None) -> Store:
+        """The store of a server: see the class."""
+        return cls(folder, url)
 
     def close(self) -> None:
         """Closes the database."""
@@ -114,12 +118,18 @@ class Store:
         before, self._data_version = self._data_version, self._read_data_version()
         return before != self._data_version
 
-    def active(self) -> list[StoredRun]:
-        """Runs that have not ended, in order of submission."""
-        return self._runs(tables.runs.c.status == "running")
+    def open_runs(self) -> list[str]:
+        """Names of the runs that have not ended, in order of submission."""
+        return [stored.row.run for stored in self._runs(tables.runs.c.status == "running")]
 
-    def load_run(self, run: str) -> list[Row]:
-        """All rows that :meth:`coordinator.run_state.RunState.from_rows` needs: those of recent versions.
+    def stop_requests(self) -> dict[str, str]:
+        """Runs that have not ended and that a user wants to end, and why."""
+        t = tables.runs
+        found = self._runs((t.c.status == "running") & t.c.stop_reason.is_not(None))
+        return {stored.row.run: stored.stop_reason or "" for stored in found}
+
+    def load_run(self, run: str) -> tuple[Plan, list[Row]]:
+        """Plan and rows for :meth:`coordinator.run_state.RunState.from_rows`: those of recent versions.
 
         Raises:
             UnknownRunError: no such run.
@@ -131,12 +141,13 @@ class Store:
         names = sa.select(a.c.assignment).where(recent)
         assignments = self._select(sa.select(a).where(recent))
         updates = self._select(sa.select(u).where(u.c.run == run, u.c.assignment.in_(names)))
-        return [
+        rows: list[Row] = [
             stored.row,
             *(convert.ASSIGNMENTS.row(entry) for entry in assignments),
             *(convert.UPDATES.row(entry) for entry in updates),
             *self.rounds(run),
         ]
+        return stored.plan, rows
 
     def stored_verdict(self, update: UpdateId) -> UpdateRow | None:
         """The stored row of an update, however old; None if it never came."""
@@ -151,26 +162,20 @@ class Store:
         )
         return convert.UPDATES.row(found[0]) if found else None
 
-    def drop_update_blobs(self, run: str, before_round: int) -> int:
-        """Deletes the bytes of updates that are decided and belong to rounds before ``before_round``.
+    def disposable_updates(self, run: str, before_round: int) -> list[str]:
+        """SHA-256 of updates of the run that are decided and were counted before ``before_round``, or refused.
 
-        Bytes that an undecided update of any run shares are kept. Returns how many blobs were deleted.
+        Bytes that an undecided update of the run shares are left out.
         """
         u = tables.updates
-        waiting = sa.select(u.c.sha256).where(u.c.verdict == "pending")
+        waiting = sa.select(u.c.sha256).where(u.c.run == run, u.c.verdict == "pending")
         decided = sa.select(u.c.sha256).where(
             u.c.run == run,
             u.c.verdict != "pending",
             sa.or_(u.c.counted_round < before_round, u.c.counted_round.is_(None)),
             u.c.sha256.not_in(waiting),
         )
-        names = {entry["sha256"] for entry in self._select(decided.distinct()) if self.blobs.has(entry["sha256"])}
-        try:
-            for name in names:
-                self.blobs.delete(name)
-        except OSError as error:
-            raise StorageError(f"{self.blobs.folder}: cannot delete ({error.strerror})") from error
-        return len(names)
+        return [entry["sha256"] for entry in self._select(decided.distinct())]
 
     # What the command line does
     def submit(self, plan: Plan, row: RunRow) -> str:

@@ -1,0 +1,68 @@
+"""Evaluates model versions on the coordinator's test set, with the code that evaluates on devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator.errors import ModelError
+from edge_runtime.data.base import open_dataset
+from edge_runtime.data.config import DatasetConfig
+from edge_runtime.data.view import View, Window
+from edge_runtime.training.onnx_trainer import OnnxTrainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from coordinator.methods.base import Vector
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.messages import Evaluation
+
+BATCH_SIZE = 256
+
+
+class TestSet:
+    """An ``.npz`` file with the arrays ``x`` and ``y``, checked against a bundle. Not for several threads at a time.
+
+    Raises:
+        DataError: missing, unreadable, or it does not fit the bundle.
+        BundleError: the bundle cannot be read.
+    """
+
+    __test__ = False  # no test class, whatever pytest thinks of the name
+
+    def __init__(self, path: Path, bundle: Bundle, *, x: str = "x", y: str = "y", threads: int = 1) -> None:
+        self.path = path
+        dataset = open_dataset(DatasetConfig(name="test_set", path=str(path), format="npz", x=x, y=y))
+        self._view = View("test_set", dataset.snapshot(), bundle.manifest, Window())
+        self._trainer = OnnxTrainer(threads)
+        self._trainer.load(bundle)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._view.train)
+
+    def evaluate(self, vector: Vector, batch_size: int = BATCH_SIZE) -> Evaluation:
+        """Sums over all samples for the model ``vector``, float32 ``[layout.size]``.
+
+        Raises:
+            BundleError: the bundle has no usable ``evaluate`` graph.
+            DataError: a sample is NaN or infinite.
+            TrainingError: the loss is not finite.
+            ModelError: the test set is smaller than the one batch size of the bundle's graph.
+        """
+        result = self._trainer.evaluate(vector, self._view, self._view.train, batch_size)
+        if result is None:
+            raise ModelError(f"{self.path}: {len(self)} samples do not fill one batch of the bundle's evaluate graph")
+        return result
+
+
+def accuracy(evaluation: Evaluation | None) -> float | None:
+    """Share of correct samples, None where it was not measured or the task has no classes."""
+    if evaluation is None or evaluation.correct is None or not evaluation.samples:
+        return None
+    return evaluation.correct / evaluation.samples
+
+
+def mean_loss(evaluation: Evaluation | None) -> float | None:
+    """Loss per sample, None where it was not measured."""
+    return evaluation.loss_sum / evaluation.samples if evaluation is not None and evaluation.samples else None

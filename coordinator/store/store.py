@@ -118,18 +118,12 @@ class Store:
         before, self._data_version = self._data_version, self._read_data_version()
         return before != self._data_version
 
-    def open_runs(self) -> list[str]:
-        """Names of the runs that have not ended, in order of submission."""
-        return [stored.row.run for stored in self._runs(tables.runs.c.status == "running")]
+    def active(self) -> list[StoredRun]:
+        """Runs that have not ended, in order of submission."""
+        return self._runs(tables.runs.c.status == "running")
 
-    def stop_requests(self) -> dict[str, str]:
-        """Runs that have not ended and that a user wants to end, and why."""
-        t = tables.runs
-        found = self._runs((t.c.status == "running") & t.c.stop_reason.is_not(None))
-        return {stored.row.run: stored.stop_reason or "" for stored in found}
-
-    def load_run(self, run: str) -> tuple[Plan, list[Row]]:
-        """Plan and rows for :meth:`coordinator.run_state.RunState.from_rows`: those of recent versions.
+    def load_run(self, run: str) -> list[Row]:
+        """All rows that :meth:`coordinator.run_state.RunState.from_rows` needs: those of recent versions.
 
         Raises:
             UnknownRunError: no such run.
@@ -141,13 +135,12 @@ class Store:
         names = sa.select(a.c.assignment).where(recent)
         assignments = self._select(sa.select(a).where(recent))
         updates = self._select(sa.select(u).where(u.c.run == run, u.c.assignment.in_(names)))
-        rows: list[Row] = [
+        return [
             stored.row,
             *(convert.ASSIGNMENTS.row(entry) for entry in assignments),
             *(convert.UPDATES.row(entry) for entry in updates),
             *self.rounds(run),
         ]
-        return stored.plan, rows
 
     def stored_verdict(self, update: UpdateId) -> UpdateRow | None:
         """The stored row of an update, however old; None if it never came."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from coordinator.aggregation import read_model
 from coordinator.errors import ModelError
+from edge_runtime.bundle import Bundle
 from edge_runtime.data.base import open_dataset
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.data.view import View, Window
@@ -13,9 +16,9 @@ from edge_runtime.training.onnx_trainer import OnnxTrainer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from coordinator.aggregation import Blobs
     from coordinator.methods.base import Vector
-    from edge_runtime.bundle import Bundle
-    from edge_runtime.messages import Evaluation
+    from edge_runtime.messages import BlobRef, Evaluation
 
 BATCH_SIZE = 256
 
@@ -56,13 +59,19 @@ class TestSet:
         return result
 
 
-def accuracy(evaluation: Evaluation | None) -> float | None:
-    """Share of correct samples, None where it was not measured or the task has no classes."""
-    if evaluation is None or evaluation.correct is None or not evaluation.samples:
-        return None
-    return evaluation.correct / evaluation.samples
+def evaluate_blob(blobs: Blobs, bundle: Bundle, test_set: BlobRef, model: BlobRef) -> Evaluation:
+    """Evaluates a stored model on a stored test set. One thread at a time.
+
+    Raises:
+        ModelError: the model or the test set is not in the store.
+        EdgeError: see :class:`TestSet`.
+    """
+    if not blobs.has(test_set.sha256):
+        raise ModelError(f"the test set (blob {test_set.sha256[:12]}) is not in the store; submit the run again")
+    opened = _open(blobs.path(test_set.sha256), bundle.path)
+    return opened.evaluate(read_model(blobs, model, bundle.layout()))
 
 
-def mean_loss(evaluation: Evaluation | None) -> float | None:
-    """Loss per sample, None where it was not measured."""
-    return evaluation.loss_sum / evaluation.samples if evaluation is not None and evaluation.samples else None
+@lru_cache(maxsize=2)  # both files are named by their content, so they never change; graphs load in tens of ms
+def _open(test_set: Path, bundle: Path) -> TestSet:
+    return TestSet(test_set, Bundle.open(bundle))

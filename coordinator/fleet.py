@@ -182,17 +182,25 @@ class Fleet:
                 names.add(device.name)
 
 
-def unfit(device: Device, need: Requirement) -> str:  # noqa: PLR0911 - one reason, one line
+def unfit(device: Device, need: Requirement) -> str:
     """Why a device cannot take part; empty if it can."""
-    state = device.state
+    return _unfit(device.state, device.conflict, need)
+
+
+def unfit_row(row: DeviceRow, need: Requirement) -> str:
+    """Like :func:`unfit`, from what the store keeps."""
+    return _unfit(row.state, row.conflict, need)
+
+
+def _unfit(state: DeviceState, conflict: str, need: Requirement) -> str:  # noqa: PLR0911 - one reason, one line
     if not state.online:
         return "offline"
-    if device.conflict:
-        return device.conflict
+    if conflict:
+        return conflict
     oldest, newest = state.schema_versions
     if not oldest <= SCHEMA_VERSION <= newest + 1:
         return f"speaks message versions {oldest} to {newest}, not {SCHEMA_VERSION}"
-    if device.dataset(need.dataset) is None:
+    if all(entry.name != need.dataset for entry in state.datasets):
         return f"offers no dataset {need.dataset!r}"
     missing = [codec for codec in need.codecs if codec not in state.codecs]
     if missing:

@@ -155,20 +155,27 @@ class Store:
         )
         return convert.UPDATES.row(found[0]) if found else None
 
-    def disposable_updates(self, run: str, before_round: int) -> list[str]:
-        """SHA-256 of updates of the run that are decided and were counted before ``before_round``, or refused.
+    def drop_update_blobs(self, run: str, before_round: int) -> int:
+        """Deletes the bytes of refused updates, and of those counted in the two rounds before ``before_round``.
 
-        Bytes that an undecided update of the run shares are left out.
+        Called after every round, that is all of them; two, since a crash may have skipped one call. Bytes that an
+        undecided update of any run shares are kept. Returns how many blobs were deleted.
         """
         u = tables.updates
-        waiting = sa.select(u.c.sha256).where(u.c.run == run, u.c.verdict == "pending")
+        other = u.alias()
+        waiting = sa.exists().where(other.c.sha256 == u.c.sha256, other.c.verdict == "pending")
+        counted = (u.c.counted_round < before_round) & (u.c.counted_round >= before_round - 2)
         decided = sa.select(u.c.sha256).where(
-            u.c.run == run,
-            u.c.verdict != "pending",
-            sa.or_(u.c.counted_round < before_round, u.c.counted_round.is_(None)),
-            u.c.sha256.not_in(waiting),
+            u.c.run == run, u.c.verdict != "pending", sa.or_(counted, u.c.counted_round.is_(None)), ~waiting
         )
-        return [entry["sha256"] for entry in self._select(decided.distinct())]
+        names = [entry["sha256"] for entry in self._select(decided.distinct())]
+        there = [name for name in names if self.blobs.has(name)]
+        for name in there:
+            try:
+                self.blobs.delete(name)
+            except OSError as error:
+                raise storage_error(self.blobs.path(name), error) from error
+        return len(there)
 
     # What the command line does
     def submit(self, plan: Plan, row: RunRow) -> str:
@@ -219,11 +226,12 @@ class Store:
             raise UnknownRunError(f"no run is called {run!r}; the latest: {names}")
         return found[0]
 
-    def rounds(self, run: str) -> list[RoundRow]:
-        """The closed rounds of a run in order."""
+    def rounds(self, run: str, first: int = 0) -> list[RoundRow]:
+        """The closed rounds of a run in order, from round ``first`` on."""
         t = tables.rounds
         return [
-            convert.ROUNDS.row(entry) for entry in self._select(sa.select(t).where(t.c.run == run).order_by(t.c.round))
+            convert.ROUNDS.row(entry)
+            for entry in self._select(sa.select(t).where(t.c.run == run, t.c.round >= first).order_by(t.c.round))
         ]
 
     def counted_updates(self, run: str, round_: int) -> list[UpdateRow]:

@@ -1,0 +1,111 @@
+"""What a run has come to, as plain numbers: for the command line, for scripts, for summary files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coordinator.evaluation_numbers import accuracy, mean_loss
+from coordinator.fleet import requirement, unfit_row
+
+if TYPE_CHECKING:
+    from coordinator.events import DeviceRow, RoundRow
+    from coordinator.store import Store
+    from coordinator.store.store import StoredRun
+
+
+def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str, Any]:
+    """One run in numbers.
+
+    Keys: ``accuracy`` and ``test_loss`` (latest on the test set), ``best_accuracy``, ``initial_accuracy``,
+    ``device_accuracy`` (latest on the devices' hold-outs), ``rounds`` (closed) of ``rounds_planned``, ``bytes_up`` and
+    ``bytes_down`` (payload), ``seconds`` (to the end, to ``now`` for a running run if given, else to the last round),
+    ``devices`` (that were asked), ``updates`` by verdict, and ``history`` with one entry per round. What was not
+    measured is None.
+
+    Raises:
+        UnknownRunError: no such run.
+    """
+    stored = store.run(run)
+    row, rounds = stored.row, store.rounds(run)
+    history = [_round(entry) for entry in rounds]
+    measured = [entry["accuracy"] for entry in history if entry["accuracy"] is not None]
+    initial = accuracy(row.initial_test)
+    last = rounds[-1].closed_unix_s if rounds else row.submitted_unix_s
+    end = row.ended_unix_s if row.ended_unix_s is not None else max(now or 0.0, last)
+    return {
+        "run": row.run,
+        "plan": stored.plan.name,
+        "status": row.status,
+        "reason": row.reason,
+        "phase": row.phase,
+        "rounds": len(rounds),
+        "rounds_planned": stored.plan.rounds,
+        "version": row.version,
+        "accuracy": _latest(history, "accuracy") if measured else initial,
+        "best_accuracy": max(measured, default=initial),
+        "initial_accuracy": initial,
+        "test_loss": _latest(history, "test_loss") if history else mean_loss(row.initial_test),
+        "device_accuracy": _latest(history, "device_accuracy"),
+        "train_loss": _latest(history, "train_loss"),
+        "bytes_up": sum(entry.bytes_up for entry in rounds),
+        "bytes_down": sum(entry.bytes_down for entry in rounds),
+        "seconds": end - row.submitted_unix_s,
+        "samples": sum(entry.samples for entry in rounds),
+        "devices": store.participants(run),
+        "updates": {"counted": 0, "refused": 0, "pending": 0, **store.update_counts(run)},
+        "late_updates": sum(entry.late_updates for entry in rounds),
+        "history": history,
+    }
+
+
+def round_progress(store: Store, stored: StoredRun) -> dict[str, int]:
+    """The open round: devices ``asked``, and how many of them have ``delivered``, ``failed`` or are ``open``."""
+    rows = store.assignments(stored.row.run, stored.row.round)
+    counts = {"asked": len(rows), "delivered": 0, "failed": 0, "open": 0}
+    for row in rows:
+        key = {"received": "delivered", "open": "open"}.get(row.status, "failed")
+        counts[key] += 1
+    return counts
+
+
+def device_report(store: Store, stored: StoredRun | None = None) -> list[dict[str, Any]]:
+    """The devices as the server last knew them; with a run, also why a device cannot take part in it."""
+    need = None if stored is None else requirement(stored.plan, stored.row.model.size_bytes)
+    return [_device(row, "" if need is None else unfit_row(row, need)) for row in store.devices()]
+
+
+def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:
+    telemetry = row.telemetry
+    return {
+        "device": row.device,
+        "online": row.online,
+        "last_contact_unix_s": row.last_contact_unix_s,
+        "platform": row.state.platform,
+        "datasets": {entry.name: entry.samples for entry in row.state.datasets},
+        "temperature_c": None if telemetry is None else telemetry.temperature_c,
+        "battery_percent": None if telemetry is None else telemetry.battery_percent,
+        "conflict": row.conflict,
+        "unfit": unfit,
+    }
+
+
+def _round(row: RoundRow) -> dict[str, Any]:
+    return {
+        "round": row.round,
+        "version": row.version,
+        "seconds": row.closed_unix_s - row.opened_unix_s,
+        "updates": row.updates,
+        "late_updates": row.late_updates,
+        "samples": row.samples,
+        "bytes_up": row.bytes_up,
+        "bytes_down": row.bytes_down,
+        "train_loss": row.train_loss,
+        "test_loss": mean_loss(row.test),
+        "accuracy": accuracy(row.test),
+        "device_loss": mean_loss(row.devices),
+        "device_accuracy": accuracy(row.devices),
+    }
+
+
+def _latest(history: list[dict[str, Any]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(history) if entry[key] is not None), None)

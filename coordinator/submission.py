@@ -1,0 +1,99 @@
+"""Takes a plan in: checks everything that can be checked here, copies bundle and test set, stores the run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coordinator.aggregation import make_initial
+from coordinator.methods import create_method
+from coordinator.run_state import RunState
+from edge_runtime.bundle import Bundle
+from edge_runtime.compression import registry as codecs
+from edge_runtime.errors import BundleError, CodecError, ConfigError, TrainingError
+from edge_runtime.messages import BlobRef
+from edge_runtime.methods import registry as client_methods
+
+if TYPE_CHECKING:
+    from coordinator.plan import Plan
+    from coordinator.store import Store
+    from edge_runtime.store.blobs import StoredBlob
+
+
+def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
+    """Stores a run that the server then takes up; returns its name. ``now`` is unix seconds, by default the clock's.
+
+    Raises:
+        BundleError: the bundle cannot be read, or lacks the graphs that the plan needs.
+        ConfigError: plan, bundle and methods do not fit one another.
+        DataError: the test set does not fit the bundle.
+        PluginError: no such selector or server method.
+        StorageError: the disk is full.
+    """
+    path = Path(plan.bundle)
+    if path.is_dir():
+        raise BundleError(f"{path}: is a folder; devices receive one file, export the bundle as NAME.bundle")
+    bundle = Bundle.open(path)
+    check_fit(plan, bundle)
+    test_set = None
+    if plan.test_set is not None:
+        from coordinator.evaluation import TestSet
+
+        TestSet(Path(plan.test_set), bundle)
+        test_set = _reference(store.blobs.put_file(Path(plan.test_set)))
+    made = make_initial(store.blobs, plan, bundle.initial_vector(), bundle.layout())
+    state = RunState.start(
+        plan.name,
+        plan,
+        _reference(store.blobs.put_file(path)),
+        made.model,
+        now=time.time() if now is None else now,
+        test_set=test_set,
+        down=made.down,
+        method_state=made.method_state,
+    )
+    return store.submit(plan, state.run)
+
+
+def check_fit(plan: Plan, bundle: Bundle) -> None:
+    """Whether plan, bundle and plug-ins fit one another.
+
+    Raises:
+        BundleError: a graph that the plan needs is not in the bundle.
+        ConfigError: an unknown codec, method, option or hyper-parameter, or a batch size the graphs do not take.
+        PluginError: no such server method, or options it does not take.
+    """
+    server = create_method(plan)
+    try:
+        client = client_methods.create_method(plan.method, plan.options)
+        codecs.stages(plan.codec)
+        codecs.stages(plan.downlink_codec)
+    except (TrainingError, CodecError) as error:
+        raise ConfigError(f"plan {plan.name!r}: {error}") from error
+    if sorted(client.channels) != sorted(server.channels):
+        raise ConfigError(
+            f"plan {plan.name!r}: method {plan.method!r} sends {', '.join(client.channels)}, server_method "
+            f"{plan.server_method!r} takes {', '.join(server.channels)}; choose two that belong together"
+        )
+    variant = plan.variant if plan.variant is not None else client.variant
+    needed = ("train",) if client.gradient_hook() is None else ("gradients", "update")
+    for graph in (*needed, *(("evaluate",) if plan.test_set is not None else ())):
+        bundle.graph_entry(graph, variant)
+    known = bundle.manifest.optimizer.hyper
+    unknown = sorted(set(plan.training.hyper) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"plan {plan.name!r}: training.hyper has {unknown[0]!r}, bundle {bundle.manifest.name!r} knows "
+            f"{', '.join(known)}"
+        )
+    batch = bundle.manifest.batch
+    if batch.mode == "fixed" and batch.size != plan.training.batch_size:
+        raise ConfigError(
+            f"plan {plan.name!r}: training.batch_size is {plan.training.batch_size}, bundle "
+            f"{bundle.manifest.name!r} takes batches of {batch.size} only"
+        )
+
+
+def _reference(stored: StoredBlob) -> BlobRef:
+    return BlobRef(sha256=stored.sha256, size_bytes=stored.size_bytes)

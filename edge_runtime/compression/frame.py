@@ -4,9 +4,9 @@ Layout of a frame, all integers little-endian::
 
     4 bytes  magic "EFRM"
     u16      format version
-    u16      0
+    u16      bytes of padding at the end of the header, 0 to 3
     u32      length of the header in bytes, a multiple of 4
-    header   MessagePack [stages, channels, arrays], padded with spaces
+    header   MessagePack [stages, channels, arrays], padded with zeros
              stages    [[name, config], ...] in the order of encoding
              channels  [name, ...]
              arrays    [[channel index, name, dtype, shape], ...], widest items first, so that each is aligned
@@ -106,10 +106,11 @@ def encode_frame(channels: Mapping[str, Packet], stages: Sequence[Stage]) -> byt
     header = msgspec.msgpack.encode(
         _Header([(stage.name, stage.config()) for stage in stages], list(channels), [entry for entry, _ in entries])
     )
-    header += b" " * (-len(header) % 4)
+    padding = -len(header) % 4
+    header += bytes(padding)
     if len(header) > HEADER_LIMIT_BYTES or len(entries) > _MAX_ARRAYS or len(channels) > _MAX_CHANNELS:
         raise CodecError(f"a frame of {len(channels)} channels and {len(entries)} arrays is over the format's limits")
-    prefix = _PREFIX.pack(MAGIC, FRAME_VERSION, 0, len(header))
+    prefix = _PREFIX.pack(MAGIC, FRAME_VERSION, padding, len(header))
     return b"".join([prefix, header, *(array.data for _, array in entries if array.size)])
 
 
@@ -151,16 +152,16 @@ def decode_frame(data: bytes | memoryview, layouts: Mapping[str, Layout]) -> dic
 def _read_header(view: memoryview) -> tuple[_Header, int]:
     if len(view) < _PREFIX.size or view[:4] != MAGIC:
         raise CodecError("these bytes are no frame (bad magic)")
-    _, version, _, length = _PREFIX.unpack_from(view)
+    _, version, padding, length = _PREFIX.unpack_from(view)
     if version > FRAME_VERSION or version < 1:
         raise CodecError(
             f"frame version {version} is not read here (up to {FRAME_VERSION}); update edge-training-runtime"
         )
     end = _PREFIX.size + length
-    if length > HEADER_LIMIT_BYTES or length % 4 or end > len(view):
+    if length > HEADER_LIMIT_BYTES or length % 4 or end > len(view) or padding > min(3, length):
         raise CodecError(f"frame header of {length} bytes is too large, not aligned or cut off")
     try:
-        header = _header_decoder.decode(bytes(view[_PREFIX.size : end]).rstrip(b" "))
+        header = _header_decoder.decode(view[_PREFIX.size : end - padding])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CodecError(f"frame header is damaged: {error}") from error
     if len(header.stages) > _MAX_STAGES or len(header.channels) > _MAX_CHANNELS or len(header.arrays) > _MAX_ARRAYS:

@@ -175,9 +175,7 @@ class _Training:
         self._personal = method.personal(loaded.layout)
         unknown = self._personal - set(loaded.layout.names)
         if unknown:
-            raise TrainingError(
-                f"method {method.name!r} keeps {min(unknown)!r} personal, which the model does not have"
-            )
+            raise TrainingError(f"method {method.name!r} keeps {min(unknown)!r} personal, which the model lacks")
 
     def run(
         self, view: View, received: Vector, state: RunState, on_step: OnStep | None

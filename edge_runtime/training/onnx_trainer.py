@@ -12,7 +12,7 @@ from edge_runtime.errors import DataError, TrainingError
 from edge_runtime.messages import Evaluation
 from edge_runtime.training.base import TrainResult
 from edge_runtime.training.onnx_graph import OnnxGraph, scalar, shared
-from edge_runtime.training.schedule import batches, generator, total_steps
+from edge_runtime.training.schedule import BatchRule, batches, generator, total_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,17 +71,18 @@ class OnnxTrainer:
         names = ("train",) if gradient is None else ("gradients", "update")
         first = self._graph(names[0])
         self._check_batch(first, settings.batch_size)
-        drop = settings.last_batch == "drop" or (first.fixed_batch is not None and not first.has_mask)
+        fixed = first.fixed_batch is not None and not first.has_mask
+        rule = BatchRule(settings.last_batch == "drop" or fixed, self._manifest.batch.minimum)
         count = len(view.train)
         try:
-            total = total_steps(count, settings, drop=drop)
+            total = total_steps(count, settings, rule)
         except DataError as error:
             raise DataError(f"dataset {view.name!r}: {error}") from error
         for side in self._sides:
             side.reset(start)
         dropout = generator(settings.seed, 1)
         loss, loss_sum, seen, step = self._results["loss"], 0.0, 0, 0
-        for step, positions in enumerate(batches(count, settings, drop=drop, sampler=sampler), 1):
+        for step, positions in enumerate(batches(count, settings, rule, sampler), 1):
             indices = view.train[positions]
             size = self._fill(first, view, indices, settings.batch_size)
             self._scalars["seed"][()] = dropout.integers(1 << 31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -27,39 +28,55 @@ def generator(seed: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, purpose]))
 
 
-def total_steps(count: int, settings: TrainSettings, *, drop: bool) -> int:
+@dataclass(frozen=True)
+class BatchRule:
+    """The partial batch at the end of an epoch is dropped, or kept if it has at least ``minimum`` samples."""
+
+    drop: bool = False
+    minimum: int = 1
+
+    def used(self, count: int, size: int) -> int:
+        """How many of ``count`` samples one epoch uses."""
+        rest = count % size
+        return count - rest if self.drop or rest < self.minimum else count
+
+
+def total_steps(count: int, settings: TrainSettings, rule: BatchRule) -> int:
     """Steps of the whole job.
 
     Raises:
         DataError: no samples, or fewer than one batch where partial batches are dropped.
-        TrainingError: not exactly one of epochs and steps is set.
+        TrainingError: not exactly one of epochs and steps is set, or the batch size is too small.
     """
     if (settings.epochs is None) == (settings.steps is None):
         raise TrainingError("set exactly one of epochs and steps")
+    size = settings.batch_size
+    if size < rule.minimum:
+        raise TrainingError(f"batch_size {size} is too small for this model; set at least {rule.minimum}")
     if count == 0:
         raise DataError("no samples are left to train on after window and hold-out; collect more or hold out less")
-    size = settings.batch_size
-    if drop and count < size:
+    used = rule.used(count, size)
+    if used == 0:
         raise DataError(
-            f"{count} samples are fewer than one batch of {size}, and partial batches are dropped; collect more data "
-            "or use a bundle with a smaller or dynamic batch"
+            f"{count} samples are fewer than one batch of {size if rule.drop else rule.minimum}, and partial batches "
+            "are dropped; collect more data, or use a bundle with a smaller or dynamic batch"
         )
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None
-    return settings.epochs * (count // size if drop else -(-count // size))
+    return settings.epochs * -(-used // size)
 
 
 def batches(
-    count: int, settings: TrainSettings, *, drop: bool, sampler: Sampler | None = None
+    count: int, settings: TrainSettings, rule: BatchRule, sampler: Sampler | None = None
 ) -> Iterator[NDArray[np.integer[Any]]]:
     """Positions ``[batch]`` in ``[0, count)`` for every step; each epoch is shuffled anew. Raises like total_steps."""
-    left = total_steps(count, settings, drop=drop)
+    left = total_steps(count, settings, rule)
     rng = generator(settings.seed, 0)
     size = settings.batch_size
     while left > 0:
         order = rng.permutation(count) if sampler is None else np.asarray(sampler(count, rng))
-        stop = len(order) - len(order) % size if drop else len(order)
+        stop = rule.used(len(order), size)
         if stop == 0 or order.dtype.kind not in "iu":
             raise TrainingError("the method's sampler gave no usable order of samples")
         for start in range(0, stop, size):

@@ -1,0 +1,495 @@
+"""The coordinator as a process: MQTT, database and files around the pure round machine.
+
+One thread runs the event loop; aggregation and evaluation run in one other thread, so that devices are answered
+meanwhile. Command line and server share nothing but the database: a submitted run waits there until a server takes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+import edge_runtime
+from coordinator import events as e
+from coordinator.broker import USERNAME, Broker, password_file, start_broker
+from coordinator.fleet import Fleet
+from coordinator.rounds import resume, step
+from coordinator.run_state import RunState
+from coordinator.runner import RunFiles
+from coordinator.store import Store, StoredRun
+from coordinator.transfers import Downlink, Uplink, with_chunk_size
+from edge_runtime import messages, topics
+from edge_runtime.errors import EdgeError, MessageError
+from edge_runtime.files import write_durably
+from edge_runtime.transport.link import Link, LinkSettings
+from edge_runtime.transport.loop import Loop, Timer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coordinator.aggregation import Made
+    from coordinator.plan import Plan
+    from edge_runtime.messages import BlobRef, UpdateId, UpdateMeta
+
+log = logging.getLogger("edge.coordinator")
+
+POLL_S = 0.25  # how soon a submission or a stop request of another process is noticed
+TICK_S = 1.0
+DEVICE_SAVE_S = 1.0
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the coordinator keeps things and which broker it uses; without ``broker_url`` it starts one itself."""
+
+    state_dir: Path
+    broker_url: str | None = None
+    broker_port: int = 0
+    embedded: Literal["mosquitto", "amqtt"] = "mosquitto"
+    username: str | None = None
+    password_file: Path | None = None
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+    database_url: str | None = None
+    name: str = "coordinator"
+
+
+class Coordinator:
+    """Runs federated training for every submitted plan.
+
+    Example:
+        >>> from coordinator import Coordinator, ServerSettings  # doctest: +SKIP
+        >>> Coordinator(ServerSettings(state_dir=Path("edge-state"))).run()  # doctest: +SKIP
+
+    Raises:
+        ConfigError: the settings cannot be used.
+        TransportError: the embedded broker does not start.
+        StorageError: the state folder cannot be used.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, *, loop: Loop | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.settings = settings
+        self.loop = loop or Loop()
+        self.clock = clock
+        folder = settings.state_dir
+        self.store = Store(folder, settings.database_url)
+        self.blobs = self.store.blobs
+        self.fleet = Fleet()
+        self.runs: dict[str, RunState] = {}
+        self.files: dict[str, RunFiles] = {}
+        self.broker: Broker | None = None
+        self._session = os.urandom(8).hex()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
+        self._offer: messages.UpdateOffer | None = None
+        self._dirty_devices: set[str] = set()
+        self._ticks: dict[str, Timer] = {}
+        self._counted_bytes: dict[str, tuple[int, int]] = {}
+        self.link_settings = self._link_settings()
+        self.link = Link(
+            self.link_settings,
+            self.loop,
+            topics=[f"{topics.ROOT}/d/+/state", f"{topics.ROOT}/d/+/message", f"{topics.ROOT}/d/+/chunk"],
+            on_message=self._on_message,
+            on_up=self._on_up,
+            on_down=self._on_down,
+            random=Random(self._session),
+            will=(topics.COORDINATOR, lambda: self._announcement(online=False)),
+        )
+        self.downlink = Downlink(self.loop, self.link, self._find_blob)
+        self.uplink = Uplink(self.loop, self.link, arrived=self._on_arrived, refused=self._on_refused)
+
+    def run(self) -> None:
+        """Runs until :meth:`stop`."""
+        self.start()
+        try:
+            self.loop.run()
+        finally:
+            self.close()
+
+    def start(self) -> None:
+        """Takes up the open runs and connects; the loop does the rest."""
+        self._poll()
+        self.link.start()
+        write_durably(self.settings.state_dir / "connection.json", self.connection_json())
+        self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
+
+    def stop(self) -> None:
+        """Ends :meth:`run`; may be called from a signal handler or another thread. Runs go on at the next start."""
+        self.loop.stop()
+
+    def close(self) -> None:
+        """Disconnects and frees everything."""
+        self.link.stop((topics.COORDINATOR, self._announcement(online=False)))
+        self.uplink.reset()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self.store.close()
+        if self.broker is not None:
+            self.broker.stop()
+
+    def connection_json(self) -> bytes:
+        """How agents on this machine reach the broker: JSON with url, password_file, broker, protocol."""
+        link = self.link_settings
+        password = password_file(self.settings.state_dir / "broker") if self.broker else self.settings.password_file
+        described = {
+            "url": link.url,
+            "username": link.username,
+            "password_file": None if password is None else str(password.resolve()),
+            "broker": "external" if self.broker is None else self.broker.kind,
+            "protocol": link.protocol,
+        }
+        return msgspec.json.encode(described)
+
+    # Messages
+
+    def _link_settings(self) -> LinkSettings:
+        settings = self.settings
+        url, username, secret = settings.broker_url, settings.username, settings.password_file
+        protocol: Literal["auto", "3.1.1"] = "auto"
+        if url is None:
+            folder = settings.state_dir / "broker"
+            self.broker, url = start_broker(folder, port=settings.broker_port, prefer=settings.embedded)
+            username, secret = USERNAME, password_file(folder)
+            protocol = "3.1.1" if self.broker.kind == "amqtt" else "auto"
+        return LinkSettings(
+            url=url,
+            client_id=settings.name,
+            username=username,
+            password=None if secret is None else lambda: secret.read_text(encoding="utf-8").strip(),
+            ca_file=None if settings.ca is None else str(settings.ca),
+            certificate_file=None if settings.certificate is None else str(settings.certificate),
+            key_file=None if settings.key is None else str(settings.key),
+            insecure=settings.insecure,
+            protocol=protocol,
+        )
+
+    def _announcement(self, *, online: bool) -> bytes:
+        state = messages.CoordinatorState(online=online, session=self._session, software=edge_runtime.__version__)
+        return messages.encode(state)
+
+    def _on_up(self) -> None:
+        self.link.publish(topics.COORDINATOR, self._announcement(online=True), retain=True)
+
+    def _on_down(self, _reason: str) -> None:
+        self.downlink.reset()
+        self.uplink.reset()
+        for device in list(self.fleet.devices()):  # who is still there announces itself again
+            self.fleet.gone(self.clock(), device.name)
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        parsed = topics.parse_from_device(topic)
+        if parsed is None:
+            return
+        device, leaf = parsed
+        try:
+            if leaf == "chunk":
+                self.uplink.on_chunk(payload)
+            elif payload:  # an empty retained state only clears the topic
+                self._handle(device, messages.decode_from_device(payload))
+        except MessageError as error:
+            log.warning("%s: %s", topic, error)
+
+    def _handle(self, device: str, message: messages.FromDevice) -> None:
+        now = self.clock()
+        self.fleet.contact(now, device)
+        match message:
+            case messages.DeviceState():
+                if message.device != device:
+                    raise MessageError(f"device {device!r} announces itself as {message.device!r}, ignored")
+                self._announced(now, message)
+            case messages.Telemetry():
+                self.fleet.measured(now, device, message)
+                self._dirty_devices.add(device)
+            case messages.JobStatus(run=run, assignment=assignment, status=status, reason=reason):
+                self.downlink.unexpect(device) if status in ("failed", "rejected") else None
+                if status in ("failed", "rejected"):
+                    log.warning("%s: job %s/%s %s: %s", device, run, assignment, status, reason)
+                    self._step(run, e.JobReported(now, device, assignment, reason))
+            case messages.UpdateOffer():
+                self._offered(now, device, message)
+            case messages.Need():
+                self.downlink.on_need(device, message)
+            case messages.Gone():
+                return  # the device will offer what it still has
+
+    def _announced(self, now: float, state: messages.DeviceState) -> None:
+        joined = self.fleet.announce(now, state)
+        self._dirty_devices.add(state.device)
+        if not state.online:
+            self.downlink.unexpect(state.device)
+        known = self.fleet.get(state.device)
+        if joined:
+            log.info("device %s joined", state.device)
+            if known is not None and known.conflict:
+                log.error("%s", known.conflict)
+            for run in list(self.runs):
+                self._step(run, e.DeviceJoined(now, state.device))
+
+    def _offered(self, now: float, device: str, offer: messages.UpdateOffer) -> None:
+        update = offer.update
+        if update.device != device:
+            raise MessageError(f"device {device!r} offers an update of {update.device!r}, ignored")
+        if update.run not in self.runs:
+            self._carry_out(update.run, e.AnswerFromStore(update))
+            return
+        self._offer = offer
+        self._step(update.run, e.UpdateOffered(now, update, offer.blob, offer.meta))
+        self._offer = None
+
+    def _send(self, device: str, message: messages.FromCoordinator) -> None:
+        self.link.publish(topics.to_device(device, "message"), messages.encode(message))
+
+    # Runs
+
+    def _poll(self) -> None:
+        """Takes up new runs and stop requests of other processes."""
+        if self.store.changed():
+            for stored in self.store.active():
+                name = stored.row.run
+                if name not in self.runs:
+                    self._take_up(stored)
+                if stored.stop_reason is not None:
+                    self._step(name, e.StopRequested(self.clock(), stored.stop_reason))
+        self.loop.call_later(POLL_S, self._poll)
+
+    def _take_up(self, stored: StoredRun) -> None:
+        run, plan = stored.row.run, stored.plan
+        try:
+            state = RunState.from_rows(plan, self.store.load_run(run))
+            self.files[run] = RunFiles(self.store, plan, state.run)
+        except EdgeError as error:
+            log.error("run %s cannot be taken up: %s", run, error)  # noqa: TRY400 - one line for the operator
+            ended = msgspec.structs.replace(stored.row, status="failed", phase="done", reason=str(error))
+            self.store.save([ended])
+            return
+        self.runs[run] = state
+        log.info("run %s: round %d of %d, %s", run, state.run.round + 1, plan.rounds, state.run.phase)
+        for effect in resume(state):
+            self._carry_out(run, effect)
+        self._step(run, e.Tick(self.clock()))
+        self._tick(run)
+
+    def _tick(self, run: str) -> None:
+        if run in self.runs:
+            self._step(run, e.Tick(self.clock()))
+            self._ticks[run] = self.loop.call_later(TICK_S, lambda: self._tick(run))
+
+    def _step(self, run: str, event: e.Event) -> None:
+        state = self.runs.get(run)
+        if state is not None:
+            for effect in step(state, event, self.fleet):
+                self._carry_out(run, effect)
+
+    def _carry_out(self, run: str, effect: e.Effect) -> None:  # noqa: C901 - one arm per effect
+        match effect:
+            case e.Save(rows):
+                self.store.save(rows)
+            case e.SendJob(assignment):
+                self._send_job(run, assignment)
+            case e.SendCancel(device, assignment, reason):
+                self._send(device, messages.Cancel(run=run, assignment=assignment, reason=reason))
+            case e.Fetch(update, blob, meta):
+                offer = self._offer or messages.UpdateOffer(update=update, blob=blob, meta=meta)
+                self._fetch(run, offer)
+            case e.SendDone(update):
+                self._send(update.device, messages.Done(update=update))
+            case e.SendVerdict(update, counted, reason):
+                self._send(update.device, messages.Verdict(update=update, counted=counted, reason=reason))
+            case e.AnswerFromStore(update):
+                self._answer_from_store(update)
+            case e.Aggregate():
+                self._aggregate(run, effect)
+            case e.Evaluate(version, model):
+                self._evaluate(run, version, model)
+            case e.Finished(status, reason):
+                self._finished(run, status, reason)
+
+    def _send_job(self, run: str, assignment: e.AssignmentRow) -> None:
+        device = self.fleet.get(assignment.device)
+        if device is None or not device.online or not self.link.is_up:
+            return  # DeviceJoined repeats it
+        state = self.runs[run]
+        job = make_job(state.plan, state.run, assignment, self.clock(), self.link.chunk_bytes)
+        self.files[run].sends(job.model)
+        self.downlink.expect(assignment.device, job.bundle, job.model)
+        self._send(assignment.device, job)
+
+    def _fetch(self, run: str, offer: messages.UpdateOffer) -> None:
+        files = self.files[run]
+        reason = files.unfit(offer.blob)
+        if reason:
+            self._step(run, e.UpdateDamaged(self.clock(), offer.update, offer.blob, offer.meta, reason))
+            return
+        self.uplink.fetch(self.blobs, offer)
+
+    def _on_arrived(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta) -> None:
+        files = self.files.get(update.run)
+        if files is None:
+            return
+        reason = files.damage(blob)
+        if reason:
+            self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
+        else:
+            self._step(update.run, e.UpdateArrived(self.clock(), update, blob, meta))
+
+    def _on_refused(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta, reason: str) -> None:
+        self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
+
+    def _answer_from_store(self, update: UpdateId) -> None:
+        row = self.store.stored_verdict(update)
+        if row is None:
+            reason = "the coordinator knows no such run or assignment"
+            self._send(update.device, messages.Verdict(update=update, counted=False, reason=reason))
+        elif row.verdict == "pending":
+            self._send(update.device, messages.Done(update=update))
+        else:
+            counted = row.verdict == "counted"
+            self._send(update.device, messages.Verdict(update=update, counted=counted, reason=row.reason))
+
+    def _aggregate(self, run: str, effect: e.Aggregate) -> None:
+        files = self.files[run]
+
+        def done(made: Made) -> e.Event:
+            up, down = self._payload_bytes(run)
+            before_up, before_down = self._counted_bytes.get(run, (0, 0))
+            self._counted_bytes[run] = (up, down)
+            return e.Aggregated(
+                self.clock(),
+                effect.round,
+                made.model,
+                down=made.down,
+                method_state=made.method_state,
+                bytes_up=up - before_up,
+                bytes_down=down - before_down,
+            )
+
+        self._in_worker(run, lambda: files.aggregate(effect), done, after=lambda: self._clean(run))
+
+    def _evaluate(self, run: str, version: int, model: BlobRef) -> None:
+        files = self.files[run]
+        self._in_worker(run, lambda: files.evaluate(model), lambda result: e.Evaluated(self.clock(), version, result))
+
+    def _clean(self, run: str) -> None:
+        if run in self.files:
+            self.files[run].clean(self.runs[run])
+
+    def _payload_bytes(self, run: str) -> tuple[int, int]:
+        files = self.files[run]
+        down = sum(self.downlink.sent_bytes.get(sha256, 0) for sha256 in files.sent_blobs)
+        return self.uplink.received_bytes.get(run, 0), down
+
+    def _in_worker(
+        self,
+        run: str,
+        action: Callable[[], Any],
+        event: Callable[[Any], e.Event],
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Runs ``action`` in the other thread and feeds its result to the run as an event."""
+
+        def work() -> None:
+            try:
+                result = action()
+            except EdgeError as error:
+                reason = str(error)
+                self.loop.call_threadsafe(lambda: self._step(run, e.WorkFailed(self.clock(), reason)))
+                return
+
+            def back() -> None:
+                self._step(run, event(result))
+                after()
+
+            self.loop.call_threadsafe(back)
+
+        self._worker.submit(work).add_done_callback(self._check)
+
+    def _check(self, future: Any) -> None:
+        """An unexpected error in the other thread must end the server, not hang its run."""
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+
+            def fail() -> None:
+                raise error
+
+            self.loop.call_threadsafe(fail)
+
+    def _finished(self, run: str, status: str, reason: str) -> None:
+        log.info("run %s %s%s", run, status, f": {reason}" if reason else "")
+        self.uplink.stop_run(run)
+        files = self.files.pop(run, None)
+        if files is not None:
+            for sha256 in files.sent_blobs:
+                self.downlink.forget(sha256)
+        self.runs.pop(run, None)
+        timer = self._ticks.pop(run, None)
+        if timer is not None:
+            timer.cancel()
+
+    # Blobs and devices
+
+    def _find_blob(self, sha256: str) -> tuple[Path, BlobRef] | None:
+        for files in self.files.values():
+            blob = files.sent_blobs.get(sha256)
+            if blob is not None:
+                return self.blobs.path(sha256), with_chunk_size(blob, self.link.chunk_bytes)
+        return None
+
+    def _save_devices(self) -> None:
+        if self._dirty_devices:
+            devices = [self.fleet.get(name) for name in sorted(self._dirty_devices)]
+            self._dirty_devices.clear()
+            self.store.save([device.row() for device in devices if device is not None])
+        self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
+
+
+def make_job(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, now: float, chunk_bytes: int) -> messages.Job:
+    """The message that tells a device its assignment."""
+    training = plan.training
+    return messages.Job(
+        run=run.run,
+        assignment=assignment.assignment,
+        round=assignment.round,
+        model_version=assignment.version,
+        bundle=with_chunk_size(run.bundle, chunk_bytes),
+        model=with_chunk_size(assignment.model, chunk_bytes),
+        dataset=plan.dataset,
+        deadline_s=max(1.0, assignment.deadline_unix_s - now),
+        epochs=assignment.epochs,
+        steps=assignment.steps,
+        batch_size=training.batch_size,
+        last_batch=training.last_batch,
+        hyper=training.hyper,
+        method=plan.method,
+        options=plan.options,
+        variant=assignment.variant,
+        cut=assignment.cut,
+        codec=assignment.codec,
+        byte_budget=assignment.byte_budget,
+        evaluate=plan.evaluate_on_devices,
+        holdout_fraction=training.holdout_fraction,
+        max_samples=training.max_samples,
+        max_age_s=training.max_age_s,
+        priority=plan.priority,
+        seed=plan.seed,
+    )
+
+
+def serve(settings: ServerSettings) -> None:
+    """Runs a coordinator in the foreground until SIGTERM or SIGINT; see :class:`Coordinator` for what it raises.
+
+    ``connection.json`` in the state folder tells local agents how to reach the broker, once it can be reached.
+    """
+    server = Coordinator(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    server.run()

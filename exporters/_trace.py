@@ -1,0 +1,214 @@
+"""Traces a step with a symbolic or fixed batch and converts it to an ONNX graph under construction."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from exporters import _operators_elementwise, _operators_nn, _operators_shape
+from exporters._converter import NUMPY, Converter, Tensor
+from exporters._decompositions import decomposition_table
+from exporters._graph import BATCH_AXIS, GraphBuilder, Port
+from exporters._model import Model
+from exporters._steps import Step
+from exporters.errors import ExportError
+
+# Importing a table registers its translations.
+_TABLES = (_operators_elementwise, _operators_nn, _operators_shape)
+
+Kind = Literal["gradients", "evaluate"]
+
+# Stands for the batch while tracing: unlike any layer size, so that no comparison mistakes one for the other.
+_BATCH_HINT = 1523
+
+_BATCHED = ("x", "y", "mask")
+_USES = {"gradients": ("x", "y", "mask", "seed"), "evaluate": ("x", "y", "mask")}
+
+
+class NotDynamicError(ExportError):
+    """The batch size got fixed while tracing; the message says by what."""
+
+
+class Traced(NamedTuple):
+    """A graph with named outputs, and what was learned while tracing it."""
+
+    builder: GraphBuilder
+    unused: tuple[str, ...]
+    dropout_streams: int
+
+
+def trace(model: Model, kind: Kind, *, batch: int | None, mask: bool) -> Traced:
+    """Traces one function of ``model`` and declares its outputs on a new builder.
+
+    ``batch`` is the fixed size, or None for a dynamic one.
+
+    Raises:
+        NotDynamicError: a dynamic batch was asked for and the model fixes it.
+        ExportError: the model cannot be traced, or uses an operator without a translation.
+    """
+    stack: list[str] = []
+    step = Step(model, stack)
+    symbolic = batch is None
+    fake = _inputs(model, batch, mask=mask, uses=_USES[kind])
+    names: list[str] = []
+
+    def flat(*values: torch.Tensor) -> list[torch.Tensor]:
+        given = dict(zip(fake, values, strict=True))
+        given.setdefault("seed", torch.zeros((), dtype=torch.int64))
+        result = getattr(step, kind)(given)
+        names[:] = result
+        return list(result.values())
+
+    model.module.train(kind == "gradients")
+    with _named_layers(model.module, stack), _plain_kernels():
+        module = _make_graph(flat, fake, symbolic=symbolic, stack=stack)
+    _check_still_symbolic(fake, symbolic=symbolic)
+    builder = GraphBuilder()
+    inputs = [_declare(builder, name, value, symbolic=symbolic and name in _BATCHED) for name, value in fake.items()]
+    converter = Converter(builder, "x" if symbolic else None, step.places)
+    outputs = dict(zip(names, converter.run(module, inputs), strict=True))
+    for name, value in outputs.items():
+        if name.startswith("new.p.") and value.name == name.removeprefix("new."):
+            continue  # a buffer that training leaves alone
+        if any(isinstance(size, torch.SymInt) for size in value.shape[1:]):
+            raise NotDynamicError(f"output {name} has a batch size in more than its first axis")
+        shape = tuple(BATCH_AXIS if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
+        builder.set_output(name, value.name, Port(NUMPY[value.dtype], shape))
+    return Traced(builder, tuple(step.unused), step.streams)
+
+
+def _inputs(model: Model, batch: int | None, *, mask: bool, uses: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Fake tensors for every graph input: shapes without data."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    given = {}
+    for name, value in model.tensors().items():
+        fixed = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC] * value.dim())
+        given[f"p.{name}"] = mode.from_tensor(value, symbolic_context=fixed)
+    size: Any = batch
+    if batch is None:
+        axis = torch.empty(_BATCH_HINT, device="meta")
+        size = mode.from_tensor(
+            axis, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        ).shape[0]
+    with mode:
+        data = {
+            "x": torch.empty((size, *model.example.shape[1:]), dtype=model.example.dtype),
+            "y": torch.empty((size, *model.target.shape), dtype=model.target.dtype),
+            "seed": torch.empty((), dtype=torch.int64),
+        }
+        if mask:
+            data["mask"] = torch.empty((size,))
+    given.update({name: data[name] for name in uses if name in data})
+    return given
+
+
+def _make_graph(
+    function: Callable[..., Any], fake: Mapping[str, torch.Tensor], *, symbolic: bool, stack: list[str]
+) -> GraphModule:
+    mode: Literal["symbolic", "fake"] = "symbolic" if symbolic else "fake"
+    values = list(fake.values())
+    try:
+        module = make_fx(function, decomposition_table=decomposition_table(), tracing_mode=mode)(*values)
+        _drop_dead_writes(module)
+        if _writes_in_place(module):
+            plain = torch.func.functionalize(module, remove="mutations")
+            module = make_fx(plain, tracing_mode=mode)(*values)
+            module.graph.eliminate_dead_code()
+    except ExportError:
+        raise
+    except Exception as error:  # torch raises many kinds of errors for one cause: the model cannot be traced
+        place = f"in layer {stack[-1]!r}" if stack else "outside any layer"
+        reason = str(error).strip().splitlines()
+        kind = NotDynamicError if symbolic else ExportError
+        raise kind(
+            f"tracing failed {place}: {type(error).__name__}: {reason[0] if reason else ''}; forward() must not "
+            "depend on the values of tensors"
+        ) from error
+    return module
+
+
+def _drop_dead_writes(module: GraphModule) -> None:
+    """Removes dead code, and writes into copies that nothing reads, such as a counter of batches."""
+    for node in reversed(module.graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.users or schema is None or not schema.is_mutable:
+            continue
+        target = node.args[0]
+        if target.target is torch.ops.aten.clone.default and list(target.users) == [node]:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+
+
+def _writes_in_place(module: GraphModule) -> bool:
+    """Whether the graph changes a tensor in a way that the converter does not follow.
+
+    It follows whole copies into a clone, which is how buffers are updated.
+    """
+    aten = torch.ops.aten
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        target = node.args[0]
+        if node.target is not aten.copy_.default or target.target is not aten.clone.default:
+            return True
+    return False
+
+
+def _check_still_symbolic(fake: Mapping[str, torch.Tensor], *, symbolic: bool) -> None:
+    if not symbolic:
+        return
+    size = fake["x"].shape[0]
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_number or size.node.maybe_as_int() is not None:
+        raise NotDynamicError("forward() fixes the batch size, for example by int(x.shape[0]) or a fixed view")
+
+
+def _declare(builder: GraphBuilder, name: str, value: torch.Tensor, *, symbolic: bool) -> Tensor:
+    shape: tuple[Any, ...] = tuple(value.shape)
+    port = tuple(BATCH_AXIS if symbolic and axis == 0 else int(size) for axis, size in enumerate(shape))
+    builder.add_input(name, Port(NUMPY[value.dtype], port))
+    return Tensor(name, value.dtype, shape)
+
+
+@contextlib.contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Fused CPU kernels off: they have no decomposition (oneDNN RNN, flash attention, the encoder's fast path)."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def _named_layers(module: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keeps the names of the running modules on ``stack``, the innermost last."""
+    handles = []
+    for name, part in module.named_modules():
+
+        def enter(_part: nn.Module, _args: Any, name: str = name) -> None:
+            stack.append(name)
+
+        def leave(_part: nn.Module, _args: Any, _result: Any) -> None:
+            stack.pop()
+
+        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -80,11 +80,6 @@ class Store:
         self._data_version = -1  # the first look is news
         self.blobs = BlobStore(folder / "blobs")
 
-    @classmethod
-    def open(cls, folder: Path, url: str | None = None) -> Store:
-        """The store of a server: see the class."""
-        return cls(folder, url)
-
     def close(self) -> None:
         """Closes the database."""
         self._engine.dispose()
@@ -170,11 +165,11 @@ class Store:
         )
         names = [entry["sha256"] for entry in self._select(decided.distinct())]
         there = [name for name in names if self.blobs.has(name)]
-        for name in there:
-            try:
+        try:
+            for name in there:
                 self.blobs.delete(name)
-            except OSError as error:
-                raise storage_error(self.blobs.path(name), error) from error
+        except OSError as error:
+            raise storage_error(self.blobs.folder, error) from error
         return len(there)
 
     # What the command line does

@@ -1,0 +1,122 @@
+"""``edge-coordinator``: serve, submit plans, look at runs, fetch models.
+
+Exit codes: 0 done; 1 it failed (a run that failed, a model that does not verify, a server that cannot run); 2 wrong
+usage or input (command line, plan, bundle, test set); 3 no such run; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coordinator.errors import PluginError, UnknownRunError
+from edge_runtime.errors import BundleError, ConfigError, DataError, EdgeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+FAILED, WRONG_INPUT, UNKNOWN_RUN, INTERRUPTED = 1, 2, 3, 130
+_EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 no such run, 130 interrupted"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+    except UnknownRunError as error:
+        return _fail(error, UNKNOWN_RUN)
+    except (ConfigError, BundleError, DataError, PluginError) as error:
+        return _fail(error, WRONG_INPUT)
+    except EdgeError as error:
+        return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return code
+
+
+def _fail(error: EdgeError, code: int) -> int:
+    print(f"edge-coordinator: {error}", file=sys.stderr)
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``command`` to its function."""
+    from coordinator import cli_commands as commands
+    from coordinator import cli_serve, cli_status
+
+    parser = argparse.ArgumentParser(
+        prog="edge-coordinator", description="Federated training: the server's side.", epilog=_EPILOG
+    )
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], about: str, example: str, *, json: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"example:\n  {example}\n\n{_EPILOG}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument(
+            "--state",
+            type=Path,
+            default=Path(os.environ.get("EDGE_STATE") or "edge-state"),
+            metavar="DIR",
+            help="state folder (default: $EDGE_STATE, else ./edge-state)",
+        )
+        sub.add_argument(
+            "--database",
+            default=os.environ.get("EDGE_DATABASE") or None,
+            metavar="URL",
+            help="database elsewhere, as postgresql+psycopg://... (default: $EDGE_DATABASE, else SQLite in DIR)",
+        )
+        if json:
+            sub.add_argument("--json", action="store_true", help="print one JSON value for machines")
+        sub.set_defaults(command=command)
+        return sub
+
+    cli_serve.arguments(
+        add(
+            "serve",
+            cli_serve.serve,
+            "run the coordinator until interrupted",
+            "edge-coordinator serve --state edge-state --port 1883",
+            json=False,
+        )
+    )
+    sub = add("submit", commands.submit, "store a run for the server", "edge-coordinator submit plan.toml --watch")
+    sub.add_argument("plan", type=Path, help="the plan, a TOML file")
+    sub.add_argument("--watch", action="store_true", help="then show its progress until it has ended")
+    sub = add("status", cli_status.status, "show runs, rounds and devices", "edge-coordinator status digits-1 --watch")
+    sub.add_argument("run", nargs="?", help="the run (default: the latest)")
+    sub.add_argument("--watch", action="store_true", help="follow the run until it has ended")
+    add("runs", cli_status.runs, "list all runs", "edge-coordinator runs --json")
+    add("devices", cli_status.devices, "list the devices", "edge-coordinator devices")
+    sub = add("model", commands.model, "write a trained model to a file", "edge-coordinator model digits-1 -o out.onnx")
+    sub.add_argument("run", help="the run")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="FILE.onnx or FILE.safetensors")
+    sub.add_argument("--version", type=int, metavar="N", help="model version, 0 is the initial one (default: latest)")
+    sub = add("stop", commands.stop, "end a run; what it has stays", "edge-coordinator stop digits-1 --reason enough")
+    sub.add_argument("run", help="the run")
+    sub.add_argument("--reason", default="stopped by the user", help="what status shows")
+    sub = add(
+        "verify",
+        commands.verify,
+        "build every model of a run again from the stored updates and compare",
+        "edge-coordinator verify digits-1",
+    )
+    sub.add_argument("run", help="the run; its plan must say retain_updates = 'all'")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""``edge-coordinator serve``: from the command line to the server's settings."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the server."""
+    parser.add_argument("--broker", metavar="URL", help="mqtt://host:port or mqtts://... (default: start one here)")
+    parser.add_argument("--port", type=int, default=0, help="port of the broker started here (default: any free one)")
+    parser.add_argument(
+        "--embedded", choices=("mosquitto", "amqtt"), default="mosquitto", help="broker to start, if it is installed"
+    )
+    parser.add_argument("--name", default="coordinator", help="MQTT client id (default: coordinator)")
+    parser.add_argument("--username", help="user name at the broker")
+    parser.add_argument("--password-file", type=Path, metavar="FILE", help="file that holds the password")
+    parser.add_argument("--ca", type=Path, metavar="FILE", help="certificate authority of the broker")
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="our certificate")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="our private key")
+    parser.add_argument("--insecure", action="store_true", help="do not check the broker's certificate; for tests")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every step")
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Runs the server until it is interrupted."""
+    from coordinator.server import ServerSettings
+    from coordinator.server import serve as run_server
+
+    settings = ServerSettings(
+        state_dir=options.state,
+        database_url=options.database,
+        broker_url=options.broker,
+        broker_port=options.port,
+        embedded=options.embedded,
+        name=options.name,
+        username=options.username,
+        password_file=options.password_file,
+        ca=options.ca,
+        certificate=options.certificate,
+        key=options.key,
+        insecure=options.insecure,
+    )
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    run_server(settings)
+    return 0

@@ -94,7 +94,6 @@ class Coordinator:
         self._offer: messages.UpdateOffer | None = None
         self._dirty_devices: set[str] = set()
         self._ticks: dict[str, Timer] = {}
-        self._counted_bytes: dict[str, tuple[int, int]] = {}
         self.link_settings = self._link_settings()
         self.link = Link(
             self.link_settings,
@@ -360,17 +359,14 @@ class Coordinator:
         files = self.files[run]
 
         def done(made: Made) -> e.Event:
-            up, down = self._payload_bytes(run)
-            before_up, before_down = self._counted_bytes.get(run, (0, 0))
-            self._counted_bytes[run] = (up, down)
             return e.Aggregated(
                 self.clock(),
                 effect.round,
                 made.model,
                 down=made.down,
                 method_state=made.method_state,
-                bytes_up=up - before_up,
-                bytes_down=down - before_down,
+                bytes_up=self.uplink.take_received_bytes(run),
+                bytes_down=self.downlink.take_sent_bytes(files.sent_blobs),
             )
 
         self._in_worker(run, lambda: files.aggregate(effect), done, after=lambda: self._clean(run))
@@ -382,11 +378,6 @@ class Coordinator:
     def _clean(self, run: str) -> None:
         if run in self.files:
             self.files[run].clean(self.runs[run])
-
-    def _payload_bytes(self, run: str) -> tuple[int, int]:
-        files = self.files[run]
-        down = sum(self.downlink.sent_bytes.get(sha256, 0) for sha256 in files.sent_blobs)
-        return self.uplink.received_bytes.get(run, 0), down
 
     def _in_worker(
         self,

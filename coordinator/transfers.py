@@ -13,7 +13,7 @@ from edge_runtime.errors import EdgeError, StorageError, TransferError
 from edge_runtime.transport.transfer import ChunkPump, Incoming, check_first_chunk, unpack_chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from edge_runtime.messages import BlobRef, Need, UpdateId, UpdateMeta, UpdateOffer
@@ -81,6 +81,10 @@ class Downlink:
             gathering = self._gathering[need.sha256] = _Gathering(timer)
         gathering.ranges[device] = need.ranges
         self._flush_if_complete(need.sha256)
+
+    def take_sent_bytes(self, blobs: Iterable[str]) -> int:
+        """Payload bytes sent of these blobs since the last call."""
+        return sum(self.sent_bytes.pop(sha256, 0) for sha256 in blobs)
 
     def reset(self) -> None:
         """The connection ended: devices will ask again."""
@@ -185,6 +189,10 @@ class Uplink:
         if upload is not None:
             run = next(iter(upload.updates)).run
             self._add(upload, run, index, (crc, data))
+
+    def take_received_bytes(self, run: str) -> int:
+        """Payload bytes received for a run since the last call."""
+        return self.received_bytes.pop(run, 0)
 
     def stop_run(self, run: str) -> None:
         """Stops receiving updates of a run."""

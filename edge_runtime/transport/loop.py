@@ -48,7 +48,7 @@ class Loop:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._selector.register(self._wake_read, READ, self._woken)
-        self._running = False
+        self._stopping = self._closed = False
 
     def watch(self, fd: int, events: int, action: Callable[[int], None]) -> None:
         """Calls ``action(ready events)`` when ``fd`` is ready; a second call for the same fd changes the events."""
@@ -73,7 +73,9 @@ class Loop:
         self._soon.append(action)
 
     def call_threadsafe(self, action: Callable[[], None]) -> None:
-        """Like :meth:`call_soon`, from any thread."""
+        """Like :meth:`call_soon`, from any thread; nothing happens once the loop is closed."""
+        if self._closed:
+            return
         self._foreign.append(action)
         try:
             os.write(self._wake_write, b"w")
@@ -81,28 +83,33 @@ class Loop:
             return  # the pipe is full of wake-ups already
 
     def run(self) -> None:
-        """Runs until :meth:`stop`. Exceptions of callbacks end it and pass to the caller."""
-        self._running = True
-        while self._running:
-            self.step(None)
+        """Runs until :meth:`stop`, also an earlier one. Exceptions of callbacks end it and pass to the caller."""
+        try:
+            while not self._stopping:
+                self.step(None)
+        finally:
+            self._stopping = False
 
     def step(self, limit_s: float | None) -> None:
         """Runs what is due, then waits at most ``limit_s`` seconds (None: until something happens) for the next."""
         self._run_due()
-        if not self._running and limit_s is None:
+        if self._stopping:
             return
         for key, events in self._selector.select(self._wait_s(limit_s)):
-            if key.fd in self._selector.get_map():  # an earlier callback of this batch may have closed it
+            # An earlier callback of this batch may have closed it, or given its number to another file. What is
+            # skipped here and still ready is told by the next wait.
+            if self._selector.get_map().get(key.fd) is key:
                 key.data(events)
         self._run_due()
 
     def stop(self) -> None:
-        """Ends :meth:`run` after the current callback."""
-        self._running = False
+        """Ends :meth:`run` after the current callback, or as soon as it starts."""
+        self._stopping = True
         self.call_threadsafe(lambda: None)
 
     def close(self) -> None:
         """Frees the file descriptors of the loop itself."""
+        self._closed = True
         self._selector.close()
         os.close(self._wake_read)
         os.close(self._wake_write)

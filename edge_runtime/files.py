@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -60,6 +61,7 @@ def write_durably(path: Path, data: bytes | memoryview, *, mode: int = 0o644) ->
         handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
         try:
             view, at = memoryview(data), 0
+            view = view.cast("B") if view.nbytes else memoryview(b"")
             while at < len(view):
                 at += os.write(handle, view[at:])
             os.fsync(handle)
@@ -68,7 +70,8 @@ def write_durably(path: Path, data: bytes | memoryview, *, mode: int = 0o644) ->
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from typing import Any
 
 import psutil
 
@@ -20,7 +21,7 @@ _TIME_ERROR = 5
 
 def measure(started_monotonic_s: float, sent_bytes: int, received_bytes: int) -> Telemetry:
     """Reads all sensors once; takes about a millisecond and does not block."""
-    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    battery = _battery()
     return Telemetry(
         uptime_s=round(time.monotonic() - started_monotonic_s, 3),
         clock_unix_s=time.time(),
@@ -35,11 +36,18 @@ def measure(started_monotonic_s: float, sent_bytes: int, received_bytes: int) ->
     )
 
 
+def _battery() -> Any:
+    try:
+        return psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    except (OSError, ValueError):  # some drivers list a battery whose files refuse to be read
+        return None
+
+
 def temperature_c() -> float | None:
     """The hottest sensor in degrees Celsius; None where no sensor can be read."""
     try:
         sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
-    except OSError:  # some boards list a sensor that refuses to be read
+    except (OSError, ValueError):  # some boards list a sensor that refuses to be read
         return None
     values = [entry.current for entries in sensors.values() for entry in entries if entry.current is not None]
     return max(values) if values else None

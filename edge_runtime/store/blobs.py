@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MAP_HEADER = struct.Struct("<QI")  # size_bytes, chunk_bytes
 _MAP_ENTRY = struct.Struct("<BI")  # 1 when the chunk is written, its CRC-32
 _READ_BYTES = 1 << 20
+CHUNKS_LIMIT = 1 << 18  # bookkeeping is memory: 25 GB in chunks of 96 KiB
 
 
 class StoredBlob(msgspec.Struct, frozen=True):
@@ -50,6 +51,8 @@ class BlobStore:
         self.partial_folder = folder / "partial"
         try:
             self.partial_folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):  # of a process that died while writing
+                leftover.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
 
@@ -95,10 +98,21 @@ class BlobStore:
                 f"blob of {blob.size_bytes} bytes refused: the limit here is {self.limit_bytes}; raise the limit in "
                 "the configuration or send a smaller model"
             )
+        if blob.size_bytes > CHUNKS_LIMIT * blob.chunk_bytes:
+            raise TransferError(
+                f"blob of {blob.size_bytes} bytes in chunks of {blob.chunk_bytes} refused: "
+                f"{CHUNKS_LIMIT} chunks are the most"
+            )
         return PartialBlob(self, blob)
 
     def evict(self, quota_bytes: int, keep: Collection[str]) -> list[str]:
-        """Deletes the least recently used blobs not in ``keep`` until all fit the quota; gives what was deleted."""
+        """Deletes the least recently used blobs not in ``keep`` until all fit the quota; gives what was deleted.
+
+        What arrived of a blob that is not in ``keep`` is deleted in any case: nobody waits for it any more.
+        """
+        for entry in self.partial_folder.iterdir():
+            if entry.stem not in keep:
+                entry.unlink(missing_ok=True)
         files = [(entry.stat(), entry) for entry in self.folder.iterdir() if entry.is_file()]
         files.sort(key=lambda item: item[0].st_mtime)
         total, deleted = sum(stat.st_size for stat, _ in files), []
@@ -128,11 +142,13 @@ class PartialBlob:
         self._have = bytearray(self.chunks)
         self.missing = self.chunks
         self._hash, self._hashed = sha256(), 0  # over the chunks [0, _hashed)
+        self._fd = self._map_fd = -1
         try:
             self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
             self._map_fd = os.open(self._map, os.O_RDWR | os.O_CREAT, 0o600)
             self._resume()
         except OSError as error:
+            self.close()
             raise storage_error(self._part, error) from error
 
     def add(self, index: int, crc: int, data: bytes | memoryview) -> bool:
@@ -180,13 +196,16 @@ class PartialBlob:
             TransferError: the hash does not fit; all chunks are forgotten and must come again.
             StorageError: the disk is full or not writable.
         """
-        for index in range(self._hashed, self.chunks):
-            self._hash.update(os.pread(self._fd, self._length(index), index * self.blob.chunk_bytes))
-        if self._hash.hexdigest() != self.blob.sha256:
-            self._forget()
-            raise TransferError(f"blob {self.blob.sha256[:12]} arrived with another SHA-256, all chunks asked again")
         target = self._store.path(self.blob.sha256)
         try:
+            for index in range(self._hashed, self.chunks):
+                self._hash.update(os.pread(self._fd, self._length(index), index * self.blob.chunk_bytes))
+                self._hashed = index + 1
+            if self._hash.hexdigest() != self.blob.sha256:
+                self._forget()
+                raise TransferError(
+                    f"blob {self.blob.sha256[:12]} arrived with another SHA-256, all chunks asked again"
+                )
             if durable:
                 os.fsync(self._fd)
             self._part.rename(target)
@@ -206,10 +225,10 @@ class PartialBlob:
 
     def close(self) -> None:
         """Closes the files; what arrived stays for the next time."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            os.close(self._map_fd)
-            self._fd = self._map_fd = -1
+        for fd in (self._fd, self._map_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._map_fd = -1
 
     def _length(self, index: int) -> int:
         return min(self.blob.chunk_bytes, self.blob.size_bytes - index * self.blob.chunk_bytes)
@@ -249,8 +268,11 @@ class BlobReader:
             raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
 
     def chunk(self, index: int) -> bytes:
-        """Bytes of one chunk."""
-        return os.pread(self._fd, self.blob.chunk_bytes, index * self.blob.chunk_bytes)
+        """Bytes of one chunk; raises StorageError if they cannot be read."""
+        try:
+            return os.pread(self._fd, self.blob.chunk_bytes, index * self.blob.chunk_bytes)
+        except OSError as error:
+            raise StorageError(f"blob {self.blob.sha256[:12]} cannot be read ({error.strerror})") from error
 
     def close(self) -> None:
         """Closes the file."""

@@ -2,7 +2,8 @@
 
 SQLite in WAL mode with ``synchronous=FULL``: when :meth:`Spool.add` returns, the update survives a power cut. The
 bytes of an update are a file in the spool folder that the worker has already made durable; the row makes it exist. A
-file without a row (the power went between the two) is deleted at start, its job is asked for again.
+file without a row (the power went between the two) is deleted at start, and so is the row of a file that is gone: its
+job is asked for again.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class Spool:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA cache_size=-256")  # KiB: the spool is small, the agent's memory is the product
             self._create()
+            self._sweep()
         except (OSError, sqlite3.Error) as error:
             raise StorageError(f"{self._path}: cannot be used ({error}); check the disk and the permissions") from error
-        self._sweep()
 
     def add(self, update: SpooledUpdate) -> None:
         """Makes a finished update durable; adding the same update again changes nothing."""
@@ -85,7 +86,7 @@ class Spool:
             (state, reason, *msgspec.structs.astuple(update)),
         )
         found = self.get(update)
-        if found is not None and state != "ready":
+        if found is not None and state != "ready" and not self._rows("WHERE state='ready' AND file=?", (found.file,)):
             (self.folder / found.file).unlink(missing_ok=True)
         if state in ("counted", "refused"):
             self._execute(
@@ -159,7 +160,13 @@ class Spool:
             self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
 
     def _sweep(self) -> None:
-        known = {update.file for update in self.open_updates()}
-        for entry in self.folder.iterdir():
-            if entry.name not in known:
-                entry.unlink(missing_ok=True)
+        waiting = self._rows("WHERE state='ready'", ())
+        sizes = {entry.name: entry.stat().st_size for entry in self.folder.iterdir()}
+        for update in waiting:
+            if sizes.get(update.file) != update.blob.size_bytes:  # lost with a file system: let the job be done again
+                self._execute(
+                    "DELETE FROM updates WHERE run=? AND device=? AND assignment=? AND sequence=?",
+                    msgspec.structs.astuple(update.update),
+                )
+        for name in sizes.keys() - {update.file for update in waiting}:
+            (self.folder / name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ anything is said about them, so after a restart :func:`AgentState.restore` and `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -292,13 +293,17 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
 def _job_arrived(state: AgentState, event: JobArrived) -> list[Effect]:
     job, key = event.job, (event.job.run, event.job.assignment)
     update = UpdateId(job.run, state.device, job.assignment, 0)
-    if event.known in ("ready", "delivered"):
+    if event.known in ("ready", "delivered") or update in state.updates:  # a full disk may keep it out of the spool
         return [Offer(update, push=False)]
-    if event.known is not None or key in state.jobs:
-        return []  # closed, or at work on it
+    if event.known is not None:
+        return []  # closed
+    if key in state.jobs:
+        return [_report(job, "accepted")]  # at work on it
     reason = _unfit(state, job, event.crashes)
     if reason:
         return [_report(job, "rejected", reason)]
+    if event.crashes:
+        state.crashes[job.bundle.sha256] = event.crashes
     missing = {job.bundle.sha256, job.model.sha256}
     state.jobs[key] = Entry(job, event.now + job.deadline_s, missing)
     return [_report(job, "accepted"), *(FetchBlob(blob) for blob in (job.bundle, job.model))]
@@ -313,14 +318,20 @@ def _unfit(state: AgentState, job: Job, crashes: int) -> str:
     ):
         if name not in known:
             return f"{kind} {name!r} is not on this device (it has {', '.join(sorted(known)) or 'none'})"
+    if not math.isfinite(job.deadline_s):
+        return f"a deadline of {job.deadline_s} s is no duration"
     size = max(job.bundle.size_bytes, job.model.size_bytes)
     if size > can.blob_limit_bytes:
         return f"blob of {size} bytes is over this device's limit of {can.blob_limit_bytes}"
     if crashes >= CRASH_LIMIT:
-        return f"bundle {job.bundle.sha256[:12]} crashed the worker {crashes} times and is in quarantine here"
+        return _quarantine(job.bundle.sha256, crashes)
     if len(state.jobs) >= QUEUE_LIMIT:
         return f"the queue of this device is full ({QUEUE_LIMIT} jobs)"
     return ""
+
+
+def _quarantine(bundle: str, crashes: int) -> str:
+    return f"bundle {bundle[:12]} crashed the worker {crashes} times and is in quarantine here"
 
 
 def _start_next(state: AgentState, now: float) -> list[Effect]:
@@ -360,8 +371,11 @@ def _crashed(state: AgentState, event: WorkerCrashed) -> list[Effect]:
     bundle = state.jobs[state.running].job.bundle.sha256
     effects = _finish_running(state, event.reason)
     if not event.ours:
-        state.crashes[bundle] = state.crashes.get(bundle, 0) + 1
+        crashes = state.crashes[bundle] = state.crashes.get(bundle, 0) + 1
         effects.insert(0, CountCrash(bundle))
+        if crashes >= CRASH_LIMIT:
+            for key in [key for key, entry in state.jobs.items() if entry.job.bundle.sha256 == bundle]:
+                effects += _remove(state, key, _quarantine(bundle, crashes))
     return effects + _start_next(state, event.now)
 
 

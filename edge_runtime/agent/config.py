@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,10 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The broker. ``password_file`` holds the password on one line and is read at every connection."""
+    """The broker. ``password_file`` holds the password on one line and is read at every connection.
+
+    ``username`` is the device's name unless another one is given.
+    """
 
     url: str
     username: str | None = None
@@ -99,6 +103,10 @@ def check_agent_config(config: AgentConfig) -> None:
         raise ConfigError("no [[data]] section: name at least one dataset this device may train on")
     if len(set(names)) != len(names):
         raise ConfigError(f"two [[data]] sections have one name ({', '.join(sorted(names))}); names are unique")
+    for section, table in (("", config), ("limits.", config.limits)):
+        for key, value in msgspec.structs.asdict(table).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{section}{key} = {value} is no number to measure against; leave it out or set one")
     parse_url(config.broker.url, insecure=config.broker.insecure)
 
 
@@ -108,7 +116,7 @@ def link_settings(config: AgentConfig) -> LinkSettings:
     return LinkSettings(
         url=broker.url,
         client_id=config.device,
-        username=broker.username,
+        username=config.device if broker.username is None and broker.password_file else broker.username,
         password=None if broker.password_file is None else lambda: read_secret(broker.password_file),
         ca_file=broker.ca,
         certificate_file=broker.certificate,

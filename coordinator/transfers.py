@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_runtime import messages, topics
-from edge_runtime.errors import EdgeError, StorageError, TransferError
-from edge_runtime.transport.transfer import ChunkPump, Incoming, check_first_chunk, unpack_chunk
+from edge_runtime.errors import StorageError, TransferError
+from edge_runtime.transport.transfer import (
+    RANGES_LIMIT,
+    WRONG_LIMIT,
+    ChunkPump,
+    Incoming,
+    check_first_chunk,
+    unpack_chunk,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.transfer")
 
 GATHER_S = 0.05  # how long the first request for a blob waits for the other devices that were told of it
-DISK_RETRY_S = 30.0
+UNANSWERED_LIMIT = 8  # requests over some minutes; a device that lives offers again by itself
 
 
 @dataclass
@@ -79,7 +86,7 @@ class Downlink:
         if gathering is None:
             timer = self._loop.call_later(GATHER_S, lambda: self._flush(need.sha256))
             gathering = self._gathering[need.sha256] = _Gathering(timer)
-        gathering.ranges[device] = need.ranges
+        gathering.ranges[device] = need.ranges[:RANGES_LIMIT]
         self._flush_if_complete(need.sha256)
 
     def take_sent_bytes(self, blobs: Iterable[str]) -> int:
@@ -153,8 +160,13 @@ class Uplink:
         """Starts or goes on receiving an offered update."""
         blob, half = offer.blob, offer.blob.sha256[:32]
         upload = self._uploads.get(half)
+        if upload is not None and upload.incoming.partial.blob != blob:  # cut anew, for a link with other packets
+            self._stop(half)
+            upload = None
         if upload is not None:
             upload.updates[offer.update] = offer.meta  # two devices may well offer the same bytes
+            if not offer.first:
+                upload.incoming.nudge()
         elif store.has(blob.sha256):
             self._arrived(offer.update, blob, offer.meta)
             return
@@ -174,11 +186,9 @@ class Uplink:
                 complete=lambda: self._complete(half),
             )
             upload = self._uploads[half] = _Upload(incoming, {offer.update: offer.meta})
-        first = check_first_chunk(blob, offer.first)
-        if first is None:
-            upload.incoming.ask()
-        else:
-            self._add(upload, offer.update.run, 0, first)
+            if not offer.first:
+                incoming.ask()
+        self._add_first(upload, offer)
         if not upload.incoming.partial.missing and half in self._uploads:
             self._complete(half)  # all of it had arrived before a restart
 
@@ -203,9 +213,22 @@ class Uplink:
 
     def reset(self) -> None:
         """The connection ended: devices will offer again, what arrived stays."""
-        for upload in self._uploads.values():
+        for half in list(self._uploads):
+            self._stop(half)
+
+    def _stop(self, half: str) -> None:
+        upload = self._uploads.pop(half, None)
+        if upload is not None:
             upload.incoming.close()
-        self._uploads.clear()
+
+    def _add_first(self, upload: _Upload, offer: UpdateOffer) -> None:
+        try:
+            first = check_first_chunk(offer.blob, offer.first)
+        except TransferError as error:
+            log.warning("%s", error)
+            return
+        if first is not None:
+            self._add(upload, offer.update.run, 0, first)
 
     def _add(self, upload: _Upload, run: str, index: int, chunk: tuple[int, memoryview]) -> None:
         try:
@@ -213,14 +236,17 @@ class Uplink:
         except TransferError as error:
             log.warning("%s", error)
         except StorageError as error:
-            log.error("%s; receiving stops for %g s, updates stay on their devices", error, DISK_RETRY_S)  # noqa: TRY400
-            self._uploads.pop(upload.incoming.half_hash, None)
-            upload.incoming.close()
+            log.error("%s; updates stay on their devices, which offer them again", error)  # noqa: TRY400
+            self._stop(upload.incoming.half_hash)
         else:
             self.received_bytes[run] = self.received_bytes.get(run, 0) + len(chunk[1])
 
     def _need(self, half: str, ranges: list[tuple[int, int]]) -> None:
         upload = self._uploads[half]
+        if upload.incoming.unanswered > UNANSWERED_LIMIT:
+            log.info("update %s: nothing comes, waiting for its next offer", next(iter(upload.updates)))
+            self._stop(half)
+            return
         need = messages.encode(messages.Need(sha256=upload.incoming.partial.blob.sha256, ranges=ranges))
         for device in {update.device for update in upload.updates}:
             self._link.publish(topics.to_device(device, "message"), need)
@@ -231,11 +257,18 @@ class Uplink:
             upload.incoming.partial.finish(durable=True)
         except TransferError as error:
             log.warning("%s", error)
-            upload.incoming.ask()
+            upload.incoming.wrong += 1
+            if upload.incoming.wrong < WRONG_LIMIT:
+                upload.incoming.ask()
+                return
+            del self._uploads[half]
+            upload.incoming.close(discard=True)
+            for update, meta in upload.updates.items():
+                self._refused(update, upload.incoming.partial.blob, meta, f"{error}; given up")
             return
-        except EdgeError as error:
-            log.error("%s; updates stay on their devices", error)  # noqa: TRY400
-            self.reset()
+        except StorageError as error:
+            log.error("%s; updates stay on their devices, which offer them again", error)  # noqa: TRY400
+            self._stop(half)
             return
         del self._uploads[half]
         upload.incoming.close()

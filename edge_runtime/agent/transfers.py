@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edge_runtime import messages, topics
 from edge_runtime.errors import EdgeError, StorageError, TransferError
-from edge_runtime.store.blobs import BlobReader, BlobStore
-from edge_runtime.transport.transfer import ChunkPump, Incoming, pack_first_chunk, unpack_chunk
+from edge_runtime.store.blobs import BlobReader, BlobStore, hash_file
+from edge_runtime.transport.transfer import WRONG_LIMIT, ChunkPump, Incoming, pack_first_chunk, unpack_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from random import Random
 
     from edge_runtime.messages import BlobRef, Need, UpdateId
-    from edge_runtime.store.spool import Spool
+    from edge_runtime.store.spool import Spool, SpooledUpdate
     from edge_runtime.transport.link import Link
     from edge_runtime.transport.loop import Loop, Timer
 
@@ -47,6 +49,7 @@ class Downloads:
         self._device, self._cache, self._loop, self._link = device, cache, loop, link
         self._on_ready, self._on_failed = on_ready, on_failed
         self._incoming: dict[str, Incoming] = {}  # by half hash
+        self._trusted: set[str] = set()  # verified by this process; what lay there before may have seen a power cut
 
     @property
     def open(self) -> set[str]:
@@ -55,7 +58,7 @@ class Downloads:
 
     def fetch(self, blob: BlobRef) -> None:
         """Starts or goes on fetching; answers at once when the blob is here."""
-        if self._cache.has(blob.sha256):
+        if self._is_cached(blob.sha256):
             self._cache.touch(blob.sha256)
             self._loop.call_soon(lambda: self._on_ready(blob.sha256))
             return
@@ -75,6 +78,8 @@ class Downloads:
         )
         self._incoming[incoming.half_hash] = incoming
         self._ask(incoming)
+        if not partial.missing:  # all of it had arrived before a restart
+            self._loop.call_soon(lambda: self._complete(blob))
 
     def stop(self, sha256: str) -> None:
         """Stops fetching; what arrived stays for the next time."""
@@ -103,7 +108,7 @@ class Downloads:
 
     def on_up(self) -> None:
         """The link stands again: subscribe and ask for what is missing."""
-        for incoming in self._incoming.values():
+        for incoming in list(self._incoming.values()):
             self._ask(incoming)
 
     def close(self) -> None:
@@ -122,18 +127,36 @@ class Downloads:
         self._link.publish(topics.from_device(self._device, "message"), messages.encode(message))
 
     def _complete(self, blob: BlobRef) -> None:
-        incoming = self._incoming[blob.sha256[:32]]
+        incoming = self._incoming.get(blob.sha256[:32])
+        if incoming is None or incoming.partial.missing:
+            return
         try:
             incoming.partial.finish(durable=False)  # a cached blob that a power cut damages is fetched again
         except TransferError as error:
             log.warning("%s", error)
-            incoming.ask()
+            incoming.wrong += 1
+            if incoming.wrong >= WRONG_LIMIT:
+                self._fail(blob.sha256, f"{error}; given up after {WRONG_LIMIT} times")
+            else:
+                incoming.ask()
             return
         except StorageError as error:
             self._fail(blob.sha256, str(error))
             return
+        self._trusted.add(blob.sha256)
         self.stop(blob.sha256)
         self._on_ready(blob.sha256)
+
+    def _is_cached(self, sha256: str) -> bool:
+        if not self._cache.has(sha256):
+            return False
+        if sha256 not in self._trusted:
+            if hash_file(self._cache.path(sha256)).sha256 != sha256:
+                log.warning("cached blob %s is damaged, fetching it again", sha256[:12])
+                self._cache.delete(sha256)
+                return False
+            self._trusted.add(sha256)
+        return True
 
     def _fail(self, sha256: str, reason: str) -> None:
         self.stop(sha256)
@@ -159,15 +182,20 @@ class Uploads:
         spooled = self._spool.get(update)
         if spooled is None or not self._link.is_up:
             return
+        blob = self._cut(spooled.blob)
         first = b""
-        if push and spooled.state == "ready":
-            reader = BlobReader(self._spool.path(spooled), spooled.blob)
-            first = pack_first_chunk(reader)
-            reader.close()
-        message = messages.UpdateOffer(update=update, blob=spooled.blob, meta=spooled.meta, first=first)
-        self._link.publish(topics.from_device(self._device, "message"), messages.encode(message))
-        if first:
-            self._send(update, [(1, 1 << 30)])
+        try:
+            if push and spooled.state == "ready":
+                reader = BlobReader(self._spool.path(spooled), blob)
+                first = pack_first_chunk(reader)
+                reader.close()
+            message = messages.UpdateOffer(update=update, blob=blob, meta=spooled.meta, first=first)
+            self._link.publish(topics.from_device(self._device, "message"), messages.encode(message))
+        except EdgeError as error:
+            log.error("update %s cannot be offered: %s", update, error)  # noqa: TRY400 - one line for the user
+            return
+        if first and blob.size_bytes > blob.chunk_bytes:
+            self._send(spooled, [(1, 1 << 30)])
 
     def on_need(self, need: Need) -> bool:
         """Sends chunks of an update; False if no update has this hash."""
@@ -175,7 +203,7 @@ class Uploads:
             spooled = self._spool.get(update)
             if spooled is not None and spooled.blob.sha256 == need.sha256 and spooled.state == "ready":
                 self.postpone(update)
-                self._send(update, need.ranges)
+                self._send(spooled, need.ranges)
                 return True
         return False
 
@@ -200,8 +228,15 @@ class Uploads:
         if spooled is not None:
             self._pump.forget(spooled.blob.sha256)
 
-    def _send(self, update: UpdateId, ranges: list[tuple[int, int]]) -> None:
-        spooled = self._spool.get(update)
-        if spooled is not None:
-            topic = topics.from_device(self._device, "chunk")
-            self._pump.send(topic, self._spool.path(spooled), spooled.blob, ranges)
+    def _cut(self, blob: BlobRef) -> BlobRef:
+        """The blob in chunks that this broker takes: it may have been made while another one, or none, was there."""
+        if blob.chunk_bytes <= self._link.chunk_bytes:
+            return blob
+        return msgspec.structs.replace(blob, chunk_bytes=self._link.chunk_bytes)
+
+    def _send(self, spooled: SpooledUpdate, ranges: list[tuple[int, int]]) -> None:
+        topic = topics.from_device(self._device, "chunk")
+        try:
+            self._pump.send(topic, self._spool.path(spooled), self._cut(spooled.blob), ranges)
+        except StorageError as error:
+            log.error("update %s cannot be sent: %s", spooled.update, error)  # noqa: TRY400 - one line for the user

@@ -8,12 +8,15 @@ death of either end and of the broker, and only what is missing is asked for aga
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
 import struct
 import zlib
 from collections import deque
 from typing import TYPE_CHECKING
 
-from edge_runtime.errors import MessageError, TransferError
+from edge_runtime.errors import MessageError, StorageError, TransferError
 from edge_runtime.store.blobs import BlobReader, PartialBlob, indexes
 
 if TYPE_CHECKING:
@@ -24,11 +27,14 @@ if TYPE_CHECKING:
     from edge_runtime.transport.link import Link
     from edge_runtime.transport.loop import Loop, Timer
 
+log = logging.getLogger("edge.transfer")
+
 _CHUNK = struct.Struct("<16sII")  # first half of the blob's SHA-256, chunk number, CRC-32 of the data
 WINDOW = 16
 STALL_FIRST_S = 1.0
 STALL_LIMIT_S = 60.0
 RANGES_LIMIT = 1000
+WRONG_LIMIT = 3  # whole arrivals with a wrong hash: the sender's copy must be damaged
 
 
 def pack_chunk(sha256: str, index: int, data: bytes) -> bytes:
@@ -53,7 +59,7 @@ class _Outgoing:
         self.key = key
         self.reader = reader
         self.queue: deque[int] = deque()
-        self.queued: set[int] = set()
+        self.pending: set[int] = set()  # in the queue, or sent and not yet acknowledged
 
 
 class ChunkPump:
@@ -69,20 +75,27 @@ class ChunkPump:
         self.sent_chunks = 0
 
     def send(self, topic: str, path: Path, blob: BlobRef, ranges: Iterable[tuple[int, int]]) -> None:
-        """Queues chunks of a blob for a topic; chunks already waiting are not queued twice.
+        """Queues chunks of a blob for a topic; chunks already waiting or on their way to the broker are not repeated.
 
         Raises:
             StorageError: the file is gone.
         """
         key = (topic, blob.sha256)
         outgoing = self._by_key.get(key)
+        if outgoing is not None and outgoing.reader.blob != blob:  # the same bytes, cut anew
+            self._end(outgoing)
+            outgoing = None
         if outgoing is None:
             outgoing = self._by_key[key] = _Outgoing(key, BlobReader(path, blob))
-            self._outgoing.append(outgoing)
-        for index in indexes(ranges, outgoing.reader.chunks):
-            if index not in outgoing.queued:
-                outgoing.queued.add(index)
+        idle = not outgoing.queue
+        for index in indexes(itertools.islice(ranges, RANGES_LIMIT), outgoing.reader.chunks):
+            if index not in outgoing.pending:
+                outgoing.pending.add(index)
                 outgoing.queue.append(index)
+        if not outgoing.pending:
+            self._end(outgoing)
+        elif idle and outgoing.queue:
+            self._outgoing.append(outgoing)
         self._pump()
 
     def forget(self, sha256: str) -> None:
@@ -94,7 +107,7 @@ class ChunkPump:
         """Forgets everything: the connection ended, receivers will ask again."""
         self._generation += 1
         self._in_flight = 0
-        for outgoing in list(self._outgoing):
+        for outgoing in list(self._by_key.values()):
             self._end(outgoing)
 
     def _end(self, outgoing: _Outgoing) -> None:
@@ -105,25 +118,32 @@ class ChunkPump:
 
     def _pump(self) -> None:
         while self._outgoing and self._in_flight < self._window:
-            outgoing = self._outgoing[0]
-            self._outgoing.rotate(-1)  # blobs take turns
-            if not outgoing.queue:
+            outgoing = self._outgoing.popleft()
+            index = outgoing.queue.popleft()
+            if outgoing.queue:
+                self._outgoing.append(outgoing)  # blobs take turns
+            topic, sha256 = outgoing.key
+            on_sent = functools.partial(self._sent, self._generation, outgoing, index)
+            try:
+                payload = pack_chunk(sha256, index, outgoing.reader.chunk(index))
+                if not self._link.publish(topic, payload, on_sent=on_sent):
+                    self._end(outgoing)  # the link is down; the receiver will ask again
+                    continue
+            except (MessageError, StorageError) as error:  # other blobs go on; the receiver will ask again
+                log.error("blob %s cannot be sent: %s", sha256[:12], error)  # noqa: TRY400 - one line for the user
                 self._end(outgoing)
                 continue
-            index = outgoing.queue.popleft()
-            outgoing.queued.discard(index)
-            topic, sha256 = outgoing.key
-            payload = pack_chunk(sha256, index, outgoing.reader.chunk(index))
-            generation = self._generation
-            if not self._link.publish(topic, payload, on_sent=lambda g=generation: self._sent(g)):  # type: ignore[misc]
-                return  # the link is down; reset() follows
             self._in_flight += 1
             self.sent_chunks += 1
 
-    def _sent(self, generation: int) -> None:
-        if generation == self._generation:
-            self._in_flight -= 1
-            self._pump()
+    def _sent(self, generation: int, outgoing: _Outgoing, index: int) -> None:
+        if generation != self._generation:
+            return
+        self._in_flight -= 1
+        outgoing.pending.discard(index)
+        if not outgoing.pending and self._by_key.get(outgoing.key) is outgoing:
+            self._end(outgoing)
+        self._pump()
 
 
 class Incoming:
@@ -153,8 +173,10 @@ class Incoming:
         self._loop = loop
         self._need, self._complete = need, complete
         self._stall_first_s = stall_first_s
-        self._gap_s = 0.0
-        self._last = loop.now()
+        self.wrong = 0  # times all of it arrived and had the wrong hash
+        self.unanswered = 0  # requests since the last new chunk
+        self._gap_s: float | None = None
+        self._last_chunk = self._last_sign = loop.now()
         self._patience_s = stall_first_s
         self._timer: Timer | None = loop.call_later(self._patience_s, self._check)
         self._closed = False
@@ -169,6 +191,13 @@ class Incoming:
         if self.partial.missing:
             self._need(self.partial.missing_ranges(RANGES_LIMIT))
 
+    def nudge(self) -> None:
+        """The sender showed itself: asks unless chunks are just coming."""
+        if self._loop.now() - self._last_chunk >= self._stall_first_s:
+            self._patience_s = self._stall_first_s
+            self._last_sign = self._loop.now()
+            self.ask()
+
     def add(self, index: int, crc: int, data: bytes | memoryview) -> None:
         """Takes a chunk packet.
 
@@ -182,8 +211,10 @@ class Incoming:
             self.duplicates += 1
             return
         now = self._loop.now()
-        self._gap_s = 0.8 * self._gap_s + 0.2 * (now - self._last)
-        self._last = now
+        gap_s = now - self._last_chunk
+        self._gap_s = gap_s if self._gap_s is None else 0.8 * self._gap_s + 0.2 * gap_s
+        self._last_chunk = self._last_sign = now
+        self.unanswered = 0
         self._patience_s = max(self._stall_first_s, 4 * self._gap_s)
         if not self.partial.missing:
             self._complete()
@@ -200,12 +231,15 @@ class Incoming:
             self.partial.close()
 
     def _check(self) -> None:
-        idle_s = self._loop.now() - self._last
+        idle_s = self._loop.now() - self._last_sign
         if idle_s >= self._patience_s:
-            self._patience_s = min(2 * self._patience_s, STALL_LIMIT_S)
-            self._last = self._loop.now()
+            self._patience_s = max(self._patience_s, min(2 * self._patience_s, STALL_LIMIT_S))
+            self._last_sign = self._loop.now()
+            self.unanswered += 1
             self.ask()
             idle_s = 0.0
+            if self._closed:  # whoever asks may give up
+                return
         self._timer = self._loop.call_later(max(0.01, self._patience_s - idle_s), self._check)
 
 

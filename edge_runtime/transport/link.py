@@ -124,6 +124,7 @@ class Link:
         self._protocol = MQTTProtocolVersion.MQTTv311 if settings.protocol == "3.1.1" else MQTTProtocolVersion.MQTTv5
         self._inflight = 20
         self._answered = False  # by a CONNACK that does not refuse our protocol version
+        self._five_works = False  # known for the life of this link: a broker that dies in between is no older broker
         self._reached = False
         self._timers: list[Timer] = []
         self._acks: dict[int, Callable[[], None]] = {}
@@ -132,7 +133,8 @@ class Link:
     @property
     def chunk_bytes(self) -> int:
         """Size of chunks that fit one packet of this broker, with room for topic and header."""
-        return min(CHUNK_BYTES, (self.max_packet_bytes - 4096) // 1024 * 1024)
+        limit = self.max_packet_bytes
+        return min(CHUNK_BYTES, (limit - 4096) // 1024 * 1024) if limit >= 16_384 else max(64, limit // 2)
 
     def start(self) -> None:
         """Connects now and reconnects until :meth:`stop`."""
@@ -194,7 +196,12 @@ class Link:
 
     def _connect(self) -> None:
         settings = self._settings
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=settings.client_id, protocol=self._protocol)
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=settings.client_id,
+            protocol=self._protocol,
+            reconnect_on_failure=False,  # by itself it would try older protocols, blocking
+        )
         client.max_queued_messages_set(0)
         client.max_inflight_messages_set(self._inflight)
         self._answered = False
@@ -225,10 +232,17 @@ class Link:
 
     def _tls_context(self) -> ssl.SSLContext:
         settings = self._settings
-        context = ssl.create_default_context(cafile=settings.ca_file)
+        try:
+            context = ssl.create_default_context(cafile=settings.ca_file)
+        except OSError as error:
+            raise OSError(f"CA file {settings.ca_file} cannot be used ({error})") from error
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if settings.certificate_file:
-            context.load_cert_chain(settings.certificate_file, settings.key_file)
+            try:
+                context.load_cert_chain(settings.certificate_file, settings.key_file)
+            except OSError as error:
+                files = f"{settings.certificate_file} and key {settings.key_file}"
+                raise OSError(f"certificate {files} cannot be used ({error})") from error
         return context
 
     def _drop(self, reason: str, *, notify: bool = True) -> None:
@@ -247,7 +261,7 @@ class Link:
         sock = client.socket()
         if sock is not None:
             sock.close()
-        if self._reached and not self._answered and self._settings.protocol == "auto":
+        if self._reached and not self._answered and self._settings.protocol == "auto" and not self._five_works:
             # Old brokers end a connection of a protocol they do not speak, with or without saying so.
             five = self._protocol == MQTTProtocolVersion.MQTTv5
             self._protocol = MQTTProtocolVersion.MQTTv311 if five else MQTTProtocolVersion.MQTTv5
@@ -277,6 +291,7 @@ class Link:
         if reason.is_failure:
             self._loop.call_soon(lambda: self._drop(f"the broker refused {self._settings.client_id!r}: {reason}"))
             return
+        self._five_works = self._five_works or self._protocol == MQTTProtocolVersion.MQTTv5
         limit = getattr(properties, "MaximumPacketSize", None)
         self.max_packet_bytes = min(PACKET_LIMIT_BYTES, limit or PACKET_LIMIT_BYTES)
         receive_maximum = getattr(properties, "ReceiveMaximum", None)

@@ -6,6 +6,8 @@ happens to it (crash, out of memory, wall limit) becomes one call of ``on_end``,
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.worker")
 
 READ_BYTES = 1 << 16
+PIPE_BYTES = 1 << 18  # more than the largest request: a job is one MQTT packet
+_F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10 on, and not on every libc
 
 
 class Supervisor:
@@ -51,7 +55,8 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader = pipe.FrameReader()
         self._busy = False
-        self._kill_reason = ""
+        self._kill_reason: str | None = None  # set: we killed the process, its end is still to be read
+        self._fault = False  # the process was killed for what it sent
         self._timer: Timer | None = None
 
     @property
@@ -66,22 +71,24 @@ class Supervisor:
 
     def request(self, request: pipe.TrainRequest) -> None:
         """Hands a request to the worker, starting it if need be; replies and the end come by callback."""
-        self._arm(self._limits.job_wall_s, f"the job ran longer than {self._limits.job_wall_s:g} s")
+        if self._process is not None and (self._kill_reason is not None or self._process.poll() is not None):
+            self._reap()  # it lingered and is dying or dead: no fault of this request
         self._busy = True
         try:
             if self._process is None:
                 self._start()
-            assert self._process is not None
-            assert self._process.stdin is not None
-            self._process.stdin.write(pipe.encode(request))  # far below the pipe's capacity, so it does not block
+            self._arm(self._limits.job_wall_s, f"the job ran longer than {self._limits.job_wall_s:g} s")
+            self._write(pipe.encode(request))
         except OSError as error:
-            reason = f"the worker cannot be started ({error.strerror})"
-            self._loop.call_soon(lambda: self._ended(reason))
+            if self._process is not None:
+                self._process.kill()
+            self._kill_reason = f"the worker cannot be started ({error.strerror or error})"
+            self._loop.call_soon(self._ended)
 
     def kill(self, reason: str) -> None:
         """Kills the worker; if a request is open, ``on_end`` follows with this reason."""
         if self._process is not None:
-            self._kill_reason = reason
+            self._kill_reason = self._kill_reason or reason
             self._process.kill()
 
     def close(self) -> None:
@@ -97,10 +104,21 @@ class Supervisor:
             command += ["--memory-mb", str(int(self._limits.worker_memory_mb))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert self._process.stdout is not None
-        self._reader, self._kill_reason = pipe.FrameReader(), ""
+        self._reader, self._kill_reason, self._fault = pipe.FrameReader(), None, False
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._process.stdin.fileno(), _F_SETPIPE_SZ, PIPE_BYTES)
         fd = self._process.stdout.fileno()
         os.set_blocking(fd, False)
         self._loop.watch(fd, READ, lambda _events: self._readable(fd))
+
+    def _write(self, frame: bytes) -> None:
+        """Writes a request; the pipe holds the largest one, so a worker that does not read cannot block the agent."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        view = memoryview(frame)
+        while view:
+            view = view[self._process.stdin.write(view) :]
 
     def _readable(self, fd: int) -> None:
         try:
@@ -108,17 +126,20 @@ class Supervisor:
         except BlockingIOError:
             return
         if not data:
-            self._ended("")
+            self._ended()
             return
         try:
             replies = [pipe.decode_from_worker(frame) for frame in self._reader.feed(data)]
         except EdgeError as error:
+            self._loop.unwatch(fd)
+            self._fault = True
             self.kill(f"the worker sent a damaged reply ({error})")
+            self._ended()
             return
         for reply in replies:
             if isinstance(reply, (pipe.Trained, pipe.Failed)):
                 self._busy = False
-                self._arm(self._limits.worker_linger_s, "")
+                self._arm(self._limits.worker_linger_s, "idle")
             self._on_reply(reply)
 
     def _arm(self, delay_s: float, reason: str) -> None:
@@ -126,21 +147,21 @@ class Supervisor:
             self._timer.cancel()
         self._timer = self._loop.call_later(delay_s, lambda: self.kill(reason))
 
-    def _ended(self, reason: str) -> None:
-        killed = self._kill_reason
+    def _ended(self) -> None:
+        killed, fault = self._kill_reason, self._fault
         code = self._reap()
         if not self._busy:
             return
         self._busy = False
-        if killed:
-            self._on_end(killed, True)
+        if killed is not None:
+            self._on_end(killed, not fault)
         elif code == -signal.SIGKILL:
             self._on_end("the worker was killed, most likely for lack of memory; a smaller batch needs less", False)
         else:
-            self._on_end(reason or f"the worker crashed ({_describe(code)})", False)
+            self._on_end(f"the worker crashed ({_describe(code)})", False)
 
     def _reap(self) -> int:
-        process, self._process = self._process, None
+        process, self._process, self._kill_reason = self._process, None, None
         if self._timer is not None:
             self._timer.cancel()
         if process is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import time
@@ -16,7 +17,7 @@ from edge_runtime.agent import jobs, pipe
 from edge_runtime.agent.config import MB, check_agent_config, link_settings
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
-from edge_runtime.errors import ConfigError, MessageError, StorageError
+from edge_runtime.errors import ConfigError, EdgeError, StorageError
 from edge_runtime.files import write_durably
 from edge_runtime.store.blobs import BlobStore
 from edge_runtime.store.spool import Spool, SpooledUpdate
@@ -81,12 +82,12 @@ class Agent:
         self.link = Link(
             link_settings(config),
             self.loop,
-            topics=[topics.COORDINATOR, topics.to_device(config.device, "message")],
+            topics=[topics.COORDINATOR, *(topics.to_device(config.device, leaf) for leaf in ("message", "chunk"))],
             on_message=self._on_message,
             on_up=self._on_up,
             on_down=self._on_down,
             random=random,
-            will=(topics.from_device(config.device, "state"), lambda: self._announcement(online=False)),
+            will=(topics.from_device(config.device, "state"), self._last_will),
         )
         self.pump = ChunkPump(self.link)
         self.uploads = Uploads(config.device, self.spool, self.loop, self.link, pump=self.pump, random=random)
@@ -137,11 +138,15 @@ class Agent:
             return
         self.link.start()
 
-    def _on_up(self) -> None:
+    def _last_will(self) -> bytes:
+        """The will of the connection that begins now. It names the session that this connection will announce."""
         self._session += 1
+        return self._announcement(online=False)
+
+    def _on_up(self) -> None:
         self._announce()
         self.downloads.on_up()
-        self._send_telemetry()
+        self._send_telemetry(telemetry.measure(self._started_s, self.link.sent_bytes, self.link.received_bytes))
         self._step(jobs.Connected())
 
     def _on_down(self, _reason: str) -> None:
@@ -188,7 +193,7 @@ class Agent:
                 self._handle(messages.decode_from_coordinator(payload))
             else:
                 self.downloads.on_chunk(payload)
-        except MessageError as error:
+        except EdgeError as error:
             log.warning("%s: %s", topic, error)
 
     def _handle(self, message: messages.FromCoordinator) -> None:  # noqa: C901 - one arm per message
@@ -220,7 +225,10 @@ class Agent:
 
     def _step(self, event: jobs.Event) -> None:
         for effect in jobs.step(self.state, event):
-            self._carry_out(effect)
+            try:
+                self._carry_out(effect)
+            except EdgeError as error:  # a full disk must not end the agent; what was not noted is told again
+                log.error("%s", error)  # noqa: TRY400 - one line for the user
 
     def _carry_out(self, effect: jobs.Effect) -> None:  # noqa: C901 - one arm per effect
         match effect:
@@ -239,10 +247,10 @@ class Agent:
                 self.uploads.offer(update, push=push)
             case jobs.CloseUpdate(update, state, reason):
                 self.uploads.delivered(update)
-                self.spool.set_state(update, state, reason)
                 if state != "delivered":
                     self.uploads.close(update)
                     log.info("update %s: %s %s", update, state, reason)
+                self.spool.set_state(update, state, reason)
             case jobs.Report(status):
                 if status.reason:
                     log.warning("job %s/%s %s: %s", status.run, status.assignment, status.status, status.reason)
@@ -252,25 +260,25 @@ class Agent:
             case jobs.ForgiveCrashes(bundle):
                 self.spool.forgive(bundle)
 
-    def _add_to_spool(self, update: SpooledUpdate) -> None:
+    def _add_to_spool(self, update: SpooledUpdate, *, offer: bool = False) -> None:
         """A full disk must not lose a finished update: the row is tried until it can be written."""
         try:
             self.spool.add(update)
+            if offer:
+                self.uploads.offer(update.update, push=True)
         except StorageError as error:
             log.error("%s; trying again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line, the user's disk is full
-
-            def again() -> None:
-                self._add_to_spool(update)
-                self.uploads.offer(update.update, push=True)
-
-            self.loop.call_later(DISK_RETRY_S, again)
+            self.loop.call_later(DISK_RETRY_S, lambda: self._add_to_spool(update, offer=True))
 
     def _make_room(self, blob: BlobRef) -> None:
         quota = int(self.config.limits.cache_mb * MB)
         if not self.cache.has(blob.sha256):
             needed = {entry.job.bundle.sha256 for entry in self.state.jobs.values()}
             needed |= {entry.job.model.sha256 for entry in self.state.jobs.values()}
-            self.cache.evict(max(0, quota - blob.size_bytes), needed)
+            try:
+                self.cache.evict(max(0, quota - blob.size_bytes), needed)
+            except OSError as error:
+                log.error("%s: cannot be cleaned (%s)", self.cache.folder, error.strerror)  # noqa: TRY400 - one line
 
     def _start_training(self, job: messages.Job) -> None:
         limits = self.config.limits
@@ -298,6 +306,8 @@ class Agent:
                 running = self.state.running
                 if running is not None:
                     self._samples[self.state.jobs[running].job.dataset] = samples
+                if not path:  # only evaluated: the result travels as an update without bytes
+                    path, sha256 = self._empty_update()
                 chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
                 blob = messages.BlobRef(sha256=sha256, size_bytes=size, chunk_bytes=chunk_bytes)
                 self._step(jobs.Trained(now, Path(path).name, blob, meta))
@@ -308,33 +318,35 @@ class Agent:
             case pipe.Ready():
                 return
 
+    def _empty_update(self) -> tuple[str, str]:
+        path = self.spool.folder / "empty.update"
+        path.touch()
+        return str(path), hashlib.sha256(b"").hexdigest()
+
     def _on_worker_end(self, reason: str, ours: bool) -> None:
         self._step(jobs.WorkerCrashed(self.loop.now(), reason, ours))
 
     # Health
 
     def _tick(self) -> None:
-        self._check_health()
+        limits = self.config.limits
+        limited = (limits.max_temperature_c, limits.min_battery_percent, limits.min_free_memory_mb) != (None,) * 3
+        tells = self.link.is_up and self.loop.now() >= self._next_telemetry_s
+        if limited or tells:  # once for both: the CPU's load is measured since the last time
+            measured = telemetry.measure(self._started_s, self.link.sent_bytes, self.link.received_bytes)
+            self._check_health(measured)
+            if tells:
+                self._send_telemetry(measured)
         self._step(jobs.Tick(self.loop.now()))
-        if self.loop.now() >= self._next_telemetry_s:
-            self._send_telemetry()
         self.loop.call_later(TICK_S, self._tick)
 
-    def _send_telemetry(self) -> None:
+    def _send_telemetry(self, measured: messages.Telemetry) -> None:
         self._next_telemetry_s = self.loop.now() + self.config.telemetry_interval_s
-        if self.link.is_up:
-            self._send(telemetry.measure(self._started_s, self.link.sent_bytes, self.link.received_bytes))
+        self._send(measured)
 
-    def _check_health(self) -> None:
-        limits = self.config.limits
-        if (
-            limits.max_temperature_c is None
-            and limits.min_battery_percent is None
-            and limits.min_free_memory_mb is None
-        ):
-            return
-        reason = unhealthy(telemetry.measure(self._started_s, 0, 0), self.config)
-        if reason != self.state.paused:
+    def _check_health(self, measured: messages.Telemetry) -> None:
+        reason = unhealthy(measured, self.config)
+        if bool(reason) != bool(self.state.paused):  # the figures in it change all the time
             log.warning("training paused: %s", reason) if reason else log.info("training may run again")
             self._step(jobs.Paused(self.loop.now(), reason))
 

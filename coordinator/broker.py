@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -32,6 +33,7 @@ log = logging.getLogger("edge.broker")
 HOST = "127.0.0.1"
 USERNAME = "edge"
 START_TIMEOUT_S = 15.0
+START_ATTEMPTS = 3
 _PBKDF2_ITERATIONS = 101  # what mosquitto_passwd uses; the password has 256 bits of randomness
 _PR_SET_PDEATHSIG = 1
 
@@ -62,13 +64,19 @@ def start_broker(folder: Path, *, port: int = 0, prefer: str = "mosquitto") -> t
     folder.mkdir(parents=True, exist_ok=True)
     password = secrets.token_urlsafe(32)
     write_durably(password_file(folder), password.encode(), mode=0o600)
-    port = port or _free_port()
     program = mosquitto_path() if prefer == "mosquitto" else None
-    if program is None:
-        log.info("embedded broker: amqtt on %s:%d", HOST, port)
-        return AmqttBroker(port, password), f"mqtt://{HOST}:{port}"
-    log.info("embedded broker: %s on %s:%d", program, HOST, port)
-    return MosquittoBroker(program, folder, port, password), f"mqtt://{HOST}:{port}"
+    for _ in range(START_ATTEMPTS - 1 if port == 0 else 0):
+        try:
+            return _start(program, folder, _free_port(), password)
+        except TransportError as error:  # another process may have taken the port that was free just now
+            log.info("%s; trying another port", error)
+    return _start(program, folder, port or _free_port(), password)
+
+
+def _start(program: str | None, folder: Path, port: int, password: str) -> tuple[Broker, str]:
+    log.info("embedded broker: %s on %s:%d", program or "amqtt", HOST, port)
+    broker = AmqttBroker(port, password) if program is None else MosquittoBroker(program, folder, port, password)
+    return broker, f"mqtt://{HOST}:{port}"
 
 
 def password_file(folder: Path) -> Path:
@@ -111,7 +119,7 @@ class MosquittoBroker:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call into libc
+            preexec_fn=functools.partial(_die_with_parent, ctypes.CDLL(None), os.getpid()),  # noqa: PLW1509
         )
         try:
             _wait_for_port(port, self.process)
@@ -190,8 +198,11 @@ def _mosquitto_hash(password: str) -> str:
     return f"$7${_PBKDF2_ITERATIONS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _die_with_parent(libc: ctypes.CDLL, parent: int) -> None:
+    """Runs between fork and exec, where nothing may be loaded any more."""
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _free_port() -> int:
@@ -211,5 +222,6 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.02)
         else:
-            return
+            if process.poll() is None:
+                return
     raise TransportError(f"mosquitto does not answer on port {port}")

@@ -187,6 +187,8 @@ class RunState:
             self.busy[row.device] -= 1
             if not self.busy[row.device]:
                 del self.busy[row.device]
+        if status == "received" and row.round == self.run.round:
+            self.asked.add(row.device)
         row.status, row.reason = status, reason  # type: ignore[assignment]
 
     def add_update(self, row: UpdateRow) -> None:
@@ -199,8 +201,6 @@ class RunState:
                 fresh = self.assignments[row.update.assignment].version == self.run.version
                 self.fresh += fresh
                 self.late += not fresh
-                if fresh:
-                    self.asked.add(row.update.device)
 
     def recount(self) -> None:
         """Counts again after the round or the attempt changed."""

@@ -85,9 +85,9 @@ class View:
         empty = np.empty(0, np.int32)
         if window.holdout_fraction <= 0:
             return chosen, empty
-        starts = range(0, self.samples, _CHUNK)
-        keys = [self._snapshot.keys(start, min(start + _CHUNK, self.samples)) for start in starts]
-        held = held_out(np.concatenate(keys), window.holdout_fraction)[chosen]
+        first, stop = int(chosen[0]), int(chosen[-1]) + 1
+        keys = [self._snapshot.keys(at, min(at + _CHUNK, stop)) for at in range(first, stop, _CHUNK)]
+        held = held_out(np.concatenate(keys), window.holdout_fraction)[chosen - first]
         return chosen[~held], chosen[held]
 
     def _windowed(self, window: Window, now_unix_s: float) -> NDArray[np.int32]:
@@ -175,7 +175,8 @@ def _affine(expected: Input) -> tuple[NDArray[np.float32], NDArray[np.float32]] 
     b: NDArray[np.float64] = np.zeros(())
     for step in expected.preprocessing:
         mean, std = _per_channel(expected, step, step.mean), _per_channel(expected, step, step.std)
-        a, b = a * step.scale / std, (b * step.scale - mean) / std
+        with np.errstate(all="ignore"):
+            a, b = a * step.scale / std, (b * step.scale - mean) / std
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise BundleError(f"manifest.json: preprocessing of {expected.name!r} divides by zero or is not finite")
     return a.astype(np.float32), b.astype(np.float32)

@@ -1,0 +1,58 @@
+"""Training jobs on the toy bundle, with real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.agent.pipe import TrainRequest
+from edge_runtime.bundle import Bundle
+from edge_runtime.compression import encode
+from edge_runtime.data import DatasetConfig
+from edge_runtime.messages import BlobRef, Job
+from tests.edge_runtime import toy_bundle
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edge_runtime.agent.pipe import Trained
+
+
+class ToyJobs:
+    """A bundle, a model and a dataset in one folder."""
+
+    def __init__(self, folder: Path, *, samples: int = 60, **bundle: Any) -> None:
+        self.folder = folder
+        self.bundle = Bundle.open(toy_bundle.write_bundle(folder / "toy.bundle", **bundle))
+        self.model = folder / "model"
+        self.write_model(self.bundle.initial_vector())
+        self.data = toy_bundle.write_data(folder / "d.npz", samples)
+        self.out = folder / "out"
+        self.out.mkdir()
+
+    def write_model(self, vector: np.ndarray) -> None:
+        """Stores a received model."""
+        self.model.write_bytes(encode("raw", {"model": vector}, {"model": self.bundle.layout()})[0])
+
+    def request(self, *, dataset: DatasetConfig | None = None, threads: int = 1, **job: Any) -> TrainRequest:
+        """A request; ``job`` replaces fields of the job."""
+        blob = BlobRef(sha256=self.bundle.sha256, size_bytes=1)
+        fields = {"run": "r", "assignment": "a", "round": 3, "model_version": 4, "dataset": "d", "deadline_s": 9.0}
+        defaults = {"epochs": 2, "batch_size": 16, "bundle": blob, "model": blob}
+        return TrainRequest(
+            job=Job(**{**fields, **defaults, **job}),
+            device="pi",
+            bundle_path=str(self.bundle.path),
+            model_path=str(self.model),
+            output_folder=str(self.out),
+            dataset=dataset or DatasetConfig(name="d", path=str(self.data)),
+            state_folder=str(self.folder / "state"),
+            threads=threads,
+        )
+
+    def read(self, done: Trained) -> bytes:
+        """The update's bytes, after checking what was said about them."""
+        data = Path(done.path).read_bytes()
+        assert len(data) == done.size_bytes
+        assert toy_bundle.sha256(data) == done.sha256
+        return data

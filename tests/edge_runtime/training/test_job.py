@@ -1,0 +1,176 @@
+"""A job from request to update file."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from edge_runtime.agent.worker import run_job
+from edge_runtime.compression import decode, encode
+from edge_runtime.data import DatasetConfig
+from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError
+from edge_runtime.training.job import JobRunner, failure_kind
+from edge_runtime.training.state import RunState, StateFolder
+from tests.edge_runtime import toy_bundle
+from tests.edge_runtime.toy_jobs import ToyJobs
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    return ToyJobs(tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_the_update_is_the_difference_to_the_received_model(jobs, codec):
+    """The file is durable, its hash is right, and adding it to the model gives the trained weights."""
+    done = run_job(jobs.request(codec=codec, hyper={"lr": 0.05}))
+    delta = decode(jobs.read(done), {"delta": jobs.bundle.layout()})["delta"]
+    parts = jobs.bundle.layout().split(delta)
+    assert (parts["w"] != 0).any()
+    np.testing.assert_allclose(parts["seen"], np.float32([0.5, 2]) ** 8 - 1, rtol=1e-5)
+    assert (done.meta.round, done.meta.model_version, done.meta.samples, done.meta.steps) == (3, 4, 60, 8)
+    assert done.dataset_samples == 60
+    assert done.meta.evaluation is None  # nothing is held out
+    assert [str(path) for path in jobs.out.iterdir()] == [done.path]
+
+
+def test_training_lowers_the_loss_on_the_hold_out(jobs):
+    """The received model is evaluated on samples that are never trained on."""
+    runner = JobRunner()
+    layout = jobs.bundle.layout()
+    vector, losses = jobs.bundle.initial_vector(), []
+    for assignment in "abc":
+        done = run_job(jobs.request(assignment=assignment, holdout_fraction=0.3), runner)
+        losses.append(done.meta.evaluation.loss_sum / done.meta.evaluation.samples)
+        vector = vector + decode(jobs.read(done), {"delta": layout})["delta"]
+        jobs.write_model(vector)
+    assert losses[0] > losses[1] > losses[2]
+    assert done.meta.samples + done.meta.evaluation.samples == 60
+
+
+def test_jobs_repeat_bit_for_bit_and_differ_by_device_and_assignment(jobs):
+    """The same request gives the same bytes, in a fresh process or not."""
+    runner = JobRunner()
+    first = jobs.read(run_job(jobs.request(), runner))
+    assert jobs.read(run_job(jobs.request(), runner)) == first
+    assert jobs.read(run_job(jobs.request())) == first
+    assert jobs.read(run_job(jobs.request(assignment="b"), runner)) != first
+    assert jobs.read(run_job(jobs.request(seed=1), runner)) != first
+
+
+def test_a_job_without_epochs_and_steps_only_evaluates(jobs):
+    """There is no update; without hold-out all samples count."""
+    done = run_job(jobs.request(epochs=None))
+    assert (done.path, done.sha256, done.size_bytes, done.meta.steps) == ("", "", 0, 0)
+    assert done.meta.evaluation.samples == 60
+    done = run_job(jobs.request(epochs=None, holdout_fraction=0.3))
+    assert 0 < done.meta.evaluation.samples < 60
+    assert not list(jobs.out.iterdir())
+
+
+def test_evaluation_can_be_left_out(jobs):
+    """A coordinator that does not want it does not cost the device the time."""
+    assert run_job(jobs.request(evaluate=False, holdout_fraction=0.3)).meta.evaluation is None
+
+
+def test_new_data_and_other_windows_are_seen_by_the_next_job(jobs):
+    """What the runner keeps never makes a job use old data."""
+    runner = JobRunner()
+    assert run_job(jobs.request(), runner).meta.samples == 60
+    toy_bundle.write_data(jobs.data, 70)
+    assert run_job(jobs.request(), runner).meta.samples == 70
+    assert run_job(jobs.request(max_samples=20), runner).meta.samples == 20
+    timed = DatasetConfig(name="d", path=str(jobs.data), time="t")
+    late = JobRunner(clock=lambda: 69.0)
+    assert run_job(jobs.request(dataset=timed, max_age_s=10.0), late).meta.samples == 11
+
+
+def test_another_bundle_replaces_the_loaded_one(jobs, tmp_path):
+    """Two runs with different bundles may take turns in one worker."""
+    (tmp_path / "o").mkdir()
+    other = ToyJobs(tmp_path / "o", batch=16, mask=True)
+    runner = JobRunner()
+    first = jobs.read(run_job(jobs.request(), runner))
+    run_job(other.request(), runner)
+    assert jobs.read(run_job(jobs.request(), runner)) == first
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "reason"),
+    [
+        (lambda jobs: jobs.model.write_bytes(b"x"), CodecError, "model: these bytes are no frame"),
+        (lambda jobs: jobs.model.write_bytes(bytes(10_000_000)), CodecError, "more than a model of 17 numbers"),
+        (lambda jobs: jobs.model.unlink(), StorageError, "model: cannot be read"),
+        (lambda jobs: jobs.write_other_model(), CodecError, r"has shape \(3,\)"),
+        (lambda jobs: jobs.data.unlink(), DataError, "does not exist"),
+        (lambda jobs: jobs.bundle.path.write_bytes(b"x"), BundleError, "no bundle or cut off"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named(jobs, damage, error, reason):
+    """Each kind of trouble has its kind of error, and no file is left."""
+
+    def other_model():
+        from edge_runtime.compression import Layout
+
+        data, _ = encode("raw", {"model": np.zeros(3, np.float32)}, {"model": Layout(("w",), ((3,),))})
+        jobs.model.write_bytes(data)
+
+    jobs.write_other_model = other_model
+    damage(jobs)
+    with pytest.raises(error, match=reason) as caught:
+        run_job(jobs.request())
+    assert "\n" not in str(caught.value)
+    assert failure_kind(caught.value) != "internal"
+    assert not list(jobs.out.iterdir())
+
+
+def test_another_bundle_than_the_jobs_is_refused(jobs):
+    """The hash in the job is the identity of the model."""
+    request = jobs.request()
+    toy_bundle.write_bundle(jobs.bundle.path, created_by="someone else")
+    with pytest.raises(BundleError, match="is not the bundle of the job"):
+        run_job(request)
+
+
+def test_a_full_disk_leaves_no_partial_update(jobs, monkeypatch):
+    """The failure is one of storage, and what was written of the file is gone."""
+    real = os.write
+
+    def full(fd, data):
+        if len(data) > 50:
+            real(fd, bytes(data[:10]))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageError, match="no space left on the device") as caught:
+        run_job(jobs.request())
+    assert failure_kind(caught.value) == "storage"
+    assert not list(jobs.out.iterdir())
+
+
+def test_kinds_of_failure():
+    """What is not foreseen is internal."""
+    assert failure_kind(EdgeError("x")) == "internal"
+    assert failure_kind(ZeroDivisionError()) == "internal"
+    assert failure_kind(OSError(errno.ENOSPC, "full")) == "storage"
+
+
+def test_run_state_is_kept_per_run_and_rolls_back(tmp_path):
+    """The state before an assignment is still there when the assignment is done again."""
+    folder = StateFolder(str(tmp_path), "r")
+    folder.save(RunState(assignment="a"))
+    assert list(tmp_path.iterdir()) == []
+    folder.save(RunState(assignment="a", codec=b"1"))
+    folder.save(RunState(assignment="b", codec=b"2"))
+    assert folder.load("c").codec == b"2"
+    assert folder.load("b").codec == b"1"
+    folder.save(RunState(assignment="b", codec=b"3"))
+    assert folder.load("b").codec == b"1"
+    assert folder.load("c").codec == b"3"
+    assert StateFolder(str(tmp_path), "other").load("a").codec == b""
+    assert StateFolder("", "r").load("a").codec == b""
+    (tmp_path / "r" / "current.state").write_bytes(b"\xc1")
+    with pytest.raises(StorageError, match="is damaged"):
+        folder.load("c")

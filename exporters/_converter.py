@@ -67,6 +67,7 @@ class Converter:
         """
         self.builder = builder
         self.result: torch.Tensor | tuple[Any, ...] | None = None
+        self.calls = 0
         self._batch_of = batch_of
         self._places = places or {}
 

@@ -19,8 +19,8 @@ from exporters.errors import ExportError
 aten = torch.ops.aten
 
 _BACKWARD = """
-_adaptive_avg_pool2d _adaptive_avg_pool2d_backward _log_softmax_backward_data _native_batch_norm_legit
-_native_batch_norm_legit_functional _softmax_backward_data elu_backward embedding_dense_backward gelu_backward glu
+_log_softmax_backward_data _native_batch_norm_legit
+_native_batch_norm_legit_functional _softmax_backward_data elu elu_backward embedding_dense_backward gelu_backward glu
 glu_backward hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh_backward leaky_relu_backward
 log_sigmoid_backward log_sigmoid_forward logit_backward mish_backward mse_loss_backward native_group_norm
 native_group_norm_backward native_layer_norm_backward native_dropout_backward prelu_backward _prelu_kernel
@@ -61,6 +61,8 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         table[getattr(aten, f"max_pool{rank}d_with_indices").default] = _max_pool
         table[getattr(aten, f"max_pool{rank}d_with_indices_backward").default] = _max_pool_backward
         table[getattr(aten, f"avg_pool{rank}d_backward").default] = _avg_pool_backward
+    table[aten._adaptive_avg_pool2d.default] = _adaptive_avg_pool  # noqa: SLF001
+    table[aten._adaptive_avg_pool2d_backward.default] = _adaptive_avg_pool_backward  # noqa: SLF001
     return table
 
 
@@ -205,20 +207,33 @@ def _batch_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     channels = x.shape[1]
-    weight = x.new_ones(channels) if weight is None else weight
-    bias = x.new_zeros(channels) if bias is None else bias
     if not training:
         assert running_mean is not None
         assert running_var is not None
-        scale = weight * torch.rsqrt(running_var + eps)
-        return edge.scale_shift(x, scale, bias - running_mean * scale), x.new_zeros(0), x.new_zeros(0)
-    y, mean, variance = edge.batch_norm_train(x, weight, bias, eps)
+        scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)
+        shift = -running_mean * scale if bias is None else bias - running_mean * scale
+        return edge.scale_shift(x, scale, shift), x.new_zeros(0), x.new_zeros(0)
+    if weight is not None and bias is not None:
+        y, mean, variance = edge.batch_norm_train(x, weight, bias, eps)
+    else:
+        y, mean, variance = _normalised(x, weight, bias, eps)
     if running_mean is not None and running_var is not None:
         count = x.numel() // channels
         running_mean.copy_(momentum * mean + (1 - momentum) * running_mean)
         # torch keeps the unbiased variance in the running statistics
         running_var.copy_(variance * (momentum * (count / (count - 1))) + (1 - momentum) * running_var)
     return y, mean, torch.rsqrt(variance + eps)
+
+
+def _normalised(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """BatchNorm without a scale or a shift, in plain operators."""
+    rank = x.dim()
+    variance, mean = torch.var_mean(x, [0, *range(2, rank)], correction=0)
+    scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
+    y = (x - per_channel(mean, rank)) * per_channel(scale, rank)
+    return y if bias is None else y + per_channel(bias, rank), mean, variance
 
 
 def _batch_norm_without_statistics(
@@ -255,10 +270,17 @@ def _batch_norm_backward(
     if output_mask[0] and training:
         share = x.shape[1] / x.numel()
         slope = scale * invstd * invstd * product * (-share)
-        for_x = edge.scale_shift(gradient, scale, scale * total * (-share)) + centred * per_channel(slope, rank)
+        for_x = _scaled(gradient, scale, scale * total * (-share)) + centred * per_channel(slope, rank)
     elif output_mask[0]:
         for_x = gradient * per_channel(scale, rank)
     return for_x, product * invstd if output_mask[1] else None, total if output_mask[2] else None
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """``scale*x + shift`` per channel; in one node where the number of channels is known."""
+    if isinstance(x.shape[1], int):
+        return edge.scale_shift(x, scale, shift)
+    return x * per_channel(scale, x.dim()) + per_channel(shift, x.dim())
 
 
 # Activations and pooling --------------------------------------------------------------------------------------
@@ -327,3 +349,22 @@ def _avg_pool_backward(
         )
     weight = x.new_full((x.shape[1], 1, *size), 1.0 / math.prod(size))
     return aten.convolution.default(gradient, weight, None, step, pad, [1] * rank, True, extra, x.shape[1])
+
+
+def _averaging(inputs: int, outputs: int) -> torch.Tensor:
+    """Matrix ``[outputs, inputs]`` that averages the windows of an adaptive pool along one axis."""
+    rows = []
+    for index in range(outputs):
+        start, end = index * inputs // outputs, -(-(index + 1) * inputs // outputs)
+        rows.append([1.0 / (end - start) if start <= i < end else 0.0 for i in range(inputs)])
+    return torch.tensor(rows)
+
+
+def _adaptive_avg_pool(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    left, right = (_averaging(x.shape[axis], size) for axis, size in zip((-2, -1), sizes, strict=True))
+    return torch.matmul(torch.matmul(left, x), right.t())
+
+
+def _adaptive_avg_pool_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    left, right = (_averaging(x.shape[axis], gradient.shape[axis]) for axis in (-2, -1))
+    return torch.matmul(torch.matmul(left.t(), gradient), right)

@@ -73,14 +73,6 @@ class GraphBuilder:
             self._known[key] = (self._store(array),)
         return self._known[key][0]
 
-    def distinct_constant(self, array: np.ndarray[Any, Any]) -> str:
-        """Stores a constant that never shares its memory with an equal one."""
-        return self._store(array)
-
-    def constant_value(self, name: str) -> np.ndarray[Any, Any] | None:
-        """The array behind a constant, or None for any other value."""
-        return self._constants.get(name)
-
     def transposed_from(self, name: str) -> str | None:
         """The matrix whose transpose ``name`` is, if a Transpose node of this graph made it."""
         return self._transposes.get(name)
@@ -125,8 +117,7 @@ class GraphBuilder:
             helper.make_node(
                 node.op_type,
                 [final.get(item, item) for item in node.inputs],
-                # An unused trailing output is left out, so that the runtime does not compute it.
-                _trim([final.get(item, item) if item in needed else "" for item in node.outputs]),
+                _used_outputs(node, final, needed),
                 **{key: _renamed(value, final) for key, value in sorted(node.attributes.items())},
             )
             for node in live
@@ -166,9 +157,12 @@ class GraphBuilder:
         return f"{letter}{self._count}"
 
 
-def _trim(names: list[str]) -> list[str]:
+def _used_outputs(node: _Node, final: dict[str, str], needed: set[str]) -> list[str]:
+    """Output names; an optional one that nothing reads is left out, so that the runtime does not compute it."""
+    optional = node.op_type in {"MaxPool", "LayerNormalization"}
+    names = [final.get(item, item) if item in needed or not optional else "" for item in node.outputs]
     while names and not names[-1]:
-        names = names[:-1]
+        names.pop()
     return names
 
 

@@ -37,7 +37,7 @@ def layer_table(model: Model) -> list[Layer]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            model.module.eval()(model.example_batch(1))
+            model.module.eval()(model.example)
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
         for handle in handles:

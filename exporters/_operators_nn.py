@@ -111,10 +111,12 @@ def _convolution_padded(
 
 @translates("edge.batch_norm_train.default")
 def _batch_norm_train(c: Converter, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[str, ...]:
-    # With momentum 0 the running statistics that come out are the batch's. The two that go in must be different
-    # tensors: the kernel writes its results over them.
-    zeros = np.zeros(weight.shape, np.float32)
-    mean, variance = c.builder.distinct_constant(zeros), c.builder.distinct_constant(zeros)
+    # With momentum 0 the running statistics that come out are the batch's, whatever finite values go in. The kernel
+    # writes over those inputs, so each call needs two tensors of its own: computed ones, because initializers and
+    # graph inputs would be written over too, and by a factor of their own, because onnxruntime merges equal nodes.
+    c.calls += 1
+    factor = c.scalar(1.0 + c.calls, torch.float32)
+    mean, variance = c.op("Mul", weight, factor), c.op("Mul", bias, factor)
     return c.multi(
         "BatchNormalization",
         x,

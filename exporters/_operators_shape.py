@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,18 @@ def _arange(c: Converter, *args: Any, **_: Any) -> str:
 @translates("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
 def _view(c: Converter, x: Tensor, *_: Any) -> str:
     return c.reshape(x, c.out().shape)
+
+
+@translates("aten.as_strided.default")
+def _as_strided(c: Converter, x: Tensor, sizes: Sequence[Any], strides: Sequence[Any], offset: Any = None) -> str:
+    expected: Any = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if stride != expected:
+            raise ExportError("as_strided with gaps or overlaps; use slicing or unfold")
+        expected = expected * size
+    if offset or math.prod(x.shape) != expected:
+        raise ExportError("as_strided of a part of a tensor; use slicing")
+    return c.reshape(x, sizes)
 
 
 @translates("aten.permute.default")

@@ -56,18 +56,26 @@ class Parity:
 class Session:
     """A graph in onnxruntime, one thread; feeds only what the graph asks for."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, name: str, data: bytes) -> None:
+        self._name = name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        options.log_severity_level = 4
+        try:
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common base class
+            raise ExportError(f"onnxruntime refuses the {name} graph: {_first_line(error)}") from error
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
 
     def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
         """Runs the graph on named arrays."""
         given = {name: feed[name] for name in self.inputs}
-        return dict(zip(self.outputs, self._session.run(None, given), strict=True))
+        try:
+            values = self._session.run(None, given)
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot run the {self._name} graph: {_first_line(error)}") from error
+        return dict(zip(self.outputs, values, strict=True))
 
 
 class _TooFarError(ExportError):
@@ -113,13 +121,16 @@ class Gate:
         self.found = Parity()
         self._exported = exported
         self._model = exported.model
-        self._sessions = {name: Session(data) for name, data in exported.graphs.items()}
+        self._sessions = {name: Session(name, data) for name, data in exported.graphs.items()}
         self._generator = torch.Generator().manual_seed(20)
 
     def check_sizes(self) -> None:
         """Gradients, buffers, evaluation and prediction at every batch size that can be asked of the graphs."""
         for size in self._sizes():
-            self._check_batch(size)
+            try:
+                self._check_batch(size)
+            except (RuntimeError, ValueError) as error:
+                raise ExportError(f"a batch of {size} fails: {type(error).__name__}: {error}") from error
             self.found.checked_batches.append(size)
 
     def check_steps(self, steps: int = STEPS) -> None:
@@ -167,28 +178,28 @@ class Gate:
     def _feed(self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> Arrays:
         named = (*module.named_parameters(), *module.named_buffers())
         feed = {f"p.{name}": value.detach().numpy().copy() for name, value in named}
-        size, batch = len(x), self._exported.batch or len(x)
-        padding = batch - size
-        feed["x"] = np.concatenate([x.numpy(), np.repeat(x.numpy()[:1], padding, 0)])
-        feed["y"] = np.concatenate([y.numpy(), np.repeat(y.numpy()[:1], padding, 0)])
-        feed["mask"] = np.concatenate([np.ones(size, np.float32), np.zeros(padding, np.float32)])
+        feed["x"], feed["y"] = self._padded(x), self._padded(y)
+        feed["mask"] = (np.arange(len(feed["x"])) < len(x)).astype(np.float32)
         feed["seed"] = np.asarray(seed, np.int64)
         return feed
+
+    def _padded(self, values: torch.Tensor) -> np.ndarray[Any, Any]:
+        """The samples, repeated to a fixed batch where that is larger."""
+        batch = self._exported.batch or len(values)
+        return values.numpy()[np.arange(batch) % len(values)]
 
     def _reference_gradients(
         self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int
     ) -> tuple[float, Arrays]:
         """Loss and gradients by torch; leaves the gradients on the module and moves its buffers."""
         module.train()
-        padded = self._exported.batch is not None and self._exported.mask and len(x) < self._exported.batch
         for value in module.parameters():
             value.grad = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            batch = torch.cat([x, x[:1].expand(self._exported.batch - len(x), *x.shape[1:])]) if padded else x
             with _random.seeded(seed):
-                output = module(batch)
-            loss = _losses.reference_loss(self._model.loss, output[: len(x)], y)
+                output = module(torch.from_numpy(self._padded(x)))[: len(x)]
+            loss = _losses.reference_loss(self._model.loss, output, y)
             loss.backward()
         named = dict(module.named_parameters())
         gradients = {}
@@ -253,7 +264,7 @@ class Gate:
         module = self._fresh().eval()
         feed = self._feed(module, x, y, seed=0)
         with torch.no_grad():
-            output = module(x)
+            output = module(torch.from_numpy(feed["x"]))[:size]
             mean = _losses.reference_loss(self._model.loss, output, y)
             right = _losses.hits(self._model.loss, output, y)
         wanted = {"loss_sum": np.asarray(float(mean) * size), "count": np.asarray(float(size))}
@@ -326,6 +337,10 @@ class Gate:
             if difference > tolerance:
                 raise _TooFarError(kind, name, where, difference, tolerance)
             setattr(self.found, kind, max(getattr(self.found, kind), difference))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _restore(module: torch.nn.Module, feed: Arrays) -> None:

@@ -127,7 +127,7 @@ def _make_graph(
     except ExportError:
         raise
     except Exception as error:  # torch raises many kinds of errors for one cause: the model cannot be traced
-        place = f"in layer {stack[-1]!r}" if stack else "outside any layer"
+        place = f"in layer {stack[-1] or '(root)'!r}" if stack else "outside any layer"
         reason = str(error).strip().splitlines()
         kind = NotDynamicError if symbolic else ExportError
         raise kind(

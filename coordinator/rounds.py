@@ -134,8 +134,8 @@ def _unwanted(state: RunState, assignment: e.AssignmentRow, name: UpdateId, meta
     if run.phase == "done" or run.round + closing >= state.plan.rounds:
         return "run has ended: its last round is closed"
     if assignment.status == "received":
-        taken = state.by_assignment[name.assignment][0]
-        return f"this assignment already delivered update {taken.sequence}"
+        taken = state.taken(name.assignment)
+        return f"this assignment already delivered update {taken.update.sequence if taken else ''}"
     if meta.samples <= 0:
         return f"trained on {meta.samples} samples"
     if meta.model_version != assignment.version:

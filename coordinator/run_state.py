@@ -6,6 +6,7 @@ stay in memory for ``max_staleness + 1`` versions; older ones are answered from 
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class RunState:
     unevaluated: dict[int, RoundRow] = field(default_factory=dict)  # by version, those that are to be evaluated
     # Derived from the rows:
     by_device: dict[str, list[str]] = field(default_factory=dict)  # assignments, oldest first
-    by_assignment: dict[str, list[UpdateId]] = field(default_factory=dict)
+    by_assignment: dict[str, list[UpdateId]] = field(default_factory=dict)  # sorted
     busy: dict[str, int] = field(default_factory=dict)  # open assignments of a device
     asked: set[str] = field(default_factory=set)  # devices asked in this attempt, or with an update in this round
     pending: dict[UpdateId, UpdateRow] = field(default_factory=dict)
@@ -100,8 +101,8 @@ class RunState:
         assignments = [row for row in rows if isinstance(row, AssignmentRow) and row.version >= state.oldest_version]
         for assignment in sorted(assignments, key=lambda row: _number(row.assignment)):
             state.add_assignment(assignment)
-        for update in sorted((row for row in rows if isinstance(row, UpdateRow)), key=lambda row: row.received_unix_s):
-            if update.update.assignment in state.assignments:
+        for update in rows:
+            if isinstance(update, UpdateRow) and update.update.assignment in state.assignments:
                 state.add_update(update)
         for row in rows:
             if isinstance(row, RoundRow) and row.test is None and state.is_evaluated(row.version):
@@ -149,12 +150,18 @@ class RunState:
     def outcomes(self) -> Iterable[Outcome]:
         """What the selector would have observed, in the order of assignment."""
         for row in self.assignments.values():
-            taken = [self.updates[name] for name in self.by_assignment.get(row.assignment, ())]
-            good = next((update for update in taken if update.verdict != "refused"), None)
+            good = self.taken(row.assignment)
             if good is not None:
                 yield self.outcome(row, good)
             elif row.status == "failed":
                 yield Outcome(assignment=row, reason=row.reason)
+
+    def taken(self, assignment: str) -> UpdateRow | None:
+        """The one update of an assignment that was taken in, if there is one."""
+        for name in self.by_assignment.get(assignment, ()):
+            if self.updates[name].counted_round is not None:
+                return self.updates[name]
+        return None
 
     def outcome(self, row: AssignmentRow, update: UpdateRow) -> Outcome:
         """The outcome of an assignment whose update was taken in."""
@@ -194,7 +201,7 @@ class RunState:
     def add_update(self, row: UpdateRow) -> None:
         """Remembers an update and counts it."""
         self.updates[row.update] = row
-        self.by_assignment.setdefault(row.update.assignment, []).append(row.update)
+        insort(self.by_assignment.setdefault(row.update.assignment, []), row.update)
         if row.verdict == "pending":
             self.pending[row.update] = row
             if row.counted_round == self.run.round:

@@ -28,7 +28,9 @@ PLANS = st.builds(
     st.booleans(),
     st.integers(1, 5),
 )
-HAPPENINGS = st.lists(st.integers(0, 20 * 4 * 400), max_size=120)
+HAPPENINGS = st.integers(0, 100).flatmap(  # a length first: plain lists would mostly be very short
+    lambda length: st.lists(st.integers(0, 20 * 4 * 400), min_size=length, max_size=length)
+)
 
 
 @MACHINE

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
-from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from edge_runtime.errors import ConfigError, MessageError
 from edge_runtime.transport.loop import READ, WRITE, Loop, Timer
+from edge_runtime.transport.paho import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from edge_runtime.transport.paho import client as paho
 
 if TYPE_CHECKING:
     from random import Random

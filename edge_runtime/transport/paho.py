@@ -1,0 +1,26 @@
+"""paho-mqtt, imported without what it never uses here.
+
+paho imports ``urllib.request`` (with it HTTP and e-mail, 1.7 MB of memory) to look up proxies for PySocks. Where
+PySocks is not installed it never touches it, so the import is left out; the idle agent's memory is the product.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+_UNUSED = "urllib.request"
+
+if _UNUSED not in sys.modules and find_spec("socks") is None:
+    sys.modules[_UNUSED] = ModuleType(_UNUSED)
+    try:
+        from paho.mqtt import client
+    finally:
+        del sys.modules[_UNUSED]  # whoever needs the real module imports it as usual
+else:
+    from paho.mqtt import client
+
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion  # noqa: E402 - after the above
+
+__all__ = ["CallbackAPIVersion", "MQTTErrorCode", "MQTTProtocolVersion", "client"]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from examples.local_fleet import LocalFleet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,19 +46,6 @@ epochs = 2
 batch_size = 16
 holdout_fraction = 0.1
 hyper = {{ lr = 0.05, momentum = 0.9 }}
-"""
-AGENT = """device = "{device}"
-state_dir = "state"
-
-[broker]
-url = "{url}"
-username = "edge"
-password_file = "{password_file}"
-protocol = "{protocol}"
-
-[[data]]
-name = "digits"
-path = "digits.npz"
 """
 
 
@@ -90,71 +76,6 @@ def shares(labels: NDArray[Any], devices: int, seed: int) -> list[NDArray[Any]]:
             return [np.array(sorted(part)) for part in parts]
 
 
-class Demo:
-    """The processes of one demonstration; :meth:`end` ends those it started, and only those."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.state = folder / "coordinator"
-
-    def end(self) -> None:
-        """Ends the processes, the last started first."""
-        for process in reversed(self.processes):
-            process.send_signal(signal.SIGTERM)
-        for process in reversed(self.processes):
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        """Starts one of our programs with its output in ``logs/NAME.log``."""
-        logs = self.folder / "logs"
-        logs.mkdir(exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with (logs / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        self.processes.append(process)
-        return process
-
-    def start_coordinator(self) -> dict[str, str]:
-        """Starts broker and coordinator and gives the connection for agents."""
-        process = self.start("coordinator", "coordinator.cli", "serve", "--state", str(self.state))
-        connection = self.state / "connection.json"
-        end = time.monotonic() + 30
-        while not connection.exists():
-            if process.poll() is not None or time.monotonic() > end:
-                text = (self.folder / "logs" / "coordinator.log").read_text(errors="replace")
-                raise SystemExit(f"the coordinator did not start:\n{text}")
-            time.sleep(0.05)
-        described: dict[str, str] = json.loads(connection.read_text())
-        return described
-
-    def start_agent(self, device: str, connection: dict[str, str], x: NDArray[Any], y: NDArray[Any]) -> None:
-        """Gives an agent its share and starts it."""
-        folder = self.folder / "devices" / device
-        folder.mkdir(parents=True)
-        np.savez(folder / "digits.npz", x=x, y=y)
-        (folder / "agent.toml").write_text(AGENT.format(device=device, **connection))
-        self.start(device, "edge_runtime.cli", "run", "--config", str(folder / "agent.toml"))
-
-    def command(self, *arguments: str) -> Any:
-        """Runs ``edge-coordinator ... --json`` and gives what it prints."""
-        command = [sys.executable, "-m", "coordinator.cli", *arguments, "--state", str(self.state), "--json"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise SystemExit(f"edge-coordinator {arguments[0]} failed: {result.stderr.strip()}")
-        return json.loads(result.stdout)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demonstration; 0 if the run finished."""
     options = _parser().parse_args(arguments)
@@ -169,22 +90,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = shares(y, options.devices, options.seed)
     _say(f"{len(y)} training digits on {options.devices} devices, {len(test_y)} test digits that no device holds")
     started = time.monotonic()
-    demo = Demo(folder)
+    fleet = LocalFleet(folder)
     try:
-        connection = demo.start_coordinator()
+        connection = fleet.start_coordinator()
         _say(f"broker {connection['broker']} at {connection['url']}")
         for number, rows in enumerate(parts):
             device = f"device-{number:02d}"
-            demo.start_agent(device, connection, x[rows], y[rows])
+            fleet.start_agent(device, "digits", x[rows], y[rows])
             mix = ", ".join(
                 f"{label}:{count}" for label, count in enumerate(np.bincount(y[rows], minlength=10)) if count
             )
             _say(f"  {device}  {len(rows):4d} digits  {mix}")
-        run = demo.command("submit", str(folder / "plan.toml"))["run"]
-        summary = _follow(demo, run, options.timeout_s)
-        demo.command("model", run, "-o", str(folder / "model.onnx"))
+        run = fleet.command("submit", str(folder / "plan.toml"))["run"]
+        summary = fleet.follow(run, options.timeout_s, _show_round)
+        fleet.command("model", run, "-o", str(folder / "model.onnx"))
     finally:
-        demo.end()
+        fleet.end()
     summary["wall_s"] = round(time.monotonic() - started, 2)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _table(summary)
@@ -192,50 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if summary["status"] == "finished" else 1
 
 
-def _follow(demo: Demo, run: str, timeout_s: float) -> dict[str, Any]:
-    """Prints every round as it closes, until the run has ended."""
-    from coordinator.store import Store
-    from coordinator.summary import run_summary
-
-    store = Store(demo.state, create=False)
-    end, shown = time.monotonic() + timeout_s, 0
-    while True:
-        summary: dict[str, Any] = run_summary(store, run)
-        for entry in store.rounds(run)[shown:]:
-            shown += 1
-            accuracy = (
-                entry.test.correct / entry.test.samples if entry.test and entry.test.correct is not None else None
-            )
-            known = "" if accuracy is None else f"accuracy {accuracy:6.1%}  "
-            _say(
-                f"  round {entry.round + 1:3d}  {known}updates {entry.updates + entry.late_updates:2d}  "
-                f"up {entry.bytes_up / 1e3:7.1f} kB  down {entry.bytes_down / 1e3:7.1f} kB  "
-                f"{entry.closed_unix_s - entry.opened_unix_s:5.2f} s"
-            )
-        if summary["status"] != "running":
-            store.close()
-            return summary
-        if time.monotonic() > end:
-            raise SystemExit(f"the run did not end within {timeout_s:g} s; see {demo.folder / 'logs'}")
-        time.sleep(0.1)
+def _show_round(entry: dict[str, Any]) -> None:
+    accuracy = "" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:6.1%}  "
+    _say(
+        f"  round {entry['round'] + 1:3d}  {accuracy}{entry['updates']:2d} updates  "
+        f"up {entry['bytes_up'] / 1e3:7.1f} kB  down {entry['bytes_down'] / 1e3:7.1f} kB  {entry['seconds']:5.2f} s"
+    )
 
 
 def _table(summary: dict[str, Any]) -> None:
     _say("")
-    for key in (
-        "run",
-        "status",
-        "accuracy",
-        "rounds",
-        "devices",
-        "updates_counted",
-        "bytes_up",
-        "bytes_down",
-        "seconds",
-    ):
-        if key in summary:
-            value = summary[key]
-            _say(f"  {key:16s} {value:.4f}" if isinstance(value, float) else f"  {key:16s} {value}")
+    for key in ("run", "status", "accuracy", "rounds", "devices", "bytes_up", "bytes_down", "seconds"):
+        value = summary[key]
+        _say(f"  {key:12s} {value:.4f}" if isinstance(value, float) else f"  {key:12s} {value}")
 
 
 def _say(text: str) -> None:
@@ -245,7 +135,7 @@ def _say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/demo", description="Eight agents train on handwritten digits.")
     parser.add_argument("--devices", type=int, default=8, help="how many agents (default 8)")
-    parser.add_argument("--rounds", type=int, default=12, help="how many rounds (default 12)")
+    parser.add_argument("--rounds", type=int, default=30, help="how many rounds (default 30)")
     parser.add_argument("--seed", type=int, default=1, help="of the shares and the run (default 1)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where results go (default ./runs)")
     parser.add_argument("--timeout-s", type=float, default=80.0, help="give up after so many seconds (default 80)")

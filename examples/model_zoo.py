@@ -64,7 +64,8 @@ class TransformerClassifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Token numbers ``[batch, 16]`` int64 to logits ``[batch, 4]``."""
-        return self.head(self.encoder(self.embedding(x) + self.position).mean(1))
+        logits: torch.Tensor = self.head(self.encoder(self.embedding(x) + self.position).mean(1))
+        return logits
 
 
 class RecurrentClassifier(nn.Module):
@@ -78,7 +79,8 @@ class RecurrentClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[batch, 32, 9]`` to logits ``[batch, 6]``."""
         states, _ = self.recurrent(x)
-        return self.head(states[:, -1])
+        logits: torch.Tensor = self.head(states[:, -1])
+        return logits
 
 
 def mlp() -> dict[str, Any]:

@@ -6,14 +6,18 @@ import hashlib
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
-import torch
 
 from edge_runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
 
 # The earliest time a zip can hold; a bundle's bytes must not depend on when it was made.
 _EPOCH = (1980, 1, 1, 0, 0, 0)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from exporters._graph import GraphBuilder
 from exporters.errors import ExportError
 
-NUMPY = {
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
+
+    from exporters._graph import GraphBuilder
+
+NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
     torch.int64: np.dtype(np.int64),
@@ -40,13 +43,14 @@ class Tensor(NamedTuple):
 
 
 Translator = Callable[..., Any]
+Function = TypeVar("Function", bound=Translator)
 TRANSLATORS: dict[str, Translator] = {}
 
 
-def translates(*names: str) -> Callable[[Translator], Translator]:
+def translates(*names: str) -> Callable[[Function], Function]:
     """Registers the translation of ATen operators, by names such as ``aten.add.Tensor``."""
 
-    def register(function: Translator) -> Translator:
+    def register(function: Function) -> Function:
         for name in names:
             TRANSLATORS[name] = function
         return function
@@ -86,8 +90,8 @@ class Converter:
                 self._emit(node, env)
         raise ExportError("the traced graph has no output; does the model return a tensor?")
 
-    def _emit(self, node: Node, env: dict[Node, Any]) -> None:
-        value = node.meta.get("val")
+    def _emit(self, node: Node, env: dict[Any, Any]) -> None:
+        value: Any = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
             env[node] = value  # its expression is all that is needed
             return
@@ -124,13 +128,15 @@ class Converter:
         layer = self._places.get(packet, self._places.get(packet.removesuffix("_backward")))
         return f"layer {layer!r}" if layer else "outside any layer"
 
-    def _overwrite(self, node: Node, env: dict[Node, Any]) -> None:
+    def _overwrite(self, node: Node, env: dict[Any, Any]) -> None:
         target, source = node.args[0], node.args[1]
         new = self.cast(self._resolve(source, env), node.meta["val"].dtype)
         env[target] = env[node] = Tensor(self.expand(new, node.meta["val"].shape), new.dtype, node.meta["val"].shape)
 
     def _attribute(self, module: GraphModule, target: str) -> Tensor:
-        value = functools.reduce(getattr, target.split("."), module)
+        value: Any = module
+        for part in target.split("."):
+            value = getattr(value, part)
         if not isinstance(value, torch.Tensor):
             raise ExportError(f"the model holds {target} of type {type(value).__name__}; only tensors can be exported")
         array = value.detach().cpu().numpy()

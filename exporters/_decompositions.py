@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917, SLF001  signatures follow ATen schemas, and some ATen operators have a leading underscore
 """Decomposition table of a trace: from what autograd emits to operators that have an ONNX translation.
 
 PyTorch's own core and backward decompositions, with faster forms for what costs the time in small networks: the
@@ -7,8 +8,7 @@ weight gradient of a convolution, BatchNorm, ReLU and max-pooling.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
@@ -16,18 +16,52 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from exporters._own_operators import edge, per_channel
 from exporters.errors import ExportError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 aten = torch.ops.aten
 
-_BACKWARD = """
-_log_softmax_backward_data _native_batch_norm_legit
-_native_batch_norm_legit_functional _softmax_backward_data elu elu_backward embedding_dense_backward gelu_backward glu
-glu_backward hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh_backward leaky_relu_backward
-log_sigmoid_backward log_sigmoid_forward logit_backward mish_backward mse_loss_backward native_group_norm
-native_group_norm_backward native_layer_norm_backward native_dropout_backward prelu_backward _prelu_kernel
-_prelu_kernel_backward
-select_backward sigmoid_backward silu_backward slice_backward softplus_backward tanh_backward threshold_backward
-unfold_backward upsample_nearest2d_backward _thnn_fused_lstm_cell _thnn_fused_gru_cell
-""".split()
+_BACKWARD = [
+    "_log_softmax_backward_data",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "_softmax_backward_data",
+    "elu",
+    "elu_backward",
+    "embedding_dense_backward",
+    "gelu_backward",
+    "glu",
+    "glu_backward",
+    "hardsigmoid",
+    "hardsigmoid_backward",
+    "hardswish",
+    "hardswish_backward",
+    "hardtanh_backward",
+    "leaky_relu_backward",
+    "log_sigmoid_backward",
+    "log_sigmoid_forward",
+    "logit_backward",
+    "mish_backward",
+    "mse_loss_backward",
+    "native_group_norm",
+    "native_group_norm_backward",
+    "native_layer_norm_backward",
+    "native_dropout_backward",
+    "prelu_backward",
+    "_prelu_kernel",
+    "_prelu_kernel_backward",
+    "select_backward",
+    "sigmoid_backward",
+    "silu_backward",
+    "slice_backward",
+    "softplus_backward",
+    "tanh_backward",
+    "threshold_backward",
+    "unfold_backward",
+    "upsample_nearest2d_backward",
+    "_thnn_fused_lstm_cell",
+    "_thnn_fused_gru_cell",
+]
 # One ONNX operator each, so not taken apart.
 _KEPT = (
     "addmm.default",
@@ -53,7 +87,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     # Which of these appears depends on whether the batch is symbolic, and on the version of torch.
     for name in ("native_batch_norm", "_native_batch_norm_legit"):
         table[getattr(aten, name).default] = _batch_norm
-    table[aten._native_batch_norm_legit.no_stats] = _batch_norm_without_statistics  # noqa: SLF001
+    table[aten._native_batch_norm_legit.no_stats] = _batch_norm_without_statistics
     table[aten.native_batch_norm_backward.default] = _batch_norm_backward
     table[aten.threshold_backward.default] = _threshold_backward
     table[aten.hardtanh_backward.default] = _hardtanh_backward
@@ -61,8 +95,8 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         table[getattr(aten, f"max_pool{rank}d_with_indices").default] = _max_pool
         table[getattr(aten, f"max_pool{rank}d_with_indices_backward").default] = _max_pool_backward
         table[getattr(aten, f"avg_pool{rank}d_backward").default] = _avg_pool_backward
-    table[aten._adaptive_avg_pool2d.default] = _adaptive_avg_pool  # noqa: SLF001
-    table[aten._adaptive_avg_pool2d_backward.default] = _adaptive_avg_pool_backward  # noqa: SLF001
+    table[aten._adaptive_avg_pool2d.default] = _adaptive_avg_pool
+    table[aten._adaptive_avg_pool2d_backward.default] = _adaptive_avg_pool_backward
     return table
 
 
@@ -158,7 +192,7 @@ def _weight_gradient_wide(
         wide = x.transpose(0, 1).reshape(count, channels, batch * math.prod(sizes)).transpose(1, 2)
     wide = wide.reshape(1, count * batch, *sizes[:-1], sizes[-1] * channels)
     pads = [*padding[:-1], padding[-1] * channels, *end[:-1], end[-1] * channels]
-    result = edge.convolution_padded(
+    result: torch.Tensor = edge.convolution_padded(
         wide, gradient.transpose(0, 1), pads, dilation, [*stride[:-1], stride[-1] * channels], count
     )
     if block > 1:
@@ -186,7 +220,9 @@ def _weight_gradient_by_channel(
     swapped = swapped.reshape(inner, groups * batch, *x.shape[2:])
     taps = gradient.reshape(batch, groups, outer, *gradient.shape[2:]).permute(1, 2, 0, *rest)
     taps = taps.reshape(groups * outer, batch, *gradient.shape[2:])
-    result = aten.convolution.default(swapped, taps, None, dilation, padding, stride, False, [0] * rank, groups)
+    result: torch.Tensor = aten.convolution.default(
+        swapped, taps, None, dilation, padding, stride, False, [0] * rank, groups
+    )
     result = result.transpose(0, 1)
     for i in range(rank):
         result = result.narrow(2 + i, 0, weight.shape[2 + i])
@@ -278,8 +314,10 @@ def _batch_norm_backward(
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """``scale*x + shift`` per channel; in one node where the number of channels is known."""
-    if isinstance(x.shape[1], int):
-        return edge.scale_shift(x, scale, shift)
+    channels: Any = x.shape[1]
+    if isinstance(channels, int):
+        scaled: torch.Tensor = edge.scale_shift(x, scale, shift)
+        return scaled
     return x * per_channel(scale, x.dim()) + per_channel(shift, x.dim())
 
 
@@ -305,7 +343,8 @@ def _max_pool(
     rank = x.dim() - 2
     size = _per_axis(kernel, rank)
     step = _per_axis(stride, rank) if stride else size
-    return edge.max_pool(x, size, step, _per_axis(padding, rank), _per_axis(dilation, rank), ceil_mode)
+    values, index = edge.max_pool(x, size, step, _per_axis(padding, rank), _per_axis(dilation, rank), ceil_mode)
+    return values, index
 
 
 def _max_pool_backward(
@@ -323,7 +362,9 @@ def _max_pool_backward(
     size = _per_axis(kernel, rank)
     step = _per_axis(stride, rank) if stride else size
     reach = [d * (k - 1) + 1 for k, d in zip(size, _per_axis(dilation, rank), strict=True)]
-    return edge.max_pool_backward(gradient, index, x, any(r > s for r, s in zip(reach, step, strict=True)))
+    overlap = any(r > s for r, s in zip(reach, step, strict=True))
+    result: torch.Tensor = edge.max_pool_backward(gradient, index, x, overlap)
+    return result
 
 
 def _avg_pool_backward(
@@ -348,7 +389,11 @@ def _avg_pool_backward(
             f"use padding inside the windows (kernel {size}, stride {step}, ceil_mode={ceil_mode})"
         )
     weight = x.new_full((x.shape[1], 1, *size), 1.0 / math.prod(size))
-    return aten.convolution.default(gradient, weight, None, step, pad, [1] * rank, True, extra, x.shape[1])
+    dilation = [1] * rank
+    result: torch.Tensor = aten.convolution.default(
+        gradient, weight, None, step, pad, dilation, True, extra, x.shape[1]
+    )
+    return result
 
 
 def _averaging(inputs: int, outputs: int) -> torch.Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 OPSET = 20
 # The oldest IR that carries opset 20 fully; onnxruntime 1.17 and newer read it.
@@ -98,7 +100,8 @@ class GraphBuilder:
 
     def to_bytes(self, name: str) -> bytes:
         """Serialises the part of the graph that its outputs need; unused inputs are left out."""
-        return self.to_model(name).SerializeToString(deterministic=True)
+        data: bytes = self.to_model(name).SerializeToString(deterministic=True)
+        return data
 
     def to_model(self, name: str) -> onnx.ModelProto:
         """Builds the ONNX model, IR version 9, default domain only."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_runtime.bundle.manifest import Batch, Manifest
-
 if TYPE_CHECKING:
+    from edge_runtime.bundle.manifest import Batch, Manifest
     from exporters.export import ExportReport
 
 
@@ -28,9 +27,9 @@ def batch_text(batch: Batch) -> str:
 
 def report_text(report: ExportReport) -> str:
     """The result of an export."""
+    trained = f"{report.parameters} parameters ({report.trainable_parameters} trained)"
     lines = [
-        f"{report.path}: {report.size_bytes} bytes, {report.parameters} parameters "
-        f"({report.trainable_parameters} trained), {report.optimizer}, written in {report.seconds:.1f} s",
+        f"{report.path}: {report.size_bytes} bytes, {trained}, {report.optimizer}, written in {report.seconds:.1f} s",
         f"batch: {batch_text(report.batch)}",
     ]
     if report.fallback:

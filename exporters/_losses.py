@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from edge_runtime.bundle.manifest import Loss
 from exporters.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edge_runtime.bundle.manifest import Loss
 
 LOSSES: tuple[Loss, ...] = ("cross_entropy", "binary_cross_entropy_with_logits", "mean_squared_error")
 
@@ -67,9 +71,9 @@ def hits(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 def reference_loss(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The same loss by torch's own function: mean over the batch."""
-    function = {
+    functions: dict[str, Callable[..., torch.Tensor]] = {
         "cross_entropy": functional.cross_entropy,
         "binary_cross_entropy_with_logits": functional.binary_cross_entropy_with_logits,
         "mean_squared_error": functional.mse_loss,
-    }[loss]
-    return function(output, target)
+    }
+    return functions[loss](output, target)

@@ -1,20 +1,24 @@
+# ruff: noqa: SLF001  torch keeps the base class of BatchNorm private
 """What the exporter knows about a torch module: its tensors by role, its input, output and target."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from edge_runtime.bundle.manifest import Loss
 from exporters._losses import Target, target_of
 from exporters.errors import ExportError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from edge_runtime.bundle.manifest import Loss
 
 _FLOATS_MESSAGE = "parameters must be float32; call module.float() before exporting"
 
@@ -34,7 +38,7 @@ class Model:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer, in the order of the parameter table."""
-        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        named: list[tuple[str, torch.Tensor]] = [*self.module.named_parameters(), *self.module.named_buffers()]
         return {name: value.detach() for name, value in named}
 
     def without(self, names: Iterable[str]) -> Model:
@@ -50,7 +54,7 @@ class Model:
     @property
     def batch_statistics(self) -> bool:
         """Whether training normalises over the batch, so that padding would change the result."""
-        return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.module.modules())  # noqa: SLF001
+        return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.module.modules())
 
     def example_batch(self, size: int) -> torch.Tensor:
         """The example input, repeated or cut to ``size`` samples."""
@@ -79,9 +83,9 @@ def inspect_model(
     for name, value in module.named_parameters():
         if value.dtype != torch.float32:
             raise ExportError(f"parameter {name} is {value.dtype}; {_FLOATS_MESSAGE}")
-    for name, value in module.named_buffers():
-        if value.dtype not in {torch.float32, torch.int64, torch.bool}:
-            raise ExportError(f"buffer {name} is {value.dtype}; buffers must be float32, int64 or bool")
+    for name, buffer in module.named_buffers():
+        if buffer.dtype not in {torch.float32, torch.int64, torch.bool}:
+            raise ExportError(f"buffer {name} is {buffer.dtype}; buffers must be float32, int64 or bool")
     output = _output(module, example)
     chosen = _chosen(module, trainable)
     if not chosen:
@@ -111,7 +115,7 @@ def _example(example_input: Any) -> torch.Tensor:
 
 
 def _check_layer(name: str, part: nn.Module) -> None:
-    if isinstance(part, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
         if part.momentum is None and part.track_running_stats:
             raise ExportError(
                 f"layer {name!r} is BatchNorm with momentum=None (a cumulative average over all batches ever seen); "

@@ -213,8 +213,7 @@ def _log1p(c: Converter, x: Tensor) -> str:
 def _expm1(c: Converter, x: Tensor) -> str:
     """``exp(x)-1 = tanh(x/2) * (exp(x)+1)``, which keeps the digits of a small x."""
     half = c.op("Tanh", c.op("Mul", x, c.scalar(0.5, x.dtype)))
-    exact = c.op("Mul", half, c.op("Add", c.op("Exp", x), c.scalar(1.0, x.dtype)))
-    return exact
+    return c.op("Mul", half, c.op("Add", c.op("Exp", x), c.scalar(1.0, x.dtype)))
 
 
 @translates("aten.log2.default")
@@ -309,7 +308,7 @@ def _to_copy(c: Converter, x: Tensor, *_: Any, **__: Any) -> str:
     "aten.lift_fresh_copy.default",
     "aten.lift_fresh.default",
 )
-def _same(c: Converter, x: Tensor, **_: Any) -> str:  # noqa: ARG001
+def _same(_: Converter, x: Tensor, **__: Any) -> str:
     return x.name
 
 

@@ -1,9 +1,9 @@
+# ruff: noqa: PLR0917  signatures follow ATen schemas, whose arguments are positional
 """ONNX translations of matrix products, convolutions, normalisation, softmax and this package's own operators."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ import torch
 from exporters import _random
 from exporters._converter import ONNX_TYPE, Converter, Tensor, translates
 from exporters.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def _gemm(c: Converter, a: Tensor, b: Tensor, bias: str = "", alpha: float = 1.0, beta: float = 1.0) -> str:

@@ -1,16 +1,19 @@
+# ruff: noqa: PLR0917  signatures follow ATen schemas, whose arguments are positional
 """ONNX translations of ATen operators that make, move, select or reduce elements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from exporters._converter import NUMPY, ONNX_TYPE, Converter, Tensor, same_shape, translates
 from exporters.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _END = 2**63 - 1
 
@@ -38,7 +41,7 @@ def _full(c: Converter, *args: Any, **_: Any) -> str:
 
 
 @translates("aten.full_like.default", "aten.fill.Scalar")
-def _full_like(c: Converter, x: Tensor, value: Any, **_: Any) -> str:  # noqa: ARG001
+def _full_like(c: Converter, _x: Tensor, value: Any, **_: Any) -> str:
     return _filled(c, value)
 
 
@@ -285,6 +288,11 @@ def _scatter_value(c: Converter, x: Tensor, dim: int, index: Tensor, value: Any)
     return c.op("ScatterElements", x, index, c.expand(source, index.shape), axis=_axis(dim, len(x.shape)))
 
 
+def _broadcast(*shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    rule: Any = torch.broadcast_shapes  # untyped
+    return tuple(rule(*shapes))
+
+
 def _leading(indices: Sequence[Tensor | None]) -> list[Tensor]:
     used = [index for index in indices if index is not None]
     if any(index is None for index in indices[: len(used)]):
@@ -295,7 +303,7 @@ def _leading(indices: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _coordinates(c: Converter, indices: Sequence[Tensor]) -> str:
-    shape = torch.broadcast_shapes(*(tuple(index.shape) for index in indices))
+    shape = _broadcast(*(tuple(index.shape) for index in indices))
     parts = [c.op("Unsqueeze", c.expand(c.cast(index, torch.int64), shape), c.ints(-1)) for index in indices]
     return parts[0] if len(parts) == 1 else c.op("Concat", *parts, axis=-1)
 
@@ -328,7 +336,7 @@ def _index_put(
     first = positions[0]
     if positions != list(range(first, first + len(positions))):
         raise ExportError("writing by tensors on axes that are not neighbours; reorder with transpose first")
-    index_shape = torch.broadcast_shapes(*(tuple(index.shape) for index in used))
+    index_shape = _broadcast(*(tuple(index.shape) for index in used))
     order = [*positions, *(axis for axis in range(len(x.shape)) if axis not in positions)]
     count, rank = len(index_shape), len(index_shape) + len(x.shape) - len(used)
     natural = [*x.shape[:first], *index_shape, *x.shape[first + len(used) :]]

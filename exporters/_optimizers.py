@@ -173,7 +173,7 @@ def train_graph(optimizer: str, shapes: Shapes, gradients: GraphBuilder) -> Grap
 
 def torch_optimizer(optimizer: str, parameters: list[Any], hyper: Mapping[str, float]) -> Any:
     """The optimiser of ``torch.optim`` with the same hyper-parameters, for the parity check."""
-    import torch  # noqa: PLC0415  the graphs themselves need no torch
+    import torch
 
     if optimizer == "sgd":
         return torch.optim.SGD(

@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917  signatures follow ATen schemas, whose arguments are positional
 """Operators of this exporter, in the torch library ``edge``: what ATen cannot say and ONNX can say in one node.
 
 Each has an eager form (reference, and for tests), a shape rule for tracing, and a translation in `_operators_nn`.
@@ -5,15 +6,18 @@ Each has an eager form (reference, and for tests), a shape rule for tracing, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from exporters import _random
 
-_LIBRARY = torch.library.Library("edge", "DEF")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_torch_library: Any = torch.library  # untyped
+_LIBRARY = _torch_library.Library("edge", "DEF")
 _LIBRARY.define(
     "convolution_padded(Tensor x, Tensor kernel, int[] pads, int[] stride, int[] dilation, int groups) -> Tensor"
 )
@@ -25,7 +29,7 @@ _LIBRARY.define(
 _LIBRARY.define("max_pool_backward(Tensor gradient, Tensor index, Tensor x, bool overlap) -> Tensor")
 _LIBRARY.define("bernoulli(Tensor like, Tensor seed, int stream, float keep) -> Tensor")
 
-edge = torch.ops.edge
+edge: Any = torch.ops.edge
 
 
 def per_channel(vector: torch.Tensor, rank: int) -> torch.Tensor:

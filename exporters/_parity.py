@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 import torch
 
 from exporters import _losses, _optimizers, _random
-from exporters._model import Model
 from exporters.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from exporters._model import Model
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -200,7 +203,7 @@ class Gate:
             with _random.seeded(seed):
                 output = module(torch.from_numpy(self._padded(x)))[: len(x)]
             loss = _losses.reference_loss(self._model.loss, output, y)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         named = dict(module.named_parameters())
         gradients = {}
         for name in self._model.trainable:
@@ -303,7 +306,7 @@ class Gate:
         self._compare("fused", fused, halves, where, tolerance=FUSED_TOLERANCE)
 
     def _slots(self, optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]) -> Arrays:
-        """torch's optimiser state by this bundle's slot names; zeros before the first step."""
+        """Torch's optimiser state by this bundle's slot names; zeros before the first step."""
         kinds = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"}
         shapes = {name: tuple(named[name].shape) for name in self._model.trainable}
         found = {}

@@ -11,13 +11,15 @@ the second key enters between the rounds, so that two streams are not shifted or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exporters.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 MASK = 2**31 - 1
 LAST_SHIFT = 16
@@ -68,16 +70,18 @@ def bernoulli(like: torch.Tensor, seed: torch.Tensor, stream: int, keep: float) 
     return kept.to(like.dtype).reshape(like.shape)
 
 
-class SeededDropout(TorchDispatchMode):
+class SeededDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replaces torch's Bernoulli draws by `bernoulli`.
 
     Works in eager execution (the reference of the parity check) and while tracing, so both count streams alike. In a
     trace any other random operator is refused by name.
     """
 
-    def __init__(self, seed: torch.Tensor, draw: Any, layer: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self, seed: torch.Tensor, draw: Callable[..., torch.Tensor], layer: Callable[[], str] | None = None
+    ) -> None:
         """``draw`` is `bernoulli` or the operator that stands for it in a trace, where ``layer()`` names the module."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
         self._draw = draw
         self._layer = layer

@@ -6,16 +6,20 @@ the graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch.func import functional_call
 
 from exporters import _losses
-from exporters._model import Model
 from exporters._own_operators import edge
 from exporters._random import SeededDropout
 from exporters.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from exporters._model import Model
 
 Tensors = dict[str, torch.Tensor]
 

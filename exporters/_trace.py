@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,9 +17,15 @@ from exporters import _operators_elementwise, _operators_nn, _operators_shape
 from exporters._converter import NUMPY, Converter, Tensor
 from exporters._decompositions import decomposition_table
 from exporters._graph import BATCH_AXIS, GraphBuilder, Port
-from exporters._model import Model
 from exporters._steps import Step
 from exporters.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch.fx import GraphModule
+
+    from exporters._model import Model
 
 # Importing a table registers its translations.
 _TABLES = (_operators_elementwise, _operators_nn, _operators_shape)
@@ -90,18 +94,16 @@ def trace(model: Model, kind: Kind, *, batch: int | None, mask: bool) -> Traced:
 def _inputs(model: Model, batch: int | None, *, mask: bool, uses: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Fake tensors for every graph input: shapes without data."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    given = {}
+    given: dict[str, torch.Tensor] = {}
     for name, value in model.tensors().items():
-        fixed = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC] * value.dim())
+        fixed = _sizes([DimDynamic.STATIC] * value.dim())
         given[f"p.{name}"] = mode.from_tensor(value, symbolic_context=fixed)
     size: Any = batch
     if batch is None:
         axis = torch.empty(_BATCH_HINT, device="meta")
-        size = mode.from_tensor(
-            axis, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        ).shape[0]
+        size = mode.from_tensor(axis, symbolic_context=_sizes([DimDynamic.DYNAMIC])).shape[0]
     with mode:
-        data = {
+        data: dict[str, torch.Tensor] = {
             "x": torch.empty((size, *model.example.shape[1:]), dtype=model.example.dtype),
             "y": torch.empty((size, *model.target.shape), dtype=model.target.dtype),
             "seed": torch.empty((), dtype=torch.int64),
@@ -110,6 +112,10 @@ def _inputs(model: Model, batch: int | None, *, mask: bool, uses: tuple[str, ...
             data["mask"] = torch.empty((size,))
     given.update({name: data[name] for name in uses if name in data})
     return given
+
+
+def _sizes(kinds: list[DimDynamic]) -> StatelessSymbolicContext[Any, Any]:
+    return StatelessSymbolicContext(dynamic_sizes=kinds)
 
 
 def _make_graph(
@@ -168,7 +174,7 @@ def _writes_in_place(module: GraphModule) -> bool:
 def _check_still_symbolic(fake: Mapping[str, torch.Tensor], *, symbolic: bool) -> None:
     if not symbolic:
         return
-    size = fake["x"].shape[0]
+    size: Any = fake["x"].shape[0]
     if not isinstance(size, torch.SymInt) or size.node.expr.is_number or size.node.maybe_as_int() is not None:
         raise NotDynamicError("forward() fixes the batch size, for example by int(x.shape[0]) or a fixed view")
 

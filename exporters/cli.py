@@ -7,13 +7,15 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import EdgeError
 from exporters import _inspect
 from exporters.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _HYPER = ("lr", "momentum", "weight_decay", "beta1", "beta2", "eps", "clip_norm")
 
@@ -117,8 +119,8 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _bundle(arguments: argparse.Namespace) -> int:
-    from exporters import _source  # noqa: PLC0415  torch is slow to import, and --help needs none of it
-    from exporters.export import export_bundle  # noqa: PLC0415
+    from exporters import _source
+    from exporters.export import export_bundle
 
     given = _source.load(arguments.source, arguments.input_shape, arguments.input_dtype)
     options = {
@@ -140,13 +142,13 @@ def _bundle(arguments: argparse.Namespace) -> int:
 
 
 def _plain(struct: Any) -> Any:
-    import msgspec  # noqa: PLC0415
+    import msgspec
 
     return msgspec.to_builtins(struct)
 
 
 def _inspect_command(arguments: argparse.Namespace) -> int:
-    from edge_runtime.bundle import Bundle  # noqa: PLC0415
+    from edge_runtime.bundle import Bundle
 
     if not arguments.file.exists():
         raise UsageError(f"{arguments.file} does not exist")

@@ -122,7 +122,15 @@ def export_bundle(
     say("writing the bundle")
     files = {bundle.PARAMETERS_NAME: _archive.parameters_file(model.tensors())}
     files.update({f"{key}.onnx": data for key, data in graphs.data.items()})
-    written = _manifest(graphs, name, optimizer, defaults, list(labels), preprocessing, files)
+    written = _manifest(
+        graphs,
+        name=name,
+        optimizer=optimizer,
+        hyper=defaults,
+        labels=list(labels),
+        preprocessing=preprocessing,
+        files=files,
+    )
     path = Path(path)
     size = _archive.write_bundle(path, written, files)
     tensors = model.tensors()
@@ -192,7 +200,7 @@ def _checked_sizes(graphs: _Graphs, optimizer: OptimizerName, hyper: Mapping[str
 
 def _graphs(model: Model, optimizer: OptimizerName, batch: int | None, minimum: int) -> tuple[_Graphs, list[str]]:
     fixed = batch is not None
-    if fixed and batch < minimum:
+    if batch is not None and batch < minimum:
         raise UsageError(f"batch {batch} is too small: BatchNorm on single values needs at least {minimum} samples")
     mask = fixed and not model.batch_statistics
     step = trace(model, "gradients", batch=batch, mask=mask)
@@ -235,6 +243,7 @@ def _smallest_batch(model: Model) -> int:
 
 def _manifest(
     graphs: _Graphs,
+    *,
     name: str,
     optimizer: OptimizerName,
     hyper: dict[str, float],

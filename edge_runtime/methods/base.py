@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_runtime.compression.base import Layout
+    from edge_runtime.training.randomness import Stream
 
     Vector: TypeAlias = NDArray[np.float32]
     GradientHook: TypeAlias = Callable[[Vector, Vector], Vector]
@@ -77,7 +78,7 @@ class ClientMethod:
         """
         return None
 
-    def sampler(self, count: int, rng: np.random.Generator) -> NDArray[np.integer[Any]]:
+    def sampler(self, count: int, rng: Stream) -> NDArray[np.integer[Any]]:
         """Order in which one epoch visits ``count`` samples; by default each once, shuffled."""
         return rng.permutation(count)
 

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from edge_runtime.bundle import Bundle
     from edge_runtime.data.view import View
     from edge_runtime.messages import Evaluation
+    from edge_runtime.training.randomness import Stream
 
     Vector: TypeAlias = NDArray[np.float32]
     GradientHook: TypeAlias = Callable[[Vector, Vector], Vector]
-    Sampler: TypeAlias = Callable[[int, np.random.Generator], NDArray[np.integer[Any]]]
+    Sampler: TypeAlias = Callable[[int, Stream], NDArray[np.integer[Any]]]
     OnStep: TypeAlias = Callable[[int, int, float], None]
 
 

@@ -67,6 +67,8 @@ class JobRunner:
             EdgeError: what went wrong, in one line; :func:`failure_kind` sorts it. Nothing is left behind.
         """
         job = request.job
+        if job.cut is not None:
+            raise TrainingError(f"the job asks for cut {job.cut!r}, but this software does not train split models")
         method = create_method(job.method, job.options)
         loaded = self._load(request, method.variant if job.variant is None else job.variant)
         samples, view = self._view(request, loaded)
@@ -86,6 +88,11 @@ class JobRunner:
         if channels.keys() != layouts.keys():
             raise TrainingError(f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(layouts)}")
         data, state.codec = encode(job.codec, channels, layouts, state.codec if state.codec_name == job.codec else b"")
+        if job.byte_budget is not None and len(data) > job.byte_budget:
+            raise CodecError(
+                f"the update has {len(data)} bytes with codec {job.codec!r}, the job allows {job.byte_budget}; choose "
+                "a stronger codec or a larger budget"
+            )
         state.codec_name, state.assignment = job.codec, job.assignment
         sha256 = hashlib.sha256(data).hexdigest()
         path = Path(request.output_folder) / f"{job.run}.{job.assignment}.{sha256[:16]}.update"

@@ -12,7 +12,8 @@ from edge_runtime.errors import DataError, TrainingError
 from edge_runtime.messages import Evaluation
 from edge_runtime.training.base import TrainResult
 from edge_runtime.training.onnx_graph import OnnxGraph, scalar, shared
-from edge_runtime.training.schedule import BatchRule, batches, generator, total_steps
+from edge_runtime.training.randomness import Stream
+from edge_runtime.training.schedule import BatchRule, batches, total_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,12 +81,12 @@ class OnnxTrainer:
             raise DataError(f"dataset {view.name!r}: {error}") from error
         for side in self._sides:
             side.reset(start)
-        dropout = generator(settings.seed, 1)
+        dropout = Stream(settings.seed, "dropout")
         loss, loss_sum, seen, step = self._results["loss"], 0.0, 0, 0
         for step, positions in enumerate(batches(count, settings, rule, sampler), 1):
             indices = view.train[positions]
             size = self._fill(first, view, indices, settings.batch_size)
-            self._scalars["seed"][()] = dropout.integers(1 << 31)
+            self._scalars["seed"][()] = dropout.integer(1 << 31)
             first.run(self._bound(names[0], size)[(step - 1) % 2])
             if gradient is not None:
                 self._apply(gradient, (step - 1) % 2)
@@ -161,10 +162,12 @@ class OnnxTrainer:
 
     def _fill(self, graph: OnnxGraph, view: View, indices: NDArray[np.integer[Any]], batch_size: int) -> int:
         """Reads samples into the batch memory; gives the size of the batch that the graph sees."""
-        if self._batch.size < batch_size:
-            self._batch = _BatchMemory(self._manifest, batch_size)
+        count = len(indices)
+        needed = count if graph.fixed_batch is None else batch_size  # a job's batch size may be far above the data's
+        if self._batch.size < needed:
+            self._batch = _BatchMemory(self._manifest, needed)
             self._bindings.clear()
-        memory, count = self._batch, len(indices)
+        memory = self._batch
         view.read(indices, memory.x, memory.y)
         if graph.fixed_batch is None:
             memory.mask[:count] = 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.errors import DataError, TrainingError
+from edge_runtime.training.randomness import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
 def job_seed(seed: int, device: str, assignment: str) -> int:
     """128-bit seed of one job: the same on every machine, different for every device and assignment."""
     return int.from_bytes(blake2b(f"{seed}/{device}/{assignment}".encode(), digest_size=16).digest(), "little")
-
-
-def generator(seed: int, purpose: int) -> np.random.Generator:
-    """An independent stream of random numbers per purpose: 0 for shuffling, 1 for dropout."""
-    return np.random.Generator(np.random.PCG64([seed, purpose]))
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def batches(
 ) -> Iterator[NDArray[np.integer[Any]]]:
     """Positions ``[batch]`` in ``[0, count)`` for every step; each epoch is shuffled anew. Raises like total_steps."""
     left = total_steps(count, settings, rule)
-    rng = generator(settings.seed, 0)
+    rng = Stream(settings.seed, "order")
     size = settings.batch_size
     while left > 0:
         order = rng.permutation(count) if sampler is None else np.asarray(sampler(count, rng))

@@ -9,7 +9,7 @@ import pytest
 from edge_runtime.agent.worker import run_job
 from edge_runtime.compression import decode, encode
 from edge_runtime.data import DatasetConfig
-from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError
+from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError, TrainingError
 from edge_runtime.training.job import JobRunner, failure_kind
 from edge_runtime.training.state import RunState, StateFolder
 from tests.edge_runtime import toy_bundle
@@ -148,6 +148,20 @@ def test_a_full_disk_leaves_no_partial_update(jobs, monkeypatch):
         run_job(jobs.request())
     assert failure_kind(caught.value) == "storage"
     assert not list(jobs.out.iterdir())
+
+
+def test_a_job_that_cannot_be_kept_within_its_terms_is_refused(jobs):
+    """Split training and budgets that cannot be met are told, not ignored."""
+    with pytest.raises(TrainingError, match="cut 'cut-1', but this software does not train split models"):
+        run_job(jobs.request(cut="cut-1"))
+    with pytest.raises(CodecError, match="with codec 'raw', the job allows 50"):
+        run_job(jobs.request(byte_budget=50))
+    assert not list(jobs.out.iterdir())
+
+
+def test_a_huge_batch_size_costs_no_more_than_the_data(jobs):
+    """One batch of all samples, whatever the job says."""
+    assert run_job(jobs.request(batch_size=10**15)).meta.steps == 2
 
 
 def test_kinds_of_failure():

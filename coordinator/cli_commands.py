@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from coordinator.errors import ModelError
-from coordinator.store import Store
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     import argparse
 
-    from coordinator.store import StoredRun
+    from coordinator.store import Store, StoredRun
     from edge_runtime.messages import BlobRef
 
 
 def open_store(options: argparse.Namespace, *, create: bool = False) -> Store:
     """The store that the options name."""
+    from coordinator.store import Store
+
     return Store(options.state, options.database, create=create)
 
 

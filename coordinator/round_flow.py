@@ -52,7 +52,7 @@ def progress(state: RunState, work: Work, fleet: FleetView) -> None:
 def _start(state: RunState, work: Work, fleet: FleetView) -> None:
     run, rules = state.run, state.plan.participation
     if len(fleet.eligible(state.need)) < rules.minimum:
-        return
+        return  # the usual case before a fleet is there, and a cheap one
     candidates = _candidates(state, fleet)
     if len(candidates) >= rules.target:
         if run.short_since_unix_s is not None:
@@ -62,6 +62,10 @@ def _start(state: RunState, work: Work, fleet: FleetView) -> None:
         if run.short_since_unix_s is None:
             run.short_since_unix_s = work.now
             work.save(run)
+        if state.busy and work.now >= run.deadline_unix_s:  # the jobs of those who are missing may have been lost
+            run.deadline_unix_s = work.now + rules.deadline_s
+            work.save(run)
+            _repeat_jobs(state, work)
         if len(candidates) < rules.minimum or work.now < run.short_since_unix_s + state.patience_s:
             return
     if _ask(state, work, fleet, candidates, math.ceil(rules.target * rules.over_commit)):
@@ -103,11 +107,15 @@ def _ask_again(state: RunState, work: Work, fleet: FleetView) -> None:
     run.deadline_unix_s = work.now + rules.deadline_s
     work.save(run)
     state.recount()
-    for row in state.assignments.values():
-        if row.status == "open":
-            work.out.append(e.SendJob(copy.copy(row)))  # the message may be what was lost
+    _repeat_jobs(state, work)
     wanted = math.ceil(rules.target * rules.over_commit) - state.fresh
     _ask(state, work, fleet, _candidates(state, fleet), wanted)
+
+
+def _repeat_jobs(state: RunState, work: Work) -> None:
+    for row in state.assignments.values():
+        if row.status == "open":
+            work.out.append(e.SendJob(copy.copy(row)))
 
 
 def _candidates(state: RunState, fleet: FleetView) -> list[str]:

@@ -111,6 +111,16 @@ def test_deadline_without_updates_asks_again_and_then_fails():
     assert len(h.of(e.SendCancel, effects)) == 2
 
 
+def test_lost_jobs_are_repeated_while_a_round_waits_for_devices():
+    """A device that is busy only because its job message was lost does not hold up the run for ever."""
+    state, fleet, jobs = open_round(h.plan(target=1, over_commit=2.0, rounds=3), "a", "b")
+    step(state, h.arrived(jobs["a"]), fleet)
+    fleet.announce(2.0, h.device("a", online=False))
+    assert not h.jobs(step(state, e.Aggregated(3.0, 0, h.blob(20)), fleet))
+    assert h.jobs(step(state, e.Tick(100.0), fleet)) == [jobs["b"]]
+    assert not h.jobs(step(state, e.Tick(101.0), fleet))
+
+
 def test_failed_job_frees_its_place_for_another_device():
     """A replacement is asked at once; the device that failed is not asked again in this attempt."""
     state, fleet, jobs = open_round(h.plan(target=1), "a", "b", "c")

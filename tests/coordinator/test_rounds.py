@@ -247,6 +247,27 @@ def test_device_that_joins_again_hears_everything_again():
     assert [type(effect) for effect in again] == [e.SendVerdict, e.SendJob]
 
 
+def test_resume_repeats_all_that_is_still_due():
+    """After a restart: acknowledgements, verdicts, jobs, cancellations, the aggregation and evaluations."""
+    plan = h.plan(rounds=3, target=1, over_commit=3.0, max_staleness=0, test_set="t.npz")
+    state, fleet, jobs = open_round(plan, "a", "b", "c")
+    assert h.jobs(resume(state)) == list(jobs.values())
+    first = h.arrived(jobs["a"])
+    step(state, first, fleet)
+    due = resume(state)
+    assert h.of(e.SendDone, due) == [e.SendDone(first.update)]
+    assert h.one(e.Aggregate, due).updates[0].update == first.update
+    assert [row.device for row in h.jobs(due)] == [name for name in jobs if name != "a"]
+    step(state, e.Aggregated(3.0, 0, h.blob(20)), fleet)
+    due = resume(state)
+    assert h.of(e.SendVerdict, due) == [e.SendVerdict(first.update, counted=True)]
+    assert {cancel.device for cancel in h.of(e.SendCancel, due)} == {"b", "c"}
+    assert [effect.version for effect in h.of(e.Evaluate, due)] == [0, 1]
+    assert all(row.version == 1 for row in h.jobs(due))
+    step(state, e.StopRequested(4.0), fleet)
+    assert h.one(e.Finished, resume(state)).status == "stopped"
+
+
 @pytest.mark.parametrize("phase", ["selecting", "open", "aggregating"])
 def test_stop_ends_a_run_in_any_phase(phase):
     """Pending updates are refused, open jobs cancelled, and a result that comes afterwards changes nothing."""

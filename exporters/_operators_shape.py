@@ -373,6 +373,13 @@ def _mean(c: Converter, x: Tensor, dims: Any = None, keepdim: bool = False, **_:
     return _reduce(c, "ReduceMean", c.cast(x, c.out().dtype), dims, keepdim)
 
 
+@translates("aten.linalg_vector_norm.default")
+def _vector_norm(c: Converter, x: Tensor, order: float = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> str:
+    if order not in {1, 2}:
+        raise ExportError(f"norm of order {order}; only 1 and 2 are supported")
+    return _reduce(c, f"ReduceL{int(order)}", x, dims, keepdim)
+
+
 @translates("aten.amax.default", "aten.max.default")
 def _amax(c: Converter, x: Tensor, dims: Any = None, keepdim: bool = False) -> str:
     return _reduce(c, "ReduceMax", x, dims, keepdim)

@@ -73,6 +73,8 @@ def trace(model: Model, kind: Kind, *, batch: int | None, mask: bool) -> Traced:
         names[:] = result
         return list(result.values())
 
+    if symbolic:
+        _refuse_recurrent_dropout(model.module)
     model.module.train(kind == "gradients")
     with _named_layers(model.module, stack), _plain_kernels():
         module = _make_graph(flat, fake, symbolic=symbolic, stack=stack)
@@ -169,6 +171,13 @@ def _writes_in_place(module: GraphModule) -> bool:
         if node.target is not aten.copy_.default or target.target is not aten.clone.default:
             return True
     return False
+
+
+def _refuse_recurrent_dropout(module: nn.Module) -> None:
+    """torch 2.13 leaves this dropout out when it takes a recurrent layer apart for a symbolic batch."""  # noqa: D403
+    for name, part in module.named_modules():
+        if isinstance(part, nn.RNNBase) and part.dropout > 0 and part.num_layers > 1:
+            raise NotDynamicError(f"layer {name!r} has dropout between recurrent layers, which needs a fixed batch")
 
 
 def _check_still_symbolic(fake: Mapping[str, torch.Tensor], *, symbolic: bool) -> None:

@@ -162,11 +162,14 @@ class Spool:
     def _sweep(self) -> None:
         waiting = self._rows("WHERE state='ready'", ())
         sizes = {entry.name: entry.stat().st_size for entry in self.folder.iterdir()}
+        kept = set()
         for update in waiting:
             if sizes.get(update.file) != update.blob.size_bytes:  # lost with a file system: let the job be done again
                 self._execute(
                     "DELETE FROM updates WHERE run=? AND device=? AND assignment=? AND sequence=?",
                     msgspec.structs.astuple(update.update),
                 )
-        for name in sizes.keys() - {update.file for update in waiting}:
+            else:
+                kept.add(update.file)
+        for name in sizes.keys() - kept:
             (self.folder / name).unlink(missing_ok=True)

@@ -74,6 +74,7 @@ def start_broker(folder: Path, *, port: int = 0, prefer: str = "mosquitto") -> t
 
 
 def _start(program: str | None, folder: Path, port: int, password: str) -> tuple[Broker, str]:
+    _check_port(port)
     log.info("embedded broker: %s on %s:%d", program or "amqtt", HOST, port)
     broker = AmqttBroker(port, password) if program is None else MosquittoBroker(program, folder, port, password)
     return broker, f"mqtt://{HOST}:{port}"
@@ -210,6 +211,16 @@ def _free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _check_port(port: int) -> None:
+    """A broker that is already there would answer in the place of the one that then cannot start."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise TransportError(f"port {port} cannot be used ({error.strerror}); choose another one, or 0") from error
 
 
 def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -128,7 +128,7 @@ class Link:
         self._reached = False
         self._timers: list[Timer] = []
         self._acks: dict[int, Callable[[], None]] = {}
-        self._started = False
+        self._started = self._receiving = False
 
     @property
     def chunk_bytes(self) -> int:
@@ -144,6 +144,9 @@ class Link:
     def stop(self, farewell: tuple[str, bytes] | None = None) -> None:
         """Disconnects; ``farewell`` is published, retained, just before (a clean end sends no last will)."""
         self._started = False
+        if self._receiving:  # paho holds its lock
+            self._loop.call_soon(lambda: self.stop(farewell))
+            return
         if self.is_up and self._client is not None:
             if farewell is not None:
                 self._client.publish(farewell[0], farewell[1], qos=0, retain=True)
@@ -323,7 +326,11 @@ class Link:
     def _received(self, client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
         if client is self._client:
             self.received_bytes += len(message.payload) + len(message.topic) + 16
-            self._on_message(message.topic, bytes(message.payload))
+            self._receiving = True
+            try:
+                self._on_message(message.topic, bytes(message.payload))
+            finally:
+                self._receiving = False
 
     def _published(self, client: paho.Client, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
         if client is self._client:

@@ -1,0 +1,79 @@
+"""agent.toml."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_runtime.agent.config import link_settings, load_agent_config
+from edge_runtime.errors import ConfigError
+
+GOOD = """
+device = "pi-7"
+state_dir = "state"
+[broker]
+url = "mqtt://localhost:1883"
+password_file = "secret"
+ca = "/etc/ca.crt"
+[[data]]
+name = "digits"
+format = "npz"
+path = "digits.npz"
+[limits]
+worker_nice = 5
+"""
+
+
+def load(tmp_path, text):
+    path = tmp_path / "agent.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_agent_config(path)
+
+
+def test_relative_paths_count_from_the_file(tmp_path):
+    """Paths in the file are relative to its folder, absolute ones stay, and limits have defaults."""
+    config = load(tmp_path, GOOD)
+    assert config.state_dir == str(tmp_path / "state")
+    assert config.broker.password_file == str(tmp_path / "secret")
+    assert config.broker.ca == "/etc/ca.crt"
+    assert config.data[0].path == str(tmp_path / "digits.npz")
+    assert (config.limits.worker_nice, config.limits.worker_threads) == (5, 1)
+
+
+def test_password_is_read_anew_and_belongs_to_the_device(tmp_path):
+    """The password file is read at every connection; without a user name the device's name is it."""
+    settings = link_settings(load(tmp_path, GOOD))
+    for secret in ("one", "two"):
+        (tmp_path / "secret").write_text(secret + "\n")
+        assert settings.password() == secret
+    assert settings.username == settings.client_id == "pi-7"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('state_dir = "state"', 'state_dir = "state"\nspeed = 3', "speed"),
+        ("worker_nice = 5", "worker_nice = 5\nblob_gb = 1", r"blob_gb.*\$\.limits"),
+        ("worker_nice = 5", 'worker_nice = "high"', r"\$\.limits\.worker_nice"),
+        ("worker_nice = 5", "worker_nice = 20", r"\$\.limits\.worker_nice"),
+        ("worker_nice = 5", "blob_mb = 0", r"\$\.limits\.blob_mb"),
+        ("worker_nice = 5", "blob_mb = inf", r"limits\.blob_mb = inf"),
+        ("worker_nice = 5", "max_temperature_c = nan", r"limits\.max_temperature_c = nan"),
+        ('device = "pi-7"', 'device = "pi 7"', "device name 'pi 7'"),
+        ('device = "pi-7"', "", "device"),
+        ('name = "digits"', 'name = "a/b"', r"\$\.data\[0\]\.name"),
+        ("mqtt://localhost:1883", "mqtt://broker.example:1883", "unencrypted"),
+        ("mqtt://localhost:1883", "http://localhost", "malformed"),
+        ("[limits]", '[[data]]\nname = "digits"\nformat = "npz"\npath = "b.npz"\n[limits]', "names are unique"),
+    ],
+)
+def test_wrong_configuration_is_refused_by_name(tmp_path, old, new, said):
+    """Whatever is wrong in the file, the error names the file and the key or value."""
+    assert old in GOOD
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path, GOOD.replace(old, new))
+
+
+def test_no_dataset_is_refused(tmp_path):
+    """An agent without data has nothing to do."""
+    with pytest.raises(ConfigError, match="name at least one dataset"):
+        load(tmp_path, 'device = "a"\nstate_dir = "s"\ndata = []\n[broker]\nurl = "mqtt://localhost"\n')

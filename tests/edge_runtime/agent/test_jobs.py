@@ -1,0 +1,410 @@
+"""The agent's job machine: one rule at a time, then anything in any order."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.agent import jobs as j
+from edge_runtime.messages import BlobRef, Job, UpdateId, UpdateMeta
+
+CAN = j.Capabilities(
+    datasets=frozenset({"digits"}), codecs=frozenset({"raw"}), methods=frozenset({"fedavg"}), blob_limit_bytes=1000
+)
+META = UpdateMeta(round=0, model_version=0, samples=1, steps=1)
+
+
+def blob(name: str, size: int = 10) -> BlobRef:
+    return BlobRef(sha256=name.encode().hex().ljust(64, "0"), size_bytes=size)
+
+
+def job(name: str = "a1", bundle: str = "b", model: str = "m", **fields) -> Job:
+    values = {
+        "run": "run",
+        "round": 0,
+        "model_version": 0,
+        "dataset": "digits",
+        "deadline_s": 100.0,
+        "epochs": 1,
+    } | fields
+    return Job(assignment=name, bundle=blob(bundle), model=blob(model), **values)
+
+
+def update(name: str = "a1") -> UpdateId:
+    return UpdateId("run", "dev", name, 0)
+
+
+def fresh() -> j.AgentState:
+    return j.AgentState("dev", CAN)
+
+
+def arrive(state, wanted=None, now=0.0, known=None, crashes=0):
+    return j.step(state, j.JobArrived(now, wanted or job(), known, crashes))
+
+
+def ready(state, *names, now=0.0):
+    return [effect for name in names for effect in j.step(state, j.BlobReady(now, blob(name).sha256))]
+
+
+def running(state, wanted=None):
+    """A state that trains one job."""
+    wanted = wanted or job()
+    arrive(state, wanted)
+    effects = [
+        *j.step(state, j.BlobReady(0.0, wanted.bundle.sha256)),
+        *j.step(state, j.BlobReady(0.0, wanted.model.sha256)),
+    ]
+    assert effects == [j.StartTraining(wanted)]
+    return wanted
+
+
+def trained(state, now=1.0):
+    return j.step(state, j.Trained(now, "file", blob("u"), META))
+
+
+def reports(effects):
+    return [(effect.status.assignment, effect.status.status) for effect in effects if isinstance(effect, j.Report)]
+
+
+def test_job_is_accepted_fetched_trained_and_offered():
+    """A job fetches its blobs, trains when both are there, and its update is spooled before it is offered."""
+    state = fresh()
+    effects = arrive(state)
+    assert reports(effects) == [("a1", "accepted")]
+    assert effects[1:] == [j.FetchBlob(blob("b")), j.FetchBlob(blob("m"))]
+    assert ready(state, "b") == []
+    assert ready(state, "m") == [j.StartTraining(job())]
+    assert trained(state) == [j.SpoolUpdate(update(), "file", blob("u"), META), j.Offer(update(), push=True)]
+    assert (state.running, state.jobs) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (job(dataset="faces"), "dataset 'faces' is not on this device"),
+        (job(codec="magic"), "codec 'magic'"),
+        (job(method="fedfoo"), "method 'fedfoo'"),
+        (msgspec.structs.replace(job(), model=blob("m", 1001)), "limit of 1000"),
+        (job(deadline_s=math.nan), "no duration"),
+        (job(deadline_s=math.inf), "no duration"),
+    ],
+)
+def test_unfit_job_is_rejected_with_the_reason(wanted, said):
+    """A job that needs what this device did not announce is rejected at once, and nothing is fetched."""
+    state = fresh()
+    (effect,) = arrive(state, wanted)
+    assert effect.status.status == "rejected"
+    assert said in effect.status.reason
+    assert state.jobs == {}
+
+
+def test_repeated_job_is_not_done_twice():
+    """A job that is being worked on is confirmed again; one with a waiting update is answered with its offer."""
+    state = fresh()
+    running(state)
+    assert reports(arrive(state)) == [("a1", "accepted")]
+    trained(state)
+    assert arrive(state, known="ready") == [j.Offer(update(), push=False)]
+    assert arrive(state, known="delivered") == [j.Offer(update(), push=False)]
+
+
+@pytest.mark.parametrize("known", ["counted", "refused"])
+def test_job_with_a_verdict_is_not_done_again(known):
+    """A job whose update got its verdict is over."""
+    assert arrive(fresh(), known=known) == []
+
+
+def test_update_that_waits_for_room_on_the_disk_is_not_trained_again():
+    """While a full disk keeps a finished update out of the spool, its repeated job trains nothing."""
+    state = fresh()
+    running(state)
+    trained(state)
+    assert arrive(state, known=None) == [j.Offer(update(), push=False)]
+
+
+def test_one_job_trains_at_a_time_by_priority_then_age():
+    """Of the jobs whose blobs are there the most urgent starts, then the oldest."""
+    state = fresh()
+    running(state)
+    for name, priority in (("low", 0), ("first", 5), ("second", 5)):
+        arrive(state, job(name, priority=priority))
+    assert ready(state, "b", "m") == []
+    started = []
+    for _ in range(3):
+        started += [effect.job.assignment for effect in trained(state) if isinstance(effect, j.StartTraining)]
+    assert started == ["first", "second", "low"]
+
+
+def test_done_and_verdict_close_an_update_once():
+    """Done frees the bytes, a verdict closes; repeating either, or in the other order, changes nothing more."""
+    state = fresh()
+    running(state)
+    trained(state)
+    assert j.step(state, j.DoneArrived(update())) == [j.CloseUpdate(update(), "delivered", "")]
+    assert j.step(state, j.DoneArrived(update())) == []
+    assert j.step(state, j.VerdictArrived(update(), True, "")) == [j.CloseUpdate(update(), "counted", "")]
+    assert j.step(state, j.VerdictArrived(update(), False, "late")) == []
+    assert j.step(state, j.DoneArrived(update())) == []
+    assert j.step(state, j.Connected()) == []
+
+
+def test_reconnect_offers_every_open_update():
+    """After every connection each update without a verdict is offered, also one that was delivered."""
+    state = j.AgentState("dev", CAN, updates={update("a"): "ready", update("b"): "delivered"})
+    assert j.step(state, j.Connected()) == [j.Offer(update("a"), push=False), j.Offer(update("b"), push=False)]
+
+
+def test_failed_training_is_reported_and_the_next_job_starts():
+    """A job that cannot be done is reported with its reason and does not block the next."""
+    state = fresh()
+    running(state)
+    arrive(state, job("a2"))
+    ready(state, "b", "m")
+    effects = j.step(state, j.TrainingFailed(1.0, "loss is not finite"))
+    assert reports(effects) == [("a1", "failed")]
+    assert effects[0].status.reason == "loss is not finite"
+    assert effects[1:] == [j.StartTraining(job("a2"))]
+
+
+def test_three_crashes_put_a_bundle_in_quarantine():
+    """The third crash in a row fails the queued jobs of the bundle and rejects new ones; other bundles go on."""
+    state = fresh()
+    for _ in range(2):
+        running(state)
+        effects = j.step(state, j.WorkerCrashed(1.0, "signal SIGSEGV", False))
+        assert effects[0] == j.CountCrash(blob("b").sha256)
+    running(state)
+    arrive(state, job("queued"))
+    ready(state, "b", "m")
+    arrive(state, job("other", bundle="c"))
+    ready(state, "c", "m")
+    effects = j.step(state, j.WorkerCrashed(1.0, "signal SIGSEGV", False))
+    assert reports(effects) == [("a1", "failed"), ("queued", "failed")]
+    assert "quarantine" in effects[2].status.reason
+    assert effects[-1] == j.StartTraining(job("other", bundle="c"))
+    (effect,) = arrive(state, job("late"), crashes=3)
+    assert effect.status.status == "rejected"
+
+
+def test_success_forgives_crashes_also_those_before_a_restart():
+    """Crashes count in a row: a job that ends well forgets them, those on disk as well."""
+    state = fresh()
+    wanted = job()
+    arrive(state, wanted, crashes=2)
+    ready(state, "b", "m")
+    assert j.ForgiveCrashes(blob("b").sha256) in trained(state)
+    running(state, job("a2"))
+    j.step(state, j.WorkerCrashed(1.0, "crash", False))
+    assert state.crashes[blob("b").sha256] == 1
+
+
+def test_worker_killed_by_the_agent_does_not_count():
+    """Heat, a limit or a cancel are no fault of the bundle."""
+    state = fresh()
+    running(state)
+    effects = j.step(state, j.WorkerCrashed(1.0, "battery low", True))
+    assert reports(effects) == [("a1", "failed")]
+    assert state.crashes == {}
+    assert j.step(state, j.WorkerCrashed(1.0, "battery low", True)) == []
+
+
+def test_cancelled_running_job_stops():
+    """A cancel kills the worker of a running job; its end is reported and the next job starts."""
+    state = fresh()
+    running(state)
+    arrive(state, job("a2"))
+    ready(state, "b", "m")
+    assert j.step(state, j.JobCancelled("run", "a1")) == [j.StopTraining("cancelled by the coordinator")]
+    effects = j.step(state, j.WorkerCrashed(1.0, "cancelled by the coordinator", True))
+    assert reports(effects) == [("a1", "failed")]
+    assert effects[-1] == j.StartTraining(job("a2"))
+
+
+def test_cancelled_waiting_job_leaves_quietly():
+    """A cancelled job that has not started is forgotten; a blob that another job needs is still fetched."""
+    state = fresh()
+    arrive(state, job("a1", model="m1"))
+    arrive(state, job("a2", model="m2"))
+    assert j.step(state, j.JobCancelled("run", "a1")) == [j.StopFetch(blob("m1").sha256)]
+    assert j.step(state, j.JobCancelled("run", "unknown")) == []
+    assert list(state.jobs) == [("run", "a2")]
+
+
+def test_update_finished_while_it_was_being_cancelled_is_kept():
+    """A cancel that comes too late loses no work: the update is offered and the coordinator decides."""
+    state = fresh()
+    running(state)
+    j.step(state, j.JobCancelled("run", "a1"))
+    assert j.Offer(update(), push=True) in trained(state)
+
+
+def test_expired_job_is_given_up_unless_it_runs():
+    """A job whose deadline passes before it starts fails; a running one goes on, late updates still count."""
+    state = fresh()
+    running(state)
+    arrive(state, job("a2", model="slow"))
+    effects = j.step(state, j.Tick(100.0))
+    assert reports(effects) == [("a2", "failed")]
+    assert j.StopFetch(blob("slow").sha256) in effects
+    assert state.running == ("run", "a1")
+
+
+def test_blob_that_cannot_be_had_fails_its_jobs():
+    """Every job that waits for a blob fails with the reason; others stay."""
+    state = fresh()
+    arrive(state, job("a1", model="bad"))
+    arrive(state, job("a2", model="bad"))
+    arrive(state, job("a3"))
+    effects = j.step(state, j.BlobFailed(1.0, blob("bad").sha256, "no space left"))
+    assert reports(effects) == [("a1", "failed"), ("a2", "failed")]
+    assert list(state.jobs) == [("run", "a3")]
+
+
+def test_queue_has_a_limit():
+    """A flood of jobs does not fill the device's memory."""
+    state = fresh()
+    for number in range(j.QUEUE_LIMIT):
+        arrive(state, job(f"a{number}"))
+    (effect,) = arrive(state, job("one-more"))
+    assert "queue of this device is full" in effect.status.reason
+
+
+def test_paused_device_does_not_train():
+    """Heat stops the running job and keeps others from starting until it is over."""
+    state = fresh()
+    running(state)
+    assert j.step(state, j.Paused(1.0, "too hot")) == [j.StopTraining("too hot")]
+    j.step(state, j.WorkerCrashed(1.0, "too hot", True))
+    arrive(state, job("a2"))
+    assert ready(state, "b", "m") == []
+    assert j.step(state, j.Paused(2.0, "")) == [j.StartTraining(job("a2"))]
+
+
+class Device:
+    """Carries out effects as the daemon does, on a spool that survives restarts, and holds the rules."""
+
+    def __init__(self) -> None:
+        self.spool: dict[UpdateId, str] = {}
+        self.crashes: dict[str, int] = {}
+        self.trained: dict[UpdateId, int] = {}
+        self.state = fresh()
+        self.training: Job | None = None
+        self.stopping = False
+        self.now = 0.0
+
+    def send(self, event) -> list:
+        effects = j.step(self.state, event)
+        for effect in effects:
+            match effect:
+                case j.StartTraining(wanted):
+                    assert self.training is None, "two jobs at a time"
+                    assert not self.state.paused
+                    identity = update(wanted.assignment)
+                    assert identity not in self.spool, "trained although its update is known"
+                    assert self.crashes.get(wanted.bundle.sha256, 0) < j.CRASH_LIMIT, "trained in quarantine"
+                    self.training = wanted
+                case j.StopTraining():
+                    assert self.training is not None
+                    self.stopping = True
+                case j.SpoolUpdate(identity):
+                    self.spool[identity] = "ready"
+                case j.Offer(identity):
+                    assert identity in self.spool, "offered before it was durable"
+                case j.CloseUpdate(identity, verdict):
+                    assert self.spool[identity] in ("ready", "delivered"), "closed twice"
+                    self.spool[identity] = verdict
+                case j.CountCrash(bundle):
+                    self.crashes[bundle] = self.crashes.get(bundle, 0) + 1
+                case j.ForgiveCrashes(bundle):
+                    self.crashes.pop(bundle, None)
+                case j.Report(status):
+                    assert status.status in ("accepted", "failed", "rejected")
+        assert (self.training is None) == (self.state.running is None)
+        assert sum(entry.running for entry in self.state.jobs.values()) == (self.state.running is not None)
+        return effects
+
+    def end(self, event) -> None:
+        self.training, self.stopping = None, False
+        self.send(event)
+
+    def restart(self) -> None:
+        self.training, self.stopping = None, False
+        opened = [j_update for j_update in self.spool.items() if j_update[1] in ("ready", "delivered")]
+        self.state = j.AgentState("dev", CAN, updates=dict(opened))
+
+
+NAMES = ["a1", "a2", "a3", "a4"]
+BUNDLES = ["b1", "b2"]
+
+
+def act(device: Device, random: Random) -> None:
+    """One random thing that can happen to a device."""
+    device.now += random.choice([0.0, 0.1, 30.0])
+    name = random.choice(NAMES)
+    identity = update(name)
+    wanted = job(
+        name, bundle=BUNDLES[NAMES.index(name) % 2], model=f"m{random.randrange(2)}", priority=random.randrange(3)
+    )
+    match random.randrange(13):
+        case 0 | 1 | 2:
+            crashes = device.crashes.get(wanted.bundle.sha256, 0)
+            device.send(j.JobArrived(device.now, wanted, device.spool.get(identity), crashes))
+        case 3 | 4 | 5:
+            device.send(j.BlobReady(device.now, blob(random.choice([*BUNDLES, "m0", "m1"])).sha256))
+        case 6:
+            device.send(j.BlobFailed(device.now, blob(random.choice(["b1", "m0"])).sha256, "gone"))
+        case 7 if device.training is not None:
+            device.end(j.Trained(device.now, "file", blob("u"), META))
+        case 8 if device.training is not None:
+            if device.stopping or random.random() < 0.5:
+                device.end(j.WorkerCrashed(device.now, "ended", device.stopping))
+            else:
+                device.end(j.TrainingFailed(device.now, "failed"))
+        case 9:
+            device.send(j.DoneArrived(identity))
+        case 10:
+            device.send(j.VerdictArrived(identity, random.random() < 0.5, ""))
+        case 11:
+            device.send(
+                random.choice(
+                    [j.JobCancelled("run", name), j.Tick(device.now), j.Paused(device.now, random.choice(["", "hot"]))]
+                )
+            )
+        case 12 if random.random() < 0.3:
+            device.restart()
+        case _:
+            opened = {key for key, verdict in device.spool.items() if verdict in ("ready", "delivered")}
+            offered = {effect.update for effect in device.send(j.Connected())}
+            assert offered == opened, "every finished update is offered until its verdict"
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_any_order_of_events_keeps_the_rules(seed):
+    """Random jobs, blobs, ends, verdicts, pauses and restarts never break a rule, and at the end the queue drains."""
+    device, random = Device(), Random(seed)
+    for _ in range(80):
+        act(device, random)
+    device.send(j.Paused(device.now, ""))
+    while device.training is not None:
+        device.end(j.WorkerCrashed(device.now, "killed", True))
+    device.send(j.Tick(device.now + 1e6))
+    assert device.state.jobs == {}
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_same_events_give_the_same_effects(seed):
+    """The machine has no hidden input: the same seed replays the same state."""
+    states = []
+    for _ in range(2):
+        device, random = Device(), Random(seed)
+        for _ in range(60):
+            act(device, random)
+        states.append((device.state, device.spool))
+    assert states[0] == states[1]

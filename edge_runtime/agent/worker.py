@@ -48,8 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
     _die_with_parent()
     _lower_priority(options.nice, options.oom_score_adj)
-    if options.memory_mb is not None:
-        _limit_memory(options.memory_mb)
     requests = os.dup(0)
     replies = os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -59,14 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would reserve memory per core
     try:
-        return _serve(requests, replies)
+        return _serve(requests, replies, options.memory_mb)
     except BrokenPipeError:
         return 0
 
 
-def _serve(requests: int, replies: int) -> int:
+def _serve(requests: int, replies: int, memory_mb: int | None) -> int:
     from edge_runtime.training.job import JobRunner
 
+    if memory_mb is not None:
+        _limit_memory(memory_mb)  # not before the imports: OpenBLAS tries for ever where it gets no memory to start
     runner = JobRunner()
     reader = pipe.FrameReader()
     _send(replies, pipe.Ready(backends=["onnx"]))

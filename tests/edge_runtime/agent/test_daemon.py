@@ -1,0 +1,346 @@
+"""The agent as a whole, against a real broker and a coordinator played by the test."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from hashlib import sha256
+from random import Random
+
+import pytest
+
+pytest.importorskip("numpy")
+
+from edge_runtime import messages, topics
+from edge_runtime.agent import daemon, pipe
+from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig
+from edge_runtime.agent.daemon import Agent, unhealthy
+from edge_runtime.data.config import DatasetConfig
+from edge_runtime.errors import ConfigError, StorageError
+from edge_runtime.messages import BlobRef, Job, UpdateMeta
+from edge_runtime.store.blobs import BlobStore
+from edge_runtime.store.spool import Spool
+from edge_runtime.transport.loop import Loop
+from edge_runtime.transport.transfer import ChunkPump
+from tests.support.brokers import Peer, free_port, own_mosquitto, run_until
+
+META = UpdateMeta(round=0, model_version=0, samples=3, steps=1)
+
+
+def config(folder, url: str = "mqtt://localhost:1", **fields) -> AgentConfig:
+    values = {
+        "device": "dev",
+        "state_dir": str(folder / "state"),
+        "broker": BrokerConfig(url=url),
+        "data": [DatasetConfig(name="digits", path="digits.npz")],
+    }
+    return AgentConfig(**values | fields)
+
+
+def measured(**fields) -> messages.Telemetry:
+    return messages.Telemetry(uptime_s=1.0, clock_unix_s=1.0, **fields)
+
+
+@pytest.mark.parametrize(
+    ("limits", "values", "said"),
+    [
+        ({"max_temperature_c": 80.0}, {"temperature_c": 81.0}, "max_temperature_c = 80"),
+        ({"max_temperature_c": 80.0}, {"temperature_c": 80.0}, ""),
+        ({"max_temperature_c": 80.0}, {}, ""),
+        ({"min_battery_percent": 30.0}, {"battery_percent": 29.0}, "min_battery_percent = 30"),
+        ({"min_battery_percent": 30.0}, {"battery_percent": 29.0, "on_external_power": False}, "min_battery_percent"),
+        ({"min_battery_percent": 30.0}, {"battery_percent": 29.0, "on_external_power": True}, ""),
+        ({"min_free_memory_mb": 100.0}, {"free_memory_bytes": 99_000_000}, "99 MB"),
+        ({"min_free_memory_mb": 100.0}, {"free_memory_bytes": 101_000_000}, ""),
+        ({}, {"temperature_c": 200.0, "battery_percent": 0.0, "free_memory_bytes": 0}, ""),
+    ],
+)
+def test_unhealthy_by_the_limits_of_the_configuration(tmp_path, limits, values, said):
+    """Only a limit that is set and a value that was measured can pause training, and the reason names the limit."""
+    reason = unhealthy(measured(**values), config(tmp_path, limits=LimitsConfig(**limits)))
+    assert said in reason
+    assert bool(said) == bool(reason)
+
+
+def test_second_agent_on_one_folder_is_refused(tmp_path):
+    """Two agents on one state folder would lose updates: the second is told, and may start when the first is gone."""
+    first = Agent(config(tmp_path))
+    with pytest.raises(ConfigError, match="another agent runs on this state_dir"):
+        Agent(config(tmp_path))
+    first.close()
+    second = Agent(config(tmp_path))
+    assert second.instance == first.instance
+    second.close()
+
+
+def test_state_folder_that_cannot_be_used_is_named(tmp_path):
+    """A state folder in a place that is a file is refused by name."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="state_dir cannot be used"):
+        Agent(config(tmp_path, state_dir=str(tmp_path / "file" / "state")))
+
+
+def test_clock_years_off_waits_for_time_before_tls(tmp_path, caplog):
+    """Without a set clock no certificate can be checked: the agent says so, waits, and connects once time has come."""
+    clock, now = [86_400.0], [0.0]
+    loop = Loop(lambda: now[0])
+    agent = Agent(config(tmp_path, url=f"mqtts://localhost:{free_port()}"), loop=loop, clock=lambda: clock[0])
+    agent.start()
+    assert "the clock says 1970-01-02: waiting for time synchronisation" in caplog.text
+    assert not agent.link._started
+    clock[0] = 1.8e9
+    now[0] += daemon.TICK_S
+    loop.step(0)
+    assert agent.link._started
+    agent.close()
+    loop.close()
+
+
+def test_plain_mqtt_does_not_wait_for_the_clock(tmp_path):
+    """On loopback without TLS the clock does not matter."""
+    agent = Agent(config(tmp_path, url=f"mqtt://localhost:{free_port()}"), clock=lambda: 0.0)
+    agent.start()
+    assert agent.link._started
+    agent.close()
+
+
+class World:
+    """An agent whose worker is a function, and a coordinator made of a link."""
+
+    def __init__(self, loop: Loop, url: str, folder) -> None:
+        self.loop, self.url, self.folder = loop, url, folder
+        self.states: list[messages.DeviceState] = []
+        self.said: list = []
+        self.blobs: dict[str, bytes] = {}
+        self.requests: list[pipe.TrainRequest] = []
+        self.answer_needs = True
+        self.coordinator = Peer(loop, url, "coord", ("fl/v1/d/+/state", "fl/v1/d/+/message"))
+        self.coordinator.handler = self.on_message
+        self.store = BlobStore(folder / "coordinator")
+        self.pump = ChunkPump(self.coordinator.link)
+        self.coordinator.up()
+        self.agents: list[Agent] = []
+
+    def agent(self, **fields) -> Agent:
+        agent = Agent(config(self.folder, self.url, **fields), loop=self.loop)
+        agent.link._settings = agent.link._settings.__class__(url=self.url, client_id="dev", backoff_first_s=0.05)
+        agent.supervisor.request = self.requests.append
+        self.agents.append(agent)
+        agent.start()
+        return agent
+
+    def close(self, agent: Agent) -> None:
+        self.agents.remove(agent)
+        agent.close()
+
+    def on_message(self, topic: str, payload: bytes) -> None:
+        message = messages.decode_from_device(payload)
+        if topic.endswith("/state"):
+            self.states.append(message)
+        else:
+            self.said.append(message)
+        if isinstance(message, messages.Need) and self.answer_needs:
+            data = self.blobs[message.sha256]
+            blob = BlobRef(sha256=message.sha256, size_bytes=len(data))
+            self.pump.send(topics.to_device("dev", "chunk"), self.store.path(message.sha256), blob, message.ranges)
+
+    def blob(self, size: int, seed: int) -> BlobRef:
+        data = Random(seed).randbytes(size)
+        stored = self.store.put(data)
+        self.blobs[stored.sha256] = data
+        return BlobRef(sha256=stored.sha256, size_bytes=size)
+
+    def job(self, name: str = "a1", **fields) -> Job:
+        values = {"run": "run", "round": 0, "model_version": 0, "dataset": "digits", "deadline_s": 600.0, "epochs": 1}
+        return Job(assignment=name, bundle=self.blob(300_000, 1), model=self.blob(1000, 2), **values | fields)
+
+    def tell(self, message) -> None:
+        assert self.coordinator.link.publish(topics.to_device("dev", "message"), messages.encode(message))
+
+    def heard(self, kind) -> list:
+        return [message for message in self.said if isinstance(message, kind)]
+
+    def until(self, condition) -> None:
+        run_until(self.loop, condition)
+
+
+@pytest.fixture
+def loop():
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def broker(mosquitto_program, tmp_path):
+    with own_mosquitto(mosquitto_program, tmp_path) as broker:
+        yield broker
+
+
+@pytest.fixture
+def world(loop, broker, tmp_path):
+    world = World(loop, broker.url, tmp_path)
+    yield world
+    for agent in list(world.agents):
+        world.close(agent)
+    world.coordinator.link.stop()
+
+
+def train(world: World, agent: Agent, data: bytes = b"update") -> None:
+    """Answers the running job as the worker would."""
+    path = agent.spool.folder / "x.update"
+    path.write_bytes(data)
+    reply = pipe.Trained(
+        path=str(path), sha256=sha256(data).hexdigest(), size_bytes=len(data), meta=META, dataset_samples=7
+    )
+    world.loop.call_soon(lambda: agent._on_reply(reply))
+
+
+def test_job_from_arrival_to_verdict(world):
+    """A job is accepted, its blobs fetched for this device alone, its update offered, and the verdict closes it."""
+    agent = world.agent()
+    world.until(lambda: world.states and world.states[-1].online)
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+    assert world.heard(messages.JobStatus)[0].status == "accepted"
+    train(world, agent)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    (offer,) = world.heard(messages.UpdateOffer)
+    assert offer.first[4:] == b"update"
+    for message in (messages.Done(update=offer.update), messages.Verdict(update=offer.update, counted=True)):
+        world.tell(message)
+        world.tell(message)
+    world.until(lambda: agent.spool.get(offer.update).state == "counted")
+    assert agent.spool.used_bytes() == 0
+    assert agent.uploads._waiting == {}
+
+
+def test_last_will_names_the_session_that_was_announced(world, broker):
+    """When the connection ends without a word, the broker's "offline" carries the session of the last "online"."""
+    agent = world.agent()
+    for number in (1, 2):
+        world.until(lambda number=number: len(world.states) >= 2 * number - 1)
+        online = world.states[-1]
+        assert online.online
+        agent.link._client.socket().shutdown(2)
+        world.until(lambda number=number: len(world.states) >= 2 * number)
+        assert (world.states[-1].online, world.states[-1].session) == (False, online.session)
+    world.until(lambda: len(world.states) >= 5)
+    assert len({state.session for state in world.states}) == 3
+    world.close(agent)
+    world.until(lambda: not world.states[-1].online)
+    assert broker.process is not None
+
+
+def test_new_coordinator_session_makes_the_agent_speak_again(world):
+    """When the coordinator is a new process, the agent announces itself and offers its updates again."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+
+    def announce(session):
+        state = messages.CoordinatorState(online=True, session=session)
+        world.coordinator.link.publish(topics.COORDINATOR, messages.encode(state), retain=True)
+
+    announce("one")
+    world.until(lambda: agent._coordinator_session == "one")
+    count = len(world.states)
+    announce("one")
+    announce("two")
+    world.until(lambda: len(world.states) == count + 1)
+    assert agent._coordinator_session == "two"
+
+
+def test_evaluation_without_training_is_offered_without_bytes(world):
+    """A job that only evaluates answers with an update of no bytes, twice over too."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    for name in ("e1", "e2"):
+        count = len(world.requests)
+        world.tell(world.job(name, epochs=None))
+        world.until(lambda count=count: len(world.requests) > count)
+        agent._on_reply(pipe.Trained(path="", sha256="", size_bytes=0, meta=META, dataset_samples=7))
+    world.until(lambda: len(world.heard(messages.UpdateOffer)) == 2)
+    for offer in world.heard(messages.UpdateOffer):
+        assert (offer.blob.size_bytes, offer.blob.sha256) == (0, sha256(b"").hexdigest())
+        world.tell(messages.Verdict(update=offer.update, counted=False, reason="empty"))
+    world.until(lambda: not agent.state.updates)
+
+
+def test_full_disk_keeps_the_agent_alive_and_the_update(world, monkeypatch, caplog):
+    """With a full disk the finished update is tried until its row is written, its job is not trained twice, and then it
+    is offered."""
+    monkeypatch.setattr(daemon, "DISK_RETRY_S", 0.1)
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+    real = agent.spool._db
+
+    class Full:
+        def execute(self, query, values=()):
+            if query.startswith(("INSERT", "UPDATE", "DELETE")):
+                raise sqlite3.OperationalError("database or disk is full")
+            return real.execute(query, values)
+
+    agent.spool._db = Full()
+    train(world, agent)
+    world.until(lambda: caplog.text.count("disk is full") >= 2)
+    world.tell(world.job())
+    world.tell(messages.Gone(sha256="0" * 64))
+    world.until(lambda: len(agent.state.updates) == 1)
+    agent.spool._db = real
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    update = world.heard(messages.UpdateOffer)[0].update
+    agent.spool._db = Full()
+    world.tell(messages.Verdict(update=update, counted=True))
+    world.until(lambda: not agent.state.updates)
+    agent.spool._db = real
+    assert len(world.requests) == 1
+    assert agent.link.is_up
+
+
+def test_full_spool_refuses_to_train(world):
+    """When waiting updates fill their quota, a new job fails with that reason and the old updates stay."""
+    agent = world.agent(limits=LimitsConfig(spool_mb=0.001))
+    (agent.spool.folder / "big").write_bytes(bytes(2000))
+    world.until(lambda: world.states)
+    world.tell(world.job())
+    world.until(lambda: any(status.status == "failed" for status in world.heard(messages.JobStatus)))
+    assert "limits.spool_mb" in world.heard(messages.JobStatus)[-1].reason
+    assert world.requests == []
+
+
+def test_heat_pauses_and_says_so_once(tmp_path, caplog):
+    """While it is too hot no job starts; the log says it when it begins and when it ends, not at every reading."""
+    caplog.set_level(logging.INFO, "edge.agent")
+    agent = Agent(config(tmp_path, limits=LimitsConfig(max_temperature_c=60.0)))
+    for heat in (61.0, 62.0, 63.0, 50.0, 50.0):
+        agent._check_health(measured(temperature_c=heat))
+        assert bool(agent.state.paused) == (heat > 60)
+    assert caplog.text.count("training paused") == caplog.text.count("training may run again") == 1
+    agent.close()
+
+
+def test_updates_wait_over_a_restart_of_the_agent(world):
+    """An agent that is stopped before its update was delivered offers it at its next start."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+    train(world, agent)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    world.close(agent)
+    world.said.clear()
+    again = world.agent()
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    assert isinstance(again.spool, Spool)
+    world.tell(world.job())
+    world.until(lambda: len(world.heard(messages.UpdateOffer)) >= 2)
+    assert len(world.requests) == 1
+
+
+def test_two_agents_with_one_name_are_told(world, tmp_path, caplog):
+    """Two agents of one name throw each other out, and after some rounds the log says what to do."""
+    first, second = world.agent(), world.agent(state_dir=str(tmp_path / "other"))
+    world.until(lambda: "is another agent running as device 'dev'" in caplog.text)
+    assert first.instance != second.instance

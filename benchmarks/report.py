@@ -48,12 +48,12 @@ def print_report(benchmark: str, arguments: argparse.Namespace, results: Sequenc
     keys = list(dict.fromkeys(key for result in results for key in result))
     report = {
         "benchmark": benchmark,
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        # Folders are of one machine and say nothing.
+        "arguments": {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)},
         "machine": machine(),
         "versions": {"python": platform.python_version(), **_versions()},
         "results": [{key: result.get(key) for key in keys} for result in results],
     }
-    report["arguments"].pop("data", None)  # a path of one machine; the set's name is in the benchmark
     print(json.dumps(report, indent=1))
 
 

@@ -179,7 +179,8 @@ def _logged_at(log: Path, text: str) -> float:
 def _per_round(before: list[Any], after: list[Any], direction: int, count: int) -> int | None:
     if None in before or None in after:
         return None
-    return round(sum(b[direction] - a[direction] for a, b in zip(before, after, strict=True)) / count)
+    total: int = sum(b[direction] - a[direction] for a, b in zip(before, after, strict=True))
+    return round(total / count)
 
 
 def _peak_mb(pid: int) -> float:

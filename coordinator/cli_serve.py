@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca", type=Path, metavar="FILE", help="certificate authority of the broker")
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="our certificate")
     parser.add_argument("--key", type=Path, metavar="FILE", help="our private key")
-    parser.add_argument("--insecure", action="store_true", help="do not check the broker's certificate; for tests")
+    parser.add_argument("--insecure", action="store_true", help="allow mqtt:// to other hosts: models unencrypted")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import load_toml
 from edge_runtime.messages import Name
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +36,7 @@ class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     selector: str = "random"
+    selector_options: dict[str, float] = {}
     target: Annotated[int, msgspec.Meta(ge=1)]
     minimum: Annotated[int, msgspec.Meta(ge=1)] = 1
     over_commit: Annotated[float, msgspec.Meta(ge=1.0)] = 1.0

@@ -96,7 +96,7 @@ class RunState:
             run=run,
             need=requirement(plan, max(run.bundle.size_bytes, run.model.size_bytes)),
             method=create_method(plan),
-            selector=SELECTORS.create(plan.participation.selector, {}),
+            selector=SELECTORS.create(plan.participation.selector, plan.participation.selector_options),
         )
         assignments = [row for row in rows if isinstance(row, AssignmentRow) and row.version >= state.oldest_version]
         for assignment in sorted(assignments, key=lambda row: _number(row.assignment)):

@@ -79,7 +79,7 @@ class RunFiles:
             return
         self._store.drop_update_blobs(state.run.run, state.run.round)
         oldest = state.oldest_version
-        for row in self._store.rounds(state.run.run):
+        for row in self._store.rounds(state.run.run, first=max(0, oldest - 3)):  # a crash may have skipped one call
             if row.version < oldest and row.model.sha256 != state.run.model.sha256:
                 self._blobs.delete(row.model.sha256)
                 self.sent_blobs.pop(row.model.sha256, None)

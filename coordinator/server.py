@@ -421,7 +421,9 @@ class Coordinator:
         if files is not None:
             for sha256 in files.sent_blobs:
                 self.downlink.forget(sha256)
-        self.runs.pop(run, None)
+        state = self.runs.pop(run, None)
+        if state is not None:
+            self.fleet.forget(state.need)
         timer = self._ticks.pop(run, None)
         if timer is not None:
             timer.cancel()

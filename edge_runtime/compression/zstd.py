@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
-import zstandard
+from backports import zstd
 
 from edge_runtime.compression.base import Layout, Packet
 from edge_runtime.errors import CodecError
@@ -50,7 +50,7 @@ class Zstd:
             table.append(_Entry(name, array.dtype.str[1:], list(array.shape)))
             planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
             parts.append(planes.tobytes())
-        packed = zstandard.ZstdCompressor(level=self.level).compress(b"".join(parts))
+        packed = zstd.compress(b"".join(parts), level=self.level)
         arrays = {"t": msgspec.msgpack.encode(table), "z": packed}
         return Packet({name: np.frombuffer(data, np.uint8) for name, data in arrays.items()}), state
 
@@ -84,13 +84,16 @@ def _decompress(packed: np.ndarray, size: int) -> bytes:
     data = packed.tobytes()
     try:
         # The library allocates what the frame claims, so the claim is checked before.
-        if zstandard.get_frame_parameters(data).content_size != size:
+        if zstd.get_frame_info(data).decompressed_size != size:
             raise CodecError(f"codec 'zstd': the frame does not hold the {size} bytes that its table needs")
         if size == 0:
             return b""
-        out: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
-    except zstandard.ZstdError as error:
+        decompressor = zstd.ZstdDecompressor()
+        out: bytes = decompressor.decompress(data, size)
+    except zstd.ZstdError as error:
         raise CodecError(f"codec 'zstd': damaged data ({error})") from error
+    if decompressor.unused_data:
+        raise CodecError(f"codec 'zstd': {len(decompressor.unused_data)} bytes follow the frame")
     if len(out) != size:
         raise CodecError(f"codec 'zstd': {len(out)} bytes came out, {size} expected")
     return out

@@ -1,0 +1,171 @@
+"""The main job on real data: phones of 21 people learn activities together, tested on nine other people.
+
+    python -m benchmarks.main_job --data ../shared/data/uci_har --devices 30
+
+One agent process per training subject, a coordinator, a broker: the programs a user starts. The centralised model is
+plain PyTorch on the pooled data of the same subjects, with as many passes over it as the devices make.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.report import parser, print_report
+from examples.local_fleet import LocalFleet
+
+if TYPE_CHECKING:
+    import argparse
+
+    from numpy.typing import NDArray
+
+TEST_SUBJECTS = (2, 4, 9, 10, 12, 13, 18, 20, 24)  # the set's own test subjects
+PLAN = """name = "activities"
+bundle = "har.bundle"
+dataset = "windows"
+rounds = {rounds}
+seed = {seed}
+codec = "{codec}"
+test_set = "test.npz"
+evaluate_on_devices = false
+
+[participation]
+target = {devices}
+minimum = {devices}
+deadline_s = 300.0
+
+[training]
+epochs = {epochs}
+batch_size = {batch_size}
+hyper = {{ lr = {lr}, momentum = {momentum} }}
+"""
+
+
+def main() -> int:
+    """Runs the benchmark and prints its report."""
+    options = _parser().parse_args()
+    path = options.data / "uci_har.npz" if options.data.name == "uci_har" else options.data / "uci_har" / "uci_har.npz"
+    if not path.exists():
+        raise SystemExit(f"{path}: not there; name the folder of the data sets with --data or $EDGE_DATA")
+    with np.load(path, allow_pickle=False) as file:
+        x, y, subject = file["X"].astype(np.float32), file["y"].astype(np.int64), file["subject"]
+    held = np.isin(subject, TEST_SUBJECTS)
+    train_subjects = list(np.unique(subject[~held]))[: options.devices]
+    shares = {f"subject-{number:02d}": (x[subject == number], y[subject == number]) for number in train_subjects}
+    federated = run_federated(options, shares, (x[held], y[held]))
+    pooled = np.isin(subject, train_subjects)
+    began = time.monotonic()
+    accuracy = train_centralised(options, (x[pooled], y[pooled]), (x[held], y[held]))
+    result = {
+        "devices": len(train_subjects),
+        "train_windows": int(pooled.sum()),
+        "test_windows": int(held.sum()),
+        "local_epochs": options.epochs,
+        "accuracy_federated": round(federated["accuracy"], 4),
+        "accuracy_centralised": round(accuracy, 4),
+        "accuracy_initial": round(federated["initial_accuracy"], 4),
+        "rounds": federated["rounds"],
+        "bytes_up": federated["bytes_up"],
+        "bytes_down": federated["bytes_down"],
+        "seconds": round(federated["seconds"], 1),
+        "seconds_centralised": round(time.monotonic() - began, 1),
+    }
+    print_report("main_job", options, [result])
+    return 0
+
+
+def run_federated(
+    options: argparse.Namespace,
+    shares: dict[str, tuple[NDArray[Any], NDArray[Any]]],
+    test: tuple[NDArray[Any], NDArray[Any]],
+) -> dict[str, Any]:
+    """Trains over MQTT; gives the run's summary."""
+    from examples.model_zoo import har
+    from exporters import export_bundle
+
+    with tempfile.TemporaryDirectory(dir=options.work) as name:
+        folder = Path(name)
+        export_bundle(**(har() | {"path": folder / "har.bundle"}))
+        np.savez(folder / "test.npz", x=test[0], y=test[1])
+        plan = PLAN.format(
+            rounds=options.rounds,
+            seed=options.seed,
+            codec=options.codec,
+            devices=len(shares),
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            momentum=options.momentum,
+        )
+        (folder / "plan.toml").write_text(plan)
+        fleet = LocalFleet(folder)
+        try:
+            fleet.start_coordinator()
+            for device, (x, y) in shares.items():
+                fleet.start_agent(device, "windows", x, y)
+            run = fleet.command("submit", str(folder / "plan.toml"))["run"]
+            summary = fleet.follow(run, 1000.0, _show_round)
+        finally:
+            fleet.end()
+    if summary["status"] != "finished":
+        raise SystemExit(f"run {run} {summary['status']}: {summary['reason']}")
+    return summary
+
+
+def train_centralised(
+    options: argparse.Namespace,
+    train: tuple[NDArray[Any], NDArray[Any]],
+    test: tuple[NDArray[Any], NDArray[Any]],
+) -> float:
+    """Accuracy on the test subjects of the same model trained by PyTorch on the pooled data."""
+    import torch
+    from torch.nn import functional
+
+    from examples.model_zoo import har
+
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    model = har()["module"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
+    x, y = (torch.from_numpy(part) for part in train)
+    model.train()
+    for _ in range(options.rounds * options.epochs):
+        for rows in torch.randperm(len(y)).split(options.batch_size):
+            if len(rows) > 1:
+                optimizer.zero_grad()
+                functional.cross_entropy(model(x[rows]), y[rows]).backward()
+                optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        predicted = model(torch.from_numpy(test[0])).argmax(1).numpy()
+    return float((predicted == test[1]).mean())
+
+
+def _show_round(entry: dict[str, Any]) -> None:
+    accuracy = "" if entry["accuracy"] is None else f", accuracy {entry['accuracy']:.4f}"
+    print(
+        f"round {entry['round'] + 1}: {entry['updates']} updates{accuracy}, {entry['seconds']:.2f} s", file=sys.stderr
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = parser(__doc__)
+    result.add_argument("--devices", type=int, default=30, help="at most so many; 21 of the 30 subjects train")
+    result.add_argument("--rounds", type=int, default=30, help="federated rounds")
+    result.add_argument("--epochs", type=int, default=1, help="passes of a device over its data in a round")
+    result.add_argument("--batch-size", type=int, default=32, help="samples in a step")
+    result.add_argument("--lr", type=float, default=0.02, help="learning rate of SGD, on devices and centralised")
+    result.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD, on devices and centralised")
+    result.add_argument("--codec", default="zstd", help="codec of the updates")
+    result.add_argument("--seed", type=int, default=1, help="of the run and the centralised training")
+    result.add_argument("--work", type=Path, default=None, help="folder on a real disk for the state")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,7 +41,7 @@ def report_text(report: ExportReport) -> str:
         return "\n".join(lines)
     sizes = ", ".join(map(str, found.checked_batches))
     lines.append(f"compared with torch: {found.steps} steps, and batches of {sizes}; largest differences:")
-    names = ("parameters", "buffers", "gradients", "update", "fused", "loss", "evaluate", "predict")
+    names: tuple[str, ...] = ("parameters", "buffers", "gradients", "update", "fused", "loss", "evaluate", "predict")
     if report.optimizer != "sgd":  # see docs/exporting.md: gradients and the rule are compared instead
         names = names[1:]
     lines.append("  " + ", ".join(f"{name} {getattr(found, name):.1e}" for name in names))

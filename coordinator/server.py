@@ -7,10 +7,12 @@ meanwhile. Command line and server share nothing but the database: a submitted r
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,14 +22,17 @@ import msgspec
 import edge_runtime
 from coordinator import events as e
 from coordinator.broker import USERNAME, Broker, password_file, start_broker
+from coordinator.errors import StoreError
 from coordinator.fleet import Fleet
+from coordinator.report import run_summary
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.runner import RunFiles
 from coordinator.store import Store, StoredRun
+from coordinator.submission import submit
 from coordinator.transfers import Downlink, Uplink, with_chunk_size
 from edge_runtime import messages, topics
-from edge_runtime.errors import EdgeError, MessageError
+from edge_runtime.errors import EdgeError, MessageError, StorageError
 from edge_runtime.files import write_durably
 from edge_runtime.transport.link import Link, LinkSettings
 from edge_runtime.transport.loop import Loop, Timer
@@ -44,6 +49,9 @@ log = logging.getLogger("edge.coordinator")
 POLL_S = 0.25  # how soon a submission or a stop request of another process is noticed
 TICK_S = 1.0
 DEVICE_SAVE_S = 1.0
+DISK_RETRY_S = 5.0
+LARGEST_NUMBER = 1 << 53  # of samples or a sequence: what a float64 weight and every database still hold exactly
+LARGEST_LOSS = 1e100
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +102,8 @@ class Coordinator:
         self._offer: messages.UpdateOffer | None = None
         self._dirty_devices: set[str] = set()
         self._ticks: dict[str, Timer] = {}
+        self._set_aside: set[str] = set()  # runs that could not be stored; they are taken up again from the store
+        self._news = False
         self.link_settings = self._link_settings()
         self.link = Link(
             self.link_settings,
@@ -120,7 +130,7 @@ class Coordinator:
         """Takes up the open runs and connects; the loop does the rest."""
         self._poll()
         self.link.start()
-        write_durably(self.settings.state_dir / "connection.json", self.connection_json())
+        write_durably(self.settings.state_dir / "connection.json", msgspec.json.encode(self.broker_connection()))
         self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
 
     def stop(self) -> None:
@@ -136,18 +146,46 @@ class Coordinator:
         if self.broker is not None:
             self.broker.stop()
 
-    def connection_json(self) -> bytes:
-        """How agents on this machine reach the broker: JSON with url, password_file, broker, protocol."""
+    def submit(self, plan: Plan) -> str:
+        """Stores a run, which this server takes up, and gives its name; may be called from any thread.
+
+        Raises:
+            EdgeError: see :func:`coordinator.submission.submit`.
+        """
+        with closing(self._own_store()) as store:
+            return submit(store, plan)
+
+    def wait(self, run: str, timeout_s: float) -> dict[str, Any]:
+        """Waits for the end of a run, at most ``timeout_s``, and gives :func:`coordinator.report.run_summary`.
+
+        To be called from another thread than :meth:`run`. The summary's ``status`` says whether the run has ended.
+
+        Raises:
+            UnknownRunError: no such run.
+        """
+        end = time.monotonic() + timeout_s
+        with closing(self._own_store()) as store:
+            while True:
+                summary = run_summary(store, run, now=self.clock())
+                if summary["status"] != "running" or time.monotonic() > end:
+                    return summary
+                time.sleep(POLL_S)
+
+    def _own_store(self) -> Store:
+        """A store for one call from any thread; a store itself is for one thread."""
+        return Store(self.settings.state_dir, self.settings.database_url, create=False)
+
+    def broker_connection(self) -> dict[str, Any]:
+        """How agents on this machine reach the broker: url, username, password_file, broker (its kind), protocol."""
         link = self.link_settings
         password = password_file(self.settings.state_dir / "broker") if self.broker else self.settings.password_file
-        described = {
+        return {
             "url": link.url,
             "username": link.username,
             "password_file": None if password is None else str(password.resolve()),
             "broker": "external" if self.broker is None else self.broker.kind,
             "protocol": link.protocol,
         }
-        return msgspec.json.encode(described)
 
     # Messages
 
@@ -194,9 +232,11 @@ class Coordinator:
             if leaf == "chunk":
                 self.uplink.on_chunk(payload)
             elif payload:  # an empty retained state only clears the topic
-                self._handle(device, messages.decode_from_device(payload))
+                self._handle(device, _decode(payload))
         except MessageError as error:
             log.warning("%s: %s", topic, error)
+        except (StorageError, StoreError) as error:  # nothing was acknowledged: the device will say it again
+            log.error("%s: %s", topic, error)  # noqa: TRY400 - one line for the operator
 
     def _handle(self, device: str, message: messages.FromDevice) -> None:
         now = self.clock()
@@ -207,6 +247,8 @@ class Coordinator:
                     raise MessageError(f"device {device!r} announces itself as {message.device!r}, ignored")
                 self._announced(now, message)
             case messages.Telemetry():
+                if not _all_finite(message):
+                    raise MessageError(f"telemetry of {device!r} holds NaN or infinite values, ignored")
                 self.fleet.measured(now, device, message)
                 self._dirty_devices.add(device)
             case messages.JobStatus(run=run, assignment=assignment, status=status, reason=reason):
@@ -222,6 +264,8 @@ class Coordinator:
                 return  # the device will offer what it still has
 
     def _announced(self, now: float, state: messages.DeviceState) -> None:
+        before = self.fleet.get(state.device)
+        conflict = "" if before is None else before.conflict
         joined = self.fleet.announce(now, state)
         self._dirty_devices.add(state.device)
         if not state.online:
@@ -229,7 +273,7 @@ class Coordinator:
         known = self.fleet.get(state.device)
         if joined:
             log.info("device %s joined", state.device)
-            if known is not None and known.conflict:
+            if known is not None and known.conflict and not conflict:
                 log.error("%s", known.conflict)
             for run in list(self.runs):
                 self._step(run, e.DeviceJoined(now, state.device))
@@ -238,8 +282,17 @@ class Coordinator:
         update = offer.update
         if update.device != device:
             raise MessageError(f"device {device!r} offers an update of {update.device!r}, ignored")
+        if update.sequence > LARGEST_NUMBER:
+            raise MessageError(f"device {device!r} offers an update with sequence {update.sequence}, ignored")
+        if update.run in self._set_aside:
+            return  # its job, repeated when the run goes on, makes the device offer again
         if update.run not in self.runs:
             self._carry_out(update.run, e.AnswerFromStore(update))
+            return
+        reason = implausible(offer.meta)
+        if reason:
+            meta = messages.UpdateMeta(round=0, model_version=offer.meta.model_version, samples=0, steps=0)
+            self._step(update.run, e.UpdateDamaged(now, update, offer.blob, meta, reason))
             return
         self._offer = offer
         self._step(update.run, e.UpdateOffered(now, update, offer.blob, offer.meta))
@@ -252,13 +305,19 @@ class Coordinator:
 
     def _poll(self) -> None:
         """Takes up new runs and stop requests of other processes."""
-        if self.store.changed():
-            for stored in self.store.active():
+        try:
+            self._news = self.store.changed() or self._news
+            for stored in self.store.active() if self._news else []:
                 name = stored.row.run
-                if name not in self.runs:
+                if name not in self.runs and name not in self._set_aside:
                     self._take_up(stored)
                 if stored.stop_reason is not None:
                     self._step(name, e.StopRequested(self.clock(), stored.stop_reason))
+            self._news = False
+        except (StorageError, StoreError) as error:
+            log.error("%s; looking again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line for the operator
+            self.loop.call_later(DISK_RETRY_S, self._poll)
+            return
         self.loop.call_later(POLL_S, self._poll)
 
     def _take_up(self, stored: StoredRun) -> None:
@@ -285,14 +344,45 @@ class Coordinator:
 
     def _step(self, run: str, event: e.Event) -> None:
         state = self.runs.get(run)
-        if state is not None:
+        if state is None:
+            return
+        try:
             for effect in step(state, event, self.fleet):
                 self._carry_out(run, effect)
+                if run in self._set_aside:  # by a step inside this one
+                    return
+        except (StorageError, StoreError) as error:
+            self._put_aside(run, str(error))
+
+    def _put_aside(self, run: str, reason: str) -> None:
+        """What happened cannot be stored, so it did not happen: forget it, and go on from the store when that works."""
+        log.error("run %s: %s; trying again in %g s", run, reason, DISK_RETRY_S)
+        self._set_aside.add(run)
+        self.fleet.forget(self.runs.pop(run).need)
+        timer = self._ticks.pop(run, None)
+        if timer is not None:
+            timer.cancel()
+        self.loop.call_later(DISK_RETRY_S, lambda: self._take_up_again(run))
+
+    def _take_up_again(self, run: str) -> None:
+        try:
+            stored = self.store.run(run)
+        except EdgeError as error:
+            log.error("run %s: %s; trying again in %g s", run, error, DISK_RETRY_S)  # noqa: TRY400 - one line
+            self.loop.call_later(DISK_RETRY_S, lambda: self._take_up_again(run))
+            return
+        self._set_aside.discard(run)
+        self._take_up(stored)
+        if stored.stop_reason is not None:
+            self._step(run, e.StopRequested(self.clock(), stored.stop_reason))
 
     def _carry_out(self, run: str, effect: e.Effect) -> None:  # noqa: C901 - one arm per effect
         match effect:
             case e.Save(rows):
                 self.store.save(rows)
+                for row in rows:
+                    if isinstance(row, e.UpdateRow) and row.verdict == "refused":
+                        log.warning("update %s refused: %s", row.update, row.reason)
             case e.SendJob(assignment):
                 self._send_job(run, assignment)
             case e.SendCancel(device, assignment, reason):
@@ -348,6 +438,7 @@ class Coordinator:
         row = self.store.stored_verdict(update)
         if row is None:
             reason = "the coordinator knows no such run or assignment"
+            log.warning("update %s refused: %s", update, reason)
             self._send(update.device, messages.Verdict(update=update, counted=False, reason=reason))
         elif row.verdict == "pending":
             self._send(update.device, messages.Done(update=update))
@@ -388,9 +479,19 @@ class Coordinator:
     ) -> None:
         """Runs ``action`` in the other thread and feeds its result to the run as an event."""
 
+        state = self.runs.get(run)
+
+        def again() -> None:
+            if self.runs.get(run) is state:  # else the run ended, or was taken up again with this work
+                self._in_worker(run, action, event, after)
+
         def work() -> None:
             try:
                 result = action()
+            except StorageError as error:
+                log.error("run %s: %s; trying again in %g s", run, error, DISK_RETRY_S)  # noqa: TRY400 - one line
+                self.loop.call_threadsafe(lambda: self.loop.call_later(DISK_RETRY_S, again) and None)
+                return
             except EdgeError as error:
                 reason = str(error)
                 self.loop.call_threadsafe(lambda: self._step(run, e.WorkFailed(self.clock(), reason)))
@@ -440,9 +541,42 @@ class Coordinator:
     def _save_devices(self) -> None:
         if self._dirty_devices:
             devices = [self.fleet.get(name) for name in sorted(self._dirty_devices)]
+            try:
+                self.store.save([device.row() for device in devices if device is not None])
+            except StoreError as error:
+                log.error("%s; trying again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line for the operator
+                self.loop.call_later(DISK_RETRY_S, self._save_devices)
+                return
             self._dirty_devices.clear()
-            self.store.save([device.row() for device in devices if device is not None])
         self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
+
+
+def _decode(payload: bytes) -> messages.FromDevice:
+    try:
+        return messages.decode_from_device(payload)
+    except UnicodeDecodeError as error:  # msgspec has no error of its own for these two
+        raise MessageError(f"message refused: text that is no UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        raise MessageError("message refused: nested too deep") from error
+
+
+def _all_finite(message: messages.Telemetry) -> bool:
+    values = msgspec.structs.astuple(message)
+    return all(math.isfinite(value) for value in values if isinstance(value, float))
+
+
+def implausible(meta: UpdateMeta) -> str:
+    """Why what a device says about its update cannot be true; empty if it can."""
+    if meta.samples > LARGEST_NUMBER:
+        return f"claims {meta.samples} samples"
+    evaluation = meta.evaluation
+    losses = [meta.loss, meta.train_s] + ([] if evaluation is None else [evaluation.loss_sum])
+    wrong = [value for value in losses if value is not None and not abs(value) <= LARGEST_LOSS]
+    if wrong:
+        return f"reports a loss or time of {wrong[0]}"
+    if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_NUMBER:
+        return f"claims an evaluation of {evaluation.samples} samples"
+    return ""
 
 
 def make_job(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, now: float, chunk_bytes: int) -> messages.Job:

@@ -9,7 +9,11 @@ if TYPE_CHECKING:
     from edge_runtime.agent.config import AgentConfig, load_agent_config
     from edge_runtime.agent.daemon import Agent
     from edge_runtime.bundle import Bundle
+    from edge_runtime.compression import Stage
+    from edge_runtime.data import Dataset
     from edge_runtime.errors import EdgeError
+    from edge_runtime.methods import ClientMethod
+    from edge_runtime.training.base import Trainer
 
 __version__ = "0.1.0"
 
@@ -17,11 +21,26 @@ _HOMES = {
     "Agent": "edge_runtime.agent.daemon",
     "AgentConfig": "edge_runtime.agent.config",
     "Bundle": "edge_runtime.bundle",
+    "ClientMethod": "edge_runtime.methods",
+    "Dataset": "edge_runtime.data",
     "EdgeError": "edge_runtime.errors",
+    "Stage": "edge_runtime.compression",
+    "Trainer": "edge_runtime.training.base",
     "load_agent_config": "edge_runtime.agent.config",
 }
 
-__all__ = ["Agent", "AgentConfig", "Bundle", "EdgeError", "__version__", "load_agent_config"]
+__all__ = [
+    "Agent",
+    "AgentConfig",
+    "Bundle",
+    "ClientMethod",
+    "Dataset",
+    "EdgeError",
+    "Stage",
+    "Trainer",
+    "__version__",
+    "load_agent_config",
+]
 
 
 def __getattr__(name: str) -> Any:

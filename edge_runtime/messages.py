@@ -17,8 +17,8 @@ SCHEMA_VERSION = 1
 OLDEST_SCHEMA_VERSION = 1
 MESSAGE_LIMIT_BYTES = 120_000  # under 128 KiB, the smallest packet limit of a cloud broker in use
 
-Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -228,6 +228,8 @@ class _Version(msgspec.Struct):
     v: int = 0
 
 
+# Bad UTF-8 in a tag and absurd nesting leave msgspec as errors of their own.
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _version = msgspec.msgpack.Decoder(_Version)
 _from_device: msgspec.msgpack.Decoder[FromDevice] = msgspec.msgpack.Decoder(FromDevice)
@@ -258,7 +260,7 @@ def decode_from_device(data: bytes) -> FromDevice:
     _check_version(data)
     try:
         return _from_device.decode(data)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise MessageError(f"message refused: {error}") from error
 
 
@@ -267,7 +269,7 @@ def decode_from_coordinator(data: bytes) -> FromCoordinator:
     _check_version(data)
     try:
         return _from_coordinator.decode(data)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise MessageError(f"message refused: {error}") from error
 
 
@@ -276,7 +278,7 @@ def _check_version(data: bytes) -> None:
         raise MessageError(f"message of {len(data)} bytes refused: the limit is {MESSAGE_LIMIT_BYTES}")
     try:
         version = _version.decode(data).v
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise MessageError(f"message refused: {error}") from error
     if (
         not OLDEST_SCHEMA_VERSION <= version <= SCHEMA_VERSION + 1

@@ -5,7 +5,9 @@ A value that cannot be measured is None, never a silent zero.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import time
 from typing import Any
@@ -65,6 +67,13 @@ def clock_synchronised() -> bool | None:
         return None
     status = int.from_bytes(bytes(buffer[40:44]), "little")  # timex.status follows modes, offset, freq, two errors
     return state != _TIME_ERROR and not status & _STA_UNSYNC
+
+
+def release_memory() -> None:
+    """Gives memory that was freed back to the system; glibc keeps it otherwise."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def machine() -> str:

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 def pytest_report_header() -> str:
     """Says which suite runs."""
-    return "suite: full (long schedules)" if os.environ.get("EDGE_FULL") else "suite: default; scripts/test --full for more"
+    return (
+        "suite: full (long schedules)"
+        if os.environ.get("EDGE_FULL")
+        else "suite: default; scripts/test --full for more"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +41,7 @@ def mosquitto(mosquitto_program: str, tmp_path: Path) -> Iterator:
 
     folder = tmp_path / "broker"
     broker, url = start_broker(folder)
-    assert isinstance(broker, MosquittoBroker)
+    assert isinstance(broker, MosquittoBroker), mosquitto_program
     broker.url, broker.password_file = url, password_file(folder)
     yield broker
     broker.stop()

@@ -72,7 +72,7 @@ def test_kills_lose_and_double_nothing(tmp_path: Path, mosquitto_program: str, s
     finally:
         fleet.close()
     _check_database(fleet, run)
-    _check_verdicts_of_devices(fleet, run)
+    _check_verdicts_of_devices(fleet)
     _check_model(fleet, run)
 
 
@@ -123,7 +123,7 @@ def _check_database(fleet: Processes, run: str) -> None:
     store.close()
 
 
-def _check_verdicts_of_devices(fleet: Processes, run: str) -> None:
+def _check_verdicts_of_devices(fleet: Processes) -> None:
     """What a device was told is what the coordinator did."""
     store = fleet.store()
     told = 0

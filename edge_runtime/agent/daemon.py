@@ -342,6 +342,7 @@ class Agent:
 
     def _send_telemetry(self, measured: messages.Telemetry) -> None:
         self._next_telemetry_s = self.loop.now() + self.config.telemetry_interval_s
+        telemetry.release_memory()
         self._send(measured)
 
     def _check_health(self, measured: messages.Telemetry) -> None:

@@ -126,8 +126,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _die_with_parent() -> None:
     """Best effort: where it does not exist, the end of the input pipe ends the worker between jobs."""
+    parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the signal was asked for
+        sys.exit(0)
 
 
 def _lower_priority(nice: int, oom_score_adj: int) -> None:

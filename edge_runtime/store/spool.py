@@ -45,7 +45,7 @@ class SpooledUpdate(msgspec.Struct, kw_only=True):
 
 
 class Spool:
-    """Updates of this device, by id. Not thread-safe; one process at a time.
+    """Updates of this device, by id. For one thread at a time (another one than made it is fine) and one process.
 
     Raises:
         StorageError: the folder cannot be used, the disk is full, or a newer version wrote the database.
@@ -56,7 +56,7 @@ class Spool:
         self._path = folder / "spool.db"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self._path, isolation_level=None)
+            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA cache_size=-256")  # KiB: the spool is small, the agent's memory is the product

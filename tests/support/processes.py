@@ -1,4 +1,4 @@
-"""A fleet of real processes for tests: mosquitto, a coordinator and agents, each of which can be killed and restarted."""
+"""A fleet of real processes for tests: mosquitto, a coordinator and agents; each can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Processes:
     def start_coordinator(self, *options: str) -> None:
         command = ["coordinator.cli", "serve", "--state", str(self.state), "--broker", self.url, *options]
         self._start("coordinator", [sys.executable, "-m", *command])
-        wait_until(lambda: (self.state / "coordinator.db").exists(), 20, "the coordinator's database")
+        wait_until((self.state / "coordinator.db").exists, 20, "the coordinator's database")
 
     def start_agent(self, device: str, x: np.ndarray, y: np.ndarray, extra: str = "") -> None:
         home = self.folder / device

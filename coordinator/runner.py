@@ -52,7 +52,8 @@ class RunFiles:
         try:
             decode_update(self._blobs.path(blob.sha256), self._method, self._layout)
         except (CodecError, OSError) as error:
-            self._blobs.delete(blob.sha256)
+            if not self._store.is_named(blob.sha256):  # what was offered may be no update, but a model or bundle
+                self._blobs.delete(blob.sha256)
             return str(error)
         return ""
 
@@ -80,6 +81,9 @@ class RunFiles:
         self._store.drop_update_blobs(state.run.run, state.run.round)
         oldest = state.oldest_version
         for row in self._store.rounds(state.run.run, first=max(0, oldest - 3)):  # a crash may have skipped one call
-            if row.version < oldest and row.model.sha256 != state.run.model.sha256:
+            if row.version >= oldest or row.model.sha256 == state.run.model.sha256:
+                continue
+            # Equal runs make equal models: another one may still be where this one was.
+            if not self._store.is_named(row.model.sha256, besides=state.run.run):
                 self._blobs.delete(row.model.sha256)
-                self.sent_blobs.pop(row.model.sha256, None)
+            self.sent_blobs.pop(row.model.sha256, None)

@@ -160,17 +160,36 @@ class Store:
         other = u.alias()
         waiting = sa.exists().where(other.c.sha256 == u.c.sha256, other.c.verdict == "pending")
         counted = (u.c.counted_round < before_round) & (u.c.counted_round >= before_round - 2)
-        decided = sa.select(u.c.sha256).where(
+        decided = sa.select(u.c.sha256, u.c.verdict).where(
             u.c.run == run, u.c.verdict != "pending", sa.or_(counted, u.c.counted_round.is_(None)), ~waiting
         )
-        names = [entry["sha256"] for entry in self._select(decided.distinct())]
-        there = [name for name in names if self.blobs.has(name)]
+        there = {row["sha256"]: row["verdict"] for row in self._select(decided) if self.blobs.has(row["sha256"])}
+        # What was offered and refused may have been no update at all, but a model or a bundle.
+        there = {name: verdict for name, verdict in there.items() if verdict == "counted" or not self.is_named(name)}
         try:
             for name in there:
                 self.blobs.delete(name)
         except OSError as error:
             raise storage_error(self.blobs.folder, error) from error
         return len(there)
+
+    def is_named(self, sha256: str, *, besides: str = "") -> bool:
+        """Whether a run, other than ``besides``, needs a blob as its bundle, test set, model or a recent model."""
+        if self._is_named_by_runs(sha256, besides):
+            return True
+        for stored in self.active():
+            oldest = stored.row.version - stored.plan.participation.max_staleness - 1
+            recent = self.rounds(stored.row.run, first=max(0, oldest - 1)) if stored.row.run != besides else []
+            if any(sha256 in (row.model.sha256, row.method_state and row.method_state.sha256) for row in recent):
+                return True
+        return False
+
+    def _is_named_by_runs(self, sha256: str, besides: str = "") -> bool:
+        r = tables.runs
+        blobs = (r.c.bundle, r.c.test_set, r.c.model, r.c.initial_model, r.c.down, r.c.method_state)
+        pattern = f"%{sha256}%"
+        named = sa.or_(*(column.like(pattern) for column in (*blobs, r.c.initial_method_state)))
+        return bool(self._select(sa.select(r.c.run).where(r.c.run != besides, named).limit(1)))
 
     # What the command line does
     def submit(self, plan: Plan, row: RunRow) -> str:

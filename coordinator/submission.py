@@ -79,7 +79,10 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
     variant = plan.variant if plan.variant is not None else client.variant
     needed = ("train",) if client.gradient_hook() is None else ("gradients", "update")
     for graph in (*needed, *(("evaluate",) if plan.test_set is not None else ())):
-        bundle.graph_entry(graph, variant)
+        bundle.graph(graph, variant)  # checks it: what no device would take is refused here
+    for graph in bundle.manifest.graphs:
+        if graph not in needed:
+            bundle.graph(graph)
     known = bundle.manifest.optimizer.hyper
     unknown = sorted(set(plan.training.hyper) - set(known))
     if unknown:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_runtime.errors import TransportError
 from edge_runtime.files import write_durably
+from edge_runtime.transport.link import PACKET_LIMIT_BYTES
 
 if TYPE_CHECKING:
     import asyncio
@@ -106,6 +107,7 @@ class MosquittoBroker:
             "set_tcp_nodelay true",  # without it a round trip takes 90 ms
             "max_queued_messages 0",  # the default of 1000 silently drops chunks that were acknowledged
             "max_inflight_messages 0",
+            f"max_packet_size {2 * PACKET_LIMIT_BYTES}",  # a larger packet would first fill the coordinator's memory
             "persistence false",
             "log_dest stderr",
             "log_type error",

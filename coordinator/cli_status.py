@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.cli_commands import open_store, print_json
 from coordinator.errors import UnknownRunError
-from coordinator.report import device_report, round_progress, run_summary
+from coordinator.report import device_report, failures, round_progress, run_summary
 
 if TYPE_CHECKING:
     import argparse
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 _SHOWN_ROUNDS = 10
 _SHOWN_DEVICES = 12
+_SHOWN_FAILURES = 5
 
 
 def status(options: argparse.Namespace) -> int:
@@ -114,7 +115,12 @@ def _tell_rounds(store: Store, run: str, told: int, *, as_json: bool) -> int:
 def _everything(store: Store, run: str) -> dict[str, Any]:
     stored = store.run(run)
     summary = run_summary(store, run, now=time.time())
-    return {**summary, "open_round": round_progress(store, stored), "fleet": device_report(store, stored)}
+    return {
+        **summary,
+        "open_round": round_progress(store, stored),
+        "failures": failures(store, stored),
+        "fleet": device_report(store, stored),
+    }
 
 
 def _page(store: Store, run: str) -> list[str]:
@@ -124,6 +130,8 @@ def _page(store: Store, run: str) -> list[str]:
     lines = [_headline(summary)]
     if stored.row.status == "running":
         lines.append(_phase(store, run))
+    failed = failures(store, stored)
+    lines += [f"  {entry['device']} failed: {entry['reason']}" for entry in failed[-_SHOWN_FAILURES:]]
     history = summary["history"][-_SHOWN_ROUNDS:]
     if history:
         rows = [["round", "updates", "late", "loss", "accuracy", "on devices", "seconds", "up", "down"]]

@@ -68,6 +68,16 @@ def round_progress(store: Store, stored: StoredRun) -> dict[str, int]:
     return counts
 
 
+def failures(store: Store, stored: StoredRun) -> list[dict[str, Any]]:
+    """Jobs of the open round, or of the last one, that ended without an update: ``device``, ``round``, ``reason``."""
+    last = min(stored.row.round, stored.plan.rounds - 1)
+    return [
+        {"device": row.device, "round": row.round, "reason": row.reason}
+        for row in store.assignments(stored.row.run, last)
+        if row.status == "failed"
+    ]
+
+
 def device_report(store: Store, stored: StoredRun | None = None) -> list[dict[str, Any]]:
     """The devices as the server last knew them; with a run, also why a device cannot take part in it."""
     need = None if stored is None else requirement(stored.plan, stored.row.model.size_bytes)

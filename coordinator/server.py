@@ -54,23 +54,6 @@ LARGEST_NUMBER = 1 << 53  # of samples or a sequence: what a float64 weight and 
 LARGEST_LOSS = 1e100
 
 
-class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the coordinator keeps things and which broker it uses; without ``broker_url`` it starts one itself."""
-
-    state_dir: Path
-    broker_url: str | None = None
-    broker_port: int = 0
-    embedded: Literal["mosquitto", "amqtt"] = "mosquitto"
-    username: str | None = None
-    password_file: Path | None = None
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    insecure: bool = False
-    database_url: str | None = None
-    name: str = "coordinator"
-
-
 class Coordinator:
     """Runs federated training for every submitted plan.
 
@@ -175,40 +158,7 @@ class Coordinator:
         """A store for one call from any thread; a store itself is for one thread."""
         return Store(self.settings.state_dir, self.settings.database_url, create=False)
 
-    def broker_connection(self) -> dict[str, Any]:
-        """How agents on this machine reach the broker: url, username, password_file, broker (its kind), protocol."""
-        link = self.link_settings
-        password = password_file(self.settings.state_dir / "broker") if self.broker else self.settings.password_file
-        return {
-            "url": link.url,
-            "username": link.username,
-            "password_file": None if password is None else str(password.resolve()),
-            "broker": "external" if self.broker is None else self.broker.kind,
-            "protocol": link.protocol,
-        }
-
     # Messages
-
-    def _link_settings(self) -> LinkSettings:
-        settings = self.settings
-        url, username, secret = settings.broker_url, settings.username, settings.password_file
-        protocol: Literal["auto", "3.1.1"] = "auto"
-        if url is None:
-            folder = settings.state_dir / "broker"
-            self.broker, url = start_broker(folder, port=settings.broker_port, prefer=settings.embedded)
-            username, secret = USERNAME, password_file(folder)
-            protocol = "3.1.1" if self.broker.kind == "amqtt" else "auto"
-        return LinkSettings(
-            url=url,
-            client_id=settings.name,
-            username=username,
-            password=None if secret is None else lambda: secret.read_text(encoding="utf-8").strip(),
-            ca_file=None if settings.ca is None else str(settings.ca),
-            certificate_file=None if settings.certificate is None else str(settings.certificate),
-            key_file=None if settings.key is None else str(settings.key),
-            insecure=settings.insecure,
-            protocol=protocol,
-        )
 
     def _announcement(self, *, online: bool) -> bytes:
         state = messages.CoordinatorState(online=online, session=self._session, software=edge_runtime.__version__)
@@ -232,7 +182,7 @@ class Coordinator:
             if leaf == "chunk":
                 self.uplink.on_chunk(payload)
             elif payload:  # an empty retained state only clears the topic
-                self._handle(device, _decode(payload))
+                self._handle(device, messages.decode_from_device(payload))
         except MessageError as error:
             log.warning("%s: %s", topic, error)
         except (StorageError, StoreError) as error:  # nothing was acknowledged: the device will say it again
@@ -470,51 +420,6 @@ class Coordinator:
         if run in self.files:
             self.files[run].clean(self.runs[run])
 
-    def _in_worker(
-        self,
-        run: str,
-        action: Callable[[], Any],
-        event: Callable[[Any], e.Event],
-        after: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Runs ``action`` in the other thread and feeds its result to the run as an event."""
-
-        state = self.runs.get(run)
-
-        def again() -> None:
-            if self.runs.get(run) is state:  # else the run ended, or was taken up again with this work
-                self._in_worker(run, action, event, after)
-
-        def work() -> None:
-            try:
-                result = action()
-            except StorageError as error:
-                log.error("run %s: %s; trying again in %g s", run, error, DISK_RETRY_S)  # noqa: TRY400 - one line
-                self.loop.call_threadsafe(lambda: self.loop.call_later(DISK_RETRY_S, again) and None)
-                return
-            except EdgeError as error:
-                reason = str(error)
-                self.loop.call_threadsafe(lambda: self._step(run, e.WorkFailed(self.clock(), reason)))
-                return
-
-            def back() -> None:
-                self._step(run, event(result))
-                after()
-
-            self.loop.call_threadsafe(back)
-
-        self._worker.submit(work).add_done_callback(self._check)
-
-    def _check(self, future: Any) -> None:
-        """An unexpected error in the other thread must end the server, not hang its run."""
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-
-            def fail() -> None:
-                raise error
-
-            self.loop.call_threadsafe(fail)
-
     def _finished(self, run: str, status: str, reason: str) -> None:
         log.info("run %s %s%s", run, status, f": {reason}" if reason else "")
         self.uplink.stop_run(run)
@@ -551,15 +456,6 @@ class Coordinator:
         self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
 
 
-def _decode(payload: bytes) -> messages.FromDevice:
-    try:
-        return messages.decode_from_device(payload)
-    except UnicodeDecodeError as error:  # msgspec has no error of its own for these two
-        raise MessageError(f"message refused: text that is no UTF-8 ({error.reason})") from error
-    except RecursionError as error:
-        raise MessageError("message refused: nested too deep") from error
-
-
 def _all_finite(message: messages.Telemetry) -> bool:
     values = msgspec.structs.astuple(message)
     return all(math.isfinite(value) for value in values if isinstance(value, float))
@@ -577,38 +473,6 @@ def implausible(meta: UpdateMeta) -> str:
     if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_NUMBER:
         return f"claims an evaluation of {evaluation.samples} samples"
     return ""
-
-
-def make_job(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, now: float, chunk_bytes: int) -> messages.Job:
-    """The message that tells a device its assignment."""
-    training = plan.training
-    return messages.Job(
-        run=run.run,
-        assignment=assignment.assignment,
-        round=assignment.round,
-        model_version=assignment.version,
-        bundle=with_chunk_size(run.bundle, chunk_bytes),
-        model=with_chunk_size(assignment.model, chunk_bytes),
-        dataset=plan.dataset,
-        deadline_s=max(1.0, assignment.deadline_unix_s - now),
-        epochs=assignment.epochs,
-        steps=assignment.steps,
-        batch_size=training.batch_size,
-        last_batch=training.last_batch,
-        hyper=training.hyper,
-        method=plan.method,
-        options=plan.options,
-        variant=assignment.variant,
-        cut=assignment.cut,
-        codec=assignment.codec,
-        byte_budget=assignment.byte_budget,
-        evaluate=plan.evaluate_on_devices,
-        holdout_fraction=training.holdout_fraction,
-        max_samples=training.max_samples,
-        max_age_s=training.max_age_s,
-        priority=plan.priority,
-        seed=plan.seed,
-    )
 
 
 def serve(settings: ServerSettings) -> None:

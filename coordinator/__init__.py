@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from coordinator.methods import ServerMethod
     from coordinator.plan import Plan, load_plan
     from coordinator.selection import Selector
-    from coordinator.server import Coordinator, ServerSettings
+    from coordinator.server import Coordinator
+    from coordinator.settings import ServerSettings
 
 _HOMES = {
     "Coordinator": "coordinator.server",
     "Plan": "coordinator.plan",
     "Selector": "coordinator.selection",
     "ServerMethod": "coordinator.methods",
-    "ServerSettings": "coordinator.server",
+    "ServerSettings": "coordinator.settings",
     "load_plan": "coordinator.plan",
 }
 

@@ -29,8 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Runs the server until it is interrupted."""
-    from coordinator.server import ServerSettings
     from coordinator.server import serve as run_server
+    from coordinator.settings import ServerSettings
 
     settings = ServerSettings(
         state_dir=options.state,

@@ -11,45 +11,47 @@ import math
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 import edge_runtime
 from coordinator import events as e
-from coordinator.broker import USERNAME, Broker, password_file, start_broker
+from coordinator.background import DISK_RETRY_S, Background
 from coordinator.errors import StoreError
 from coordinator.fleet import Fleet
+from coordinator.job_message import make_job
 from coordinator.report import run_summary
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.runner import RunFiles
+from coordinator.settings import Connection, ServerSettings
 from coordinator.store import Store, StoredRun
 from coordinator.submission import submit
 from coordinator.transfers import Downlink, Uplink, with_chunk_size
 from edge_runtime import messages, topics
 from edge_runtime.errors import EdgeError, MessageError, StorageError
 from edge_runtime.files import write_durably
-from edge_runtime.transport.link import Link, LinkSettings
+from edge_runtime.transport.link import Link
 from edge_runtime.transport.loop import Loop, Timer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from coordinator.aggregation import Made
     from coordinator.plan import Plan
-    from edge_runtime.messages import BlobRef, UpdateId, UpdateMeta
+    from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
+
+_T = TypeVar("_T")
 
 log = logging.getLogger("edge.coordinator")
 
 POLL_S = 0.25  # how soon a submission or a stop request of another process is noticed
 TICK_S = 1.0
 DEVICE_SAVE_S = 1.0
-DISK_RETRY_S = 5.0
 LARGEST_NUMBER = 1 << 53  # of samples or a sequence: what a float64 weight and every database still hold exactly
 LARGEST_LOSS = 1e100
 
@@ -79,17 +81,16 @@ class Coordinator:
         self.fleet = Fleet()
         self.runs: dict[str, RunState] = {}
         self.files: dict[str, RunFiles] = {}
-        self.broker: Broker | None = None
         self._session = os.urandom(8).hex()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="aggregate")
+        self._background = Background(self.loop)
         self._offer: messages.UpdateOffer | None = None
         self._dirty_devices: set[str] = set()
         self._ticks: dict[str, Timer] = {}
         self._set_aside: set[str] = set()  # runs that could not be stored; they are taken up again from the store
         self._news = False
-        self.link_settings = self._link_settings()
+        self.connection = Connection(settings)
         self.link = Link(
-            self.link_settings,
+            self.connection.link,
             self.loop,
             topics=[f"{topics.ROOT}/d/+/state", f"{topics.ROOT}/d/+/message", f"{topics.ROOT}/d/+/chunk"],
             on_message=self._on_message,
@@ -113,7 +114,7 @@ class Coordinator:
         """Takes up the open runs and connects; the loop does the rest."""
         self._poll()
         self.link.start()
-        write_durably(self.settings.state_dir / "connection.json", msgspec.json.encode(self.broker_connection()))
+        write_durably(self.settings.state_dir / "connection.json", msgspec.json.encode(self.connection.described()))
         self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
 
     def stop(self) -> None:
@@ -124,10 +125,9 @@ class Coordinator:
         """Disconnects and frees everything."""
         self.link.stop((topics.COORDINATOR, self._announcement(online=False)))
         self.uplink.reset()
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._background.close()
         self.store.close()
-        if self.broker is not None:
-            self.broker.stop()
+        self.connection.stop()
 
     def submit(self, plan: Plan) -> str:
         """Stores a run, which this server takes up, and gives its name; may be called from any thread.
@@ -399,8 +399,8 @@ class Coordinator:
     def _aggregate(self, run: str, effect: e.Aggregate) -> None:
         files = self.files[run]
 
-        def done(made: Made) -> e.Event:
-            return e.Aggregated(
+        def done(made: Made) -> None:
+            event = e.Aggregated(
                 self.clock(),
                 effect.round,
                 made.model,
@@ -409,12 +409,27 @@ class Coordinator:
                 bytes_up=self.uplink.take_received_bytes(run),
                 bytes_down=self.downlink.take_sent_bytes(files.sent_blobs),
             )
+            self._step(run, event)
+            self._clean(run)
 
-        self._in_worker(run, lambda: files.aggregate(effect), done, after=lambda: self._clean(run))
+        self._in_background(run, lambda: files.aggregate(effect), done)
 
     def _evaluate(self, run: str, version: int, model: BlobRef) -> None:
         files = self.files[run]
-        self._in_worker(run, lambda: files.evaluate(model), lambda result: e.Evaluated(self.clock(), version, result))
+
+        def done(result: Evaluation) -> None:
+            self._step(run, e.Evaluated(self.clock(), version, result))
+
+        self._in_background(run, lambda: files.evaluate(model), done)
+
+    def _in_background(self, run: str, action: Callable[[], _T], done: Callable[[_T], None]) -> None:
+        state = self.runs.get(run)
+        self._background.run(
+            action,
+            done=done,
+            failed=lambda reason: self._step(run, e.WorkFailed(self.clock(), reason)),
+            wanted=lambda: self.runs.get(run) is state,  # else the run ended, or was taken up again with this work
+        )
 
     def _clean(self, run: str) -> None:
         if run in self.files:

@@ -18,7 +18,7 @@ from edge_runtime.agent.config import MB, check_agent_config, link_settings
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
 from edge_runtime.errors import ConfigError, EdgeError, StorageError
-from edge_runtime.files import write_durably
+from edge_runtime.files import storage_error, write_durably
 from edge_runtime.store.blobs import BlobStore
 from edge_runtime.store.spool import Spool, SpooledUpdate
 from edge_runtime.transport.link import CHUNK_BYTES, Link
@@ -307,7 +307,11 @@ class Agent:
                 if running is not None:
                     self._samples[self.state.jobs[running].job.dataset] = samples
                 if not path:  # only evaluated: the result travels as an update without bytes
-                    path, sha256 = self._empty_update()
+                    try:
+                        path, sha256 = self._empty_update()
+                    except OSError as error:
+                        self._step(jobs.TrainingFailed(now, str(storage_error(self.spool.folder, error))))
+                        return
                 chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
                 blob = messages.BlobRef(sha256=sha256, size_bytes=size, chunk_bytes=chunk_bytes)
                 self._step(jobs.Trained(now, Path(path).name, blob, meta))

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import MB, parser, print_report
+from benchmarks.device_install import ROOT, install
+from benchmarks.report import parser, print_report
 
 if TYPE_CHECKING:
     import argparse
 
 MODELS = ("lenet", "resnet8")
 BATCH_SIZE = 32
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
@@ -36,7 +34,7 @@ def main() -> int:
     options = _parser().parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folder = Path(name)
-        installed = {version: install_mb(folder / version, version) for version in options.pythons}
+        installed = {version: _install_mb(folder / version, version) for version in options.pythons}
         results = [measure(folder, model, options) for model in MODELS]
     for result in results:
         for version, size in installed.items():
@@ -113,38 +111,9 @@ class _Talk:
         return result
 
 
-def install_mb(folder: Path, version: str) -> float | None:
-    """MB of site-packages after installing the device's package with Python ``version``; None if it is not here."""
-    python = _find_python(version)
-    if python is None:
-        return None
-    if Path(python).resolve() == Path(sys.executable).resolve():
-        venv.create(folder, with_pip=True)
-    else:
-        _run([python, "-m", "venv", str(folder)])
-    before = _site_mb(folder)
-    constraints = str(ROOT / "scripts" / "constraints.txt")
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    source = folder / "source"  # a copy: building must not leave anything in the checkout
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "*.egg-info", "build"))
-    _run([*pip, "-c", constraints, str(source)])
-    return round(_site_mb(folder) - before, 1)
-
-
-def _site_mb(folder: Path) -> float:
-    files = [path for path in (folder / "lib").rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum(path.stat().st_size for path in files) / MB
-
-
-def _find_python(version: str) -> str | None:
-    if sys.version.startswith(version + "."):
-        return sys.executable
-    found = shutil.which(f"python{version}")
-    if found and subprocess.run([found, "-c", ""], check=False, capture_output=True).returncode == 0:
-        return found
-    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    candidates = sorted(root.glob(f"versions/{version}.*/bin/python"))
-    return str(candidates[-1]) if candidates else None
+def _install_mb(folder: Path, version: str) -> float | None:
+    installed = install(folder, version)
+    return None if installed is None else round(installed.size_mb, 1)
 
 
 def _run(command: list[str]) -> None:

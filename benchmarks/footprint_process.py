@@ -10,6 +10,7 @@ import resource
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ def _torch_step(model_name: str) -> Callable[[int], list[float]]:
 
 
 def _gaps_ms(times: list[float]) -> list[float]:
-    return [1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+    return [1e3 * (after - before) for before, after in pairwise(times)]
 
 
 def _rss_mb() -> float:

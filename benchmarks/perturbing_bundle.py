@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def write_perturbing_bundle(path: Path, parameters: int) -> None:
-    """Writes a bundle with one parameter ``w``, float32 ``[parameters]``; a step: ``0.999 w + lr (mean(x) + i % 7)``."""
+    """Writes a bundle with one parameter ``w``, float32 ``[parameters]``; step: ``0.999 w + lr (mean(x) + i % 7)``."""
     from safetensors.numpy import save
 
     weights = np.random.default_rng(0).standard_normal(parameters).astype(np.float32)

@@ -3,9 +3,10 @@
     python -m benchmarks.round_overhead --devices 2 --parameters 60000 --rounds 30
 
 mosquitto, ``edge-coordinator serve`` and ``edge-agent run`` (with its worker) as a user starts them; raw codec, spool
-and fsync on both ends; the model's parameters are perturbed instead of trained. A round lasts from its opening (the
-jobs are sent) to its closing (the next model is on disk). Idle figures are taken after the run, when the lingering
-worker has ended, over a window that holds keepalive and telemetry.
+and fsync on both ends. Agents run from an environment with the device's dependencies only. The model's parameters are
+perturbed instead of trained. A round lasts from its opening (the jobs are sent) to its closing (the next model is on
+disk). Idle figures are taken after the run, when the lingering worker has ended, over a window that holds keepalive
+and telemetry.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.device_install import install
 from benchmarks.perturbing_bundle import write_perturbing_bundle
 from benchmarks.report import parser, print_report
 from benchmarks.testbed import Testbed, cpu_s, memory_mb
@@ -57,6 +59,8 @@ def main() -> int:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One run with warm-up, then an idle window."""
+    device = install(folder / "device-environment", f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert device is not None, "the Python that runs this is here"
     bed = Testbed(folder, options.devices)
     try:
         broker = bed.start_broker()
@@ -65,7 +69,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             "coordinator", "hub", "coordinator.cli", "serve", "--state", str(state), "--broker", bed.url, "--insecure"
         )
         _wait_for(folder / "coordinator.log", "link up", 30)
-        started = [_start_agent(bed, folder, number) for number in range(options.devices)]
+        started = [_start_agent(bed, folder, number, device.python) for number in range(options.devices)]
         register_s = [
             _logged_at(folder / "coordinator.log", f"device-{number:03d} joined") - begun
             for number, begun in enumerate(started)
@@ -137,7 +141,7 @@ def _plan(folder: Path, options: argparse.Namespace, rounds: int) -> Plan:
     )
 
 
-def _start_agent(bed: Testbed, folder: Path, number: int) -> float:
+def _start_agent(bed: Testbed, folder: Path, number: int, python: str) -> float:
     device = f"device-{number:03d}"
     home = folder / device
     home.mkdir()
@@ -145,7 +149,7 @@ def _start_agent(bed: Testbed, folder: Path, number: int) -> float:
     np.savez(home / "noise.npz", x=x, y=np.zeros((8, 1), np.float32))
     (home / "agent.toml").write_text(AGENT.format(device=device, url=bed.url, linger_s=LINGER_S))
     begun = time.time()
-    bed.start_python(device, str(number), "edge_runtime.cli", "run", "--config", str(home / "agent.toml"))
+    bed.start(device, str(number), python, "-m", "edge_runtime.cli", "run", "--config", str(home / "agent.toml"))
     _wait_for(folder / "coordinator.log", f"{device} joined", 30)  # one at a time: two cores start one process well
     return begun
 

@@ -58,7 +58,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     broker: BrokerConfig
     data: list[DatasetConfig]
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
-    telemetry_interval_s: Positive = 60.0
+    telemetry_interval_s: Positive = 50.0  # under keepalive_s, so that it spares the pings
 
 
 def load_agent_config(path: Path) -> AgentConfig:

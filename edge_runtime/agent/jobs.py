@@ -8,7 +8,6 @@ anything is said about them, so after a restart :func:`AgentState.restore` and `
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
@@ -36,8 +35,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     blob_limit_bytes: int
 
 
-@dataclass
-class Entry:
+class Entry(msgspec.Struct):
     """A job and how far it is."""
 
     job: Job
@@ -46,15 +44,14 @@ class Entry:
     running: bool = False
 
 
-@dataclass
-class AgentState:
+class AgentState(msgspec.Struct):
     """Everything the agent remembers between events."""
 
     device: str
     capabilities: Capabilities
-    jobs: dict[Key, Entry] = field(default_factory=dict)
-    updates: dict[UpdateId, State] = field(default_factory=dict)  # without a verdict
-    crashes: dict[str, int] = field(default_factory=dict)  # by bundle, in a row
+    jobs: dict[Key, Entry] = {}
+    updates: dict[UpdateId, State] = {}  # without a verdict
+    crashes: dict[str, int] = {}  # by bundle, in a row
     running: Key | None = None
     paused: str = ""  # why no training may run now (heat, battery, memory); empty: it may
 

@@ -8,19 +8,19 @@ One stage, one file; :mod:`edge_runtime.compression.registry` finds them by name
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import msgspec
 
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
+    import numpy as np  # noqa: TC004 - annotations are never evaluated, and numpy must not be imported here
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """Names and shapes of the tensors that are laid end to end in one float32 vector, in this order."""
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Layout:
         Raises:
             CodecError: a tensor is missing or has another shape.
         """
-        import numpy as np
+        import numpy as np  # noqa: TC004 - annotations are never evaluated, and numpy must not be imported here
 
         vector = np.empty(self.size, np.float32)
         start = 0
@@ -67,11 +67,10 @@ class Layout:
         return tensors
 
 
-@dataclass
-class Packet:
+class Packet(msgspec.Struct, eq=False):  # a dataclass would import inspect and ast into the idle agent
     """Named arrays between two stages. A chain starts and ends with one float32 array ``values`` of ``[size]``."""
 
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = {}
 
 
 class Stage(Protocol):

@@ -203,7 +203,7 @@ class Gate:
             with _random.seeded(seed):
                 output = module(torch.from_numpy(self._padded(x)))[: len(x)]
             loss = _losses.reference_loss(self._model.loss, output, y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         named = dict(module.named_parameters())
         gradients = {}
         for name in self._model.trainable:

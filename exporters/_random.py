@@ -70,7 +70,7 @@ def bernoulli(like: torch.Tensor, seed: torch.Tensor, stream: int, keep: float) 
     return kept.to(like.dtype).reshape(like.shape)
 
 
-class SeededDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SeededDropout(TorchDispatchMode):
     """Replaces torch's Bernoulli draws by `bernoulli`.
 
     Works in eager execution (the reference of the parity check) and while tracing, so both count streams alike. In a

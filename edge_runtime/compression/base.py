@@ -37,7 +37,7 @@ class Layout(msgspec.Struct, frozen=True):
         Raises:
             CodecError: a tensor is missing or has another shape.
         """
-        import numpy as np  # noqa: TC004 - annotations are never evaluated, and numpy must not be imported here
+        import numpy as np
 
         vector = np.empty(self.size, np.float32)
         start = 0

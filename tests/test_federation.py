@@ -328,7 +328,8 @@ def test_zstd_changes_no_bit(federation: Federation, toy: Path) -> None:
 def test_equal_runs_at_once_keep_each_others_models(federation: Federation, toy: Path) -> None:
     """Two equal runs make equal models and updates; when one cleans up, the other still has what it needs."""
     federation.agent("pi", toy_data(20, 1))
-    given = plan(toy, rounds=10, retain_updates="round")
+    participation = {"target": 1, "deadline_s": 60.0, "max_staleness": 0}
+    given = plan(toy, rounds=9, retain_updates="round", participation=participation)
     short, long = federation.submit(**{**given, "rounds": 4}), federation.submit(**given)
     federation.finish(short, long)
     assert model_of(federation, short, 4).tobytes() == model_of(federation, long, 4).tobytes()

@@ -96,14 +96,18 @@ def _answer(runner: JobRunner, request: pipe.TrainRequest, replies: int) -> pipe
     except BrokenPipeError:
         raise
     except EdgeError as error:
+        if isinstance(error.__cause__, MemoryError):  # met while reading data, which is not at fault
+            return _out_of_memory()
         return pipe.Failed(kind=failure_kind(error), reason=_line(str(error)))
     except MemoryError:
-        return pipe.Failed(
-            kind="internal", reason="out of memory; lower the batch size or raise the worker's memory limit"
-        )
+        return _out_of_memory()
     except Exception as error:
         log.exception("job %s failed", request.job.assignment)
         return pipe.Failed(kind=failure_kind(error), reason=_line(f"{type(error).__name__}: {error}"))
+
+
+def _out_of_memory() -> pipe.Failed:
+    return pipe.Failed(kind="internal", reason="out of memory; lower the batch size or raise limits.worker_memory_mb")
 
 
 def _send(replies: int, message: pipe.FromWorker) -> None:

@@ -50,11 +50,12 @@ class Federation:
         *,
         hold: bool = False,
         clock: Callable[[], float] = time.time,
+        home: Path | None = None,
         **limits: Any,
     ) -> Agent:
         """Starts an agent; with ``hold`` its offers wait in ``held`` until :meth:`release`."""
-        home = self.folder / device
-        home.mkdir()
+        home = home or self.folder / device
+        home.mkdir(exist_ok=True)
         if not isinstance(data, DatasetConfig):
             np.savez(home / "data.npz", x=data[0], y=data[1], id=np.arange(len(data[0])))
             data = DatasetConfig(name="d", path=str(home / "data.npz"), id="id")
@@ -71,7 +72,7 @@ class Federation:
             data=[data],
             limits=LimitsConfig(**limits),
         )
-        agent = self.agents[device] = Agent(config, loop=self.loop, clock=clock)
+        agent = self.agents[home.name] = Agent(config, loop=self.loop, clock=clock)
         if hold:
             real = agent.uploads.offer
             agent.uploads.offer = lambda update, **how: self.held.__setitem__(device, lambda: real(update, **how))
@@ -105,7 +106,7 @@ class Federation:
             self.loop.step(0.02)
 
     def close(self) -> None:
-        """Ends everything."""
+        """Ends everything. Agents are known by their home's name, which is the device's unless another was given."""
         for agent in self.agents.values():
             agent.close()
         self.store.close()

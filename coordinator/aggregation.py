@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    import numpy.typing as npt
+
     from coordinator.events import Aggregate, RoundRow, RunRow, UpdateRow
     from coordinator.methods.base import ServerMethod, State, Vector
     from coordinator.plan import Plan
@@ -94,9 +96,19 @@ def aggregate(
     if not weights:
         raise ModelError("there is no update to aggregate")
     new, state = method.apply(base, totals, sum(weights), state)
+    if "delta" in totals:
+        _average_buffers(new, base, totals["delta"] * (1.0 / sum(weights)), layout)
     if not np.isfinite(new).all():
         raise ModelError("the aggregated model holds NaN or infinite values; lower the learning rates")
     return new, state
+
+
+def _average_buffers(new: Vector, base: Vector, mean_delta: npt.NDArray[np.float64], layout: Layout) -> None:
+    """Running statistics become the devices' mean whatever the method does: momentum makes variances negative."""
+    if layout.buffers:
+        into, start, deltas = layout.split(new), layout.split(base), layout.split(mean_delta)
+        for name in layout.buffers:
+            into[name][...] = start[name] + deltas[name]
 
 
 def decode_update(payload: bytes | Path, method: ServerMethod, layout: Layout) -> dict[str, Vector]:

@@ -191,7 +191,11 @@ def layout_of(manifest: Manifest) -> Layout:
         for parameter in manifest.parameters
         if parameter.dtype == "float32" and (parameter.trainable or parameter.buffer)
     ]
-    return Layout(tuple(entry.name for entry in travels), tuple(entry.shape for entry in travels))
+    return Layout(
+        tuple(entry.name for entry in travels),
+        tuple(entry.shape for entry in travels),
+        frozenset(entry.name for entry in travels if entry.buffer),
+    )
 
 
 def _check_files(manifest: Manifest) -> None:

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """Names and shapes of the tensors that are laid end to end in one float32 vector, in this order."""
+    """Names and shapes of the tensors that are laid end to end in one float32 vector, in this order.
+
+    ``buffers`` names those that training does not optimise but observes, as running means and variances.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    buffers: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:

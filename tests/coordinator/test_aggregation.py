@@ -54,6 +54,21 @@ def test_fedavg_is_the_weighted_mean(tmp_path, codec):
     assert made.method_state is None
 
 
+def test_server_momentum_leaves_running_statistics_alone(tmp_path):
+    """Buffers become the plain mean of what the devices saw, so that no momentum drives a variance below zero."""
+    layout = Layout(("w", "running_var"), ((4,), (3,)), frozenset({"running_var"}))
+    blobs, plan = BlobStore(tmp_path), h.plan(server_method="fedavgm")
+    made = aggregation.make_initial(blobs, plan, np.ones(layout.size, np.float32), layout)
+    delta = np.full(layout.size, -0.3, np.float32)
+    for number in range(3):
+        rows = [store_update(blobs, i, delta, layout) for i in range(2)]
+        effect = e.Aggregate("run", number, made.model, rows, made.method_state)
+        made = aggregation.make_model(blobs, plan, effect, layout)
+    tensors = layout.split(aggregation.read_model(blobs, made.model, layout))
+    np.testing.assert_allclose(tensors["running_var"], 1 - 3 * 0.3, rtol=1e-5)
+    assert (tensors["w"] < -0.3).all()
+
+
 @pytest.mark.parametrize("method", ["fedavg", "fedavgm"])
 def test_every_version_can_be_built_again(tmp_path, method):
     """From version 0 and the retained updates the same hashes come out; a changed update is noticed."""

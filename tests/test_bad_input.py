@@ -229,7 +229,7 @@ def test_a_bundle_that_rots_on_the_server_is_not_taken(
 ) -> None:
     """Bytes with another hash than the job names are asked for again, then given up, and the run says why."""
     run = federation.submit(**plan(toy, participation={"target": 1, "deadline_s": 1.0, "attempts": 1}))
-    federation.until(lambda: run in federation.coordinator.runs, "the run to be taken up")
+    federation.until(lambda: run in federation.coordinator.shell.runs, "the run to be taken up")
     flipped(federation.store.blobs.path(federation.row(run).bundle.sha256))
     federation.agent("pi", toy_data())
     federation.until(lambda: federation.row(run).status == "failed", "the run to fail")
@@ -854,15 +854,16 @@ def test_plans_name_the_wrong_key(toy: Path, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.mosquitto
-def test_a_job_that_needs_too_much_memory_fails_alone(federation: Federation, toy: Path) -> None:
+@pytest.mark.parametrize("limit_mb", [150, 300])
+def test_a_job_that_needs_too_much_memory_fails_alone(federation: Federation, toy: Path, limit_mb: int) -> None:
     """The worker's limit ends the job with a reason that says so; the agent stays and does a smaller one."""
-    agent = federation.agent("pi", toy_data(1_500_000), worker_memory_mb=200)
+    agent = federation.agent("pi", toy_data(1_500_000), worker_memory_mb=limit_mb)
     rules = {"target": 1, "deadline_s": 1.0, "attempts": 1}
     training = {"epochs": 1, "batch_size": 1_500_000}
     run = federation.submit(**plan(toy, participation=rules, training=training))
     federation.until(lambda: federation.row(run).status == "failed", "the run to fail")
     reason = federation.row(run).reason
-    assert "memory" in reason, reason
+    assert "out of memory; lower the batch size or raise limits.worker_memory_mb" in reason, reason
     assert agent.link.is_up
     federation.finish(federation.submit(**plan(toy, training={"steps": 2, "batch_size": 8})))
 

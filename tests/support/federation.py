@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 
 from coordinator.plan import Plan
-from coordinator.server import Coordinator, ServerSettings
+from coordinator.server import Coordinator
+from coordinator.settings import ServerSettings
 from coordinator.store import Store
 from coordinator.submission import submit
 from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig

@@ -1,0 +1,325 @@
+"""Carries out what the round machine decides: the store, files, transfers and messages of all runs of one server."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from coordinator import events as e
+from coordinator.background import DISK_RETRY_S, Background
+from coordinator.errors import StoreError
+from coordinator.job_message import make_job
+from coordinator.rounds import resume, step
+from coordinator.run_state import RunState
+from coordinator.runner import RunFiles
+from coordinator.transfers import Downlink, Uplink, with_chunk_size
+from edge_runtime import messages, topics
+from edge_runtime.errors import EdgeError, MessageError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from coordinator.aggregation import Made
+    from coordinator.fleet import Fleet
+    from coordinator.store import Store, StoredRun
+    from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
+    from edge_runtime.transport.link import Link
+    from edge_runtime.transport.loop import Loop, Timer
+
+_T = TypeVar("_T")
+
+log = logging.getLogger("edge.coordinator")
+
+POLL_S = 0.25  # how soon a submission or a stop request of another process is noticed
+TICK_S = 1.0
+LARGEST_NUMBER = 1 << 53  # of samples or a sequence: what a float64 weight and every database still hold exactly
+LARGEST_LOSS = 1e100
+
+
+class RunShell:
+    """All open runs of a server. Every method is called in the loop's thread."""
+
+    def __init__(self, store: Store, fleet: Fleet, loop: Loop, link: Link, clock: Callable[[], float]) -> None:
+        self.store, self.fleet, self.loop, self.link, self.clock = store, fleet, loop, link, clock
+        self.runs: dict[str, RunState] = {}
+        self.files: dict[str, RunFiles] = {}
+        self.downlink = Downlink(loop, link, self._find_blob)
+        self.uplink = Uplink(loop, link, arrived=self._on_arrived, refused=self._on_refused)
+        self._background = Background(loop)
+        self._offer: messages.UpdateOffer | None = None
+        self._ticks: dict[str, Timer] = {}
+        self._set_aside: set[str] = set()  # runs that could not be stored; they are taken up again from the store
+        self._news = False
+
+    def start(self) -> None:
+        """Takes up the open runs, and those that come."""
+        self._poll()
+
+    def close(self) -> None:
+        """Ends receiving and the work in progress; the runs go on at the next start."""
+        self.uplink.reset()
+        self._background.close()
+
+    def on_down(self) -> None:
+        """The link is down: who still needs anything will say so when it is up again."""
+        self.downlink.reset()
+        self.uplink.reset()
+
+    def on_joined(self, now: float, device: str) -> None:
+        """A device announced itself: every run tells it again what it may have missed."""
+        for run in list(self.runs):
+            self._step(run, e.DeviceJoined(now, device))
+
+    def on_job_failed(self, now: float, device: str, status: messages.JobStatus) -> None:
+        """A device rejected a job, or failed at it."""
+        self.downlink.unexpect(device)
+        log.warning("%s: job %s/%s %s: %s", device, status.run, status.assignment, status.status, status.reason)
+        self._step(status.run, e.JobReported(now, device, status.assignment, status.reason))
+
+    def on_offer(self, now: float, device: str, offer: messages.UpdateOffer) -> None:
+        """A device offers an update.
+
+        Raises:
+            MessageError: the offer cannot be meant.
+        """
+        update = offer.update
+        if update.device != device:
+            raise MessageError(f"device {device!r} offers an update of {update.device!r}, ignored")
+        if update.sequence > LARGEST_NUMBER:
+            raise MessageError(f"device {device!r} offers an update with sequence {update.sequence}, ignored")
+        if update.run in self._set_aside:
+            return  # its job, repeated when the run goes on, makes the device offer again
+        if update.run not in self.runs:
+            self._carry_out(update.run, e.AnswerFromStore(update))
+            return
+        reason = implausible(offer.meta)
+        if reason:
+            meta = messages.UpdateMeta(round=0, model_version=offer.meta.model_version, samples=0, steps=0)
+            self._step(update.run, e.UpdateDamaged(now, update, offer.blob, meta, reason))
+            return
+        self._offer = offer
+        self._step(update.run, e.UpdateOffered(now, update, offer.blob, offer.meta))
+        self._offer = None
+
+    def _send(self, device: str, message: messages.FromCoordinator) -> None:
+        self.link.publish(topics.to_device(device, "message"), messages.encode(message))
+
+    def _poll(self) -> None:
+        """Takes up new runs and stop requests of other processes."""
+        try:
+            self._news = self.store.changed() or self._news
+            for stored in self.store.active() if self._news else []:
+                name = stored.row.run
+                if name not in self.runs and name not in self._set_aside:
+                    self._take_up(stored)
+                if stored.stop_reason is not None:
+                    self._step(name, e.StopRequested(self.clock(), stored.stop_reason))
+            self._news = False
+        except (StorageError, StoreError) as error:
+            log.error("%s; looking again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line for the operator
+            self.loop.call_later(DISK_RETRY_S, self._poll)
+            return
+        self.loop.call_later(POLL_S, self._poll)
+
+    def _take_up(self, stored: StoredRun) -> None:
+        run, plan = stored.row.run, stored.plan
+        try:
+            state = RunState.from_rows(plan, self.store.load_run(run))
+            self.files[run] = RunFiles(self.store, plan, state.run)
+        except EdgeError as error:
+            log.error("run %s cannot be taken up: %s", run, error)  # noqa: TRY400 - one line for the operator
+            ended = msgspec.structs.replace(stored.row, status="failed", phase="done", reason=str(error))
+            self.store.save([ended])
+            return
+        self.runs[run] = state
+        log.info("run %s: round %d of %d, %s", run, state.run.round + 1, plan.rounds, state.run.phase)
+        for effect in resume(state):
+            self._carry_out(run, effect)
+        self._step(run, e.Tick(self.clock()))
+        self._tick(run)
+
+    def _tick(self, run: str) -> None:
+        if run in self.runs:
+            self._step(run, e.Tick(self.clock()))
+            self._ticks[run] = self.loop.call_later(TICK_S, lambda: self._tick(run))
+
+    def _step(self, run: str, event: e.Event) -> None:
+        state = self.runs.get(run)
+        if state is None:
+            return
+        try:
+            for effect in step(state, event, self.fleet):
+                self._carry_out(run, effect)
+                if run in self._set_aside:  # by a step inside this one
+                    return
+        except (StorageError, StoreError) as error:
+            self._put_aside(run, str(error))
+
+    def _put_aside(self, run: str, reason: str) -> None:
+        """What happened cannot be stored, so it did not happen: forget it, and go on from the store when that works."""
+        log.error("run %s: %s; trying again in %g s", run, reason, DISK_RETRY_S)
+        self._set_aside.add(run)
+        self.fleet.forget(self.runs.pop(run).need)
+        timer = self._ticks.pop(run, None)
+        if timer is not None:
+            timer.cancel()
+        self.loop.call_later(DISK_RETRY_S, lambda: self._take_up_again(run))
+
+    def _take_up_again(self, run: str) -> None:
+        try:
+            stored = self.store.run(run)
+        except EdgeError as error:
+            log.error("run %s: %s; trying again in %g s", run, error, DISK_RETRY_S)  # noqa: TRY400 - one line
+            self.loop.call_later(DISK_RETRY_S, lambda: self._take_up_again(run))
+            return
+        self._set_aside.discard(run)
+        self._take_up(stored)
+        if stored.stop_reason is not None:
+            self._step(run, e.StopRequested(self.clock(), stored.stop_reason))
+
+    def _carry_out(self, run: str, effect: e.Effect) -> None:  # noqa: C901 - one arm per effect
+        match effect:
+            case e.Save(rows):
+                self.store.save(rows)
+                for row in rows:
+                    if isinstance(row, e.UpdateRow) and row.verdict == "refused":
+                        log.warning("update %s refused: %s", row.update, row.reason)
+            case e.SendJob(assignment):
+                self._send_job(run, assignment)
+            case e.SendCancel(device, assignment, reason):
+                self._send(device, messages.Cancel(run=run, assignment=assignment, reason=reason))
+            case e.Fetch(update, blob, meta):
+                offer = self._offer or messages.UpdateOffer(update=update, blob=blob, meta=meta)
+                self._fetch(run, offer)
+            case e.SendDone(update):
+                self._send(update.device, messages.Done(update=update))
+            case e.SendVerdict(update, counted, reason):
+                self._send(update.device, messages.Verdict(update=update, counted=counted, reason=reason))
+            case e.AnswerFromStore(update):
+                self._answer_from_store(update)
+            case e.Aggregate():
+                self._aggregate(run, effect)
+            case e.Evaluate(version, model):
+                self._evaluate(run, version, model)
+            case e.Finished(status, reason):
+                self._finished(run, status, reason)
+
+    def _send_job(self, run: str, assignment: e.AssignmentRow) -> None:
+        device = self.fleet.get(assignment.device)
+        if device is None or not device.online or not self.link.is_up:
+            return  # DeviceJoined repeats it
+        state = self.runs[run]
+        job = make_job(state.plan, state.run, assignment, self.clock(), self.link.chunk_bytes)
+        self.files[run].sends(job.model)
+        self.downlink.expect(assignment.device, job.bundle, job.model)
+        self._send(assignment.device, job)
+
+    def _fetch(self, run: str, offer: messages.UpdateOffer) -> None:
+        files = self.files[run]
+        reason = files.unfit(offer.blob)
+        if reason:
+            self._step(run, e.UpdateDamaged(self.clock(), offer.update, offer.blob, offer.meta, reason))
+            return
+        self.uplink.fetch(self.store.blobs, offer)
+
+    def _on_arrived(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta) -> None:
+        files = self.files.get(update.run)
+        if files is None:
+            return
+        reason = files.damage(blob)
+        if reason:
+            self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
+        else:
+            self._step(update.run, e.UpdateArrived(self.clock(), update, blob, meta))
+
+    def _on_refused(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta, reason: str) -> None:
+        self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
+
+    def _answer_from_store(self, update: UpdateId) -> None:
+        row = self.store.stored_verdict(update)
+        if row is None:
+            reason = "the coordinator knows no such run or assignment"
+            log.warning("update %s refused: %s", update, reason)
+            self._send(update.device, messages.Verdict(update=update, counted=False, reason=reason))
+        elif row.verdict == "pending":
+            self._send(update.device, messages.Done(update=update))
+        else:
+            counted = row.verdict == "counted"
+            self._send(update.device, messages.Verdict(update=update, counted=counted, reason=row.reason))
+
+    def _aggregate(self, run: str, effect: e.Aggregate) -> None:
+        files = self.files[run]
+
+        def done(made: Made) -> None:
+            event = e.Aggregated(
+                self.clock(),
+                effect.round,
+                made.model,
+                down=made.down,
+                method_state=made.method_state,
+                bytes_up=self.uplink.take_received_bytes(run),
+                bytes_down=self.downlink.take_sent_bytes(files.sent_blobs),
+            )
+            self._step(run, event)
+            self._clean(run)
+
+        self._in_background(run, lambda: files.aggregate(effect), done)
+
+    def _evaluate(self, run: str, version: int, model: BlobRef) -> None:
+        files = self.files[run]
+
+        def done(result: Evaluation) -> None:
+            self._step(run, e.Evaluated(self.clock(), version, result))
+
+        self._in_background(run, lambda: files.evaluate(model), done)
+
+    def _in_background(self, run: str, action: Callable[[], _T], done: Callable[[_T], None]) -> None:
+        state = self.runs.get(run)
+        self._background.run(
+            action,
+            done=done,
+            failed=lambda reason: self._step(run, e.WorkFailed(self.clock(), reason)),
+            wanted=lambda: self.runs.get(run) is state,  # else the run ended, or was taken up again with this work
+        )
+
+    def _clean(self, run: str) -> None:
+        if run in self.files:
+            self.files[run].clean(self.runs[run])
+
+    def _finished(self, run: str, status: str, reason: str) -> None:
+        log.info("run %s %s%s", run, status, f": {reason}" if reason else "")
+        self.uplink.stop_run(run)
+        files = self.files.pop(run, None)
+        if files is not None:
+            for sha256 in files.sent_blobs:
+                self.downlink.forget(sha256)
+        state = self.runs.pop(run, None)
+        if state is not None:
+            self.fleet.forget(state.need)
+        timer = self._ticks.pop(run, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _find_blob(self, sha256: str) -> tuple[Path, BlobRef] | None:
+        for files in self.files.values():
+            blob = files.sent_blobs.get(sha256)
+            if blob is not None:
+                return self.store.blobs.path(sha256), with_chunk_size(blob, self.link.chunk_bytes)
+        return None
+
+
+def implausible(meta: UpdateMeta) -> str:
+    """Why what a device says about its update cannot be true; empty if it can."""
+    if meta.samples > LARGEST_NUMBER:
+        return f"claims {meta.samples} samples"
+    evaluation = meta.evaluation
+    losses = [meta.loss, meta.train_s] + ([] if evaluation is None else [evaluation.loss_sum])
+    wrong = [value for value in losses if value is not None and not abs(value) <= LARGEST_LOSS]
+    if wrong:
+        return f"reports a loss or time of {wrong[0]}"
+    if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_NUMBER:
+        return f"claims an evaluation of {evaluation.samples} samples"
+    return ""

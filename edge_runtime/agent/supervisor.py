@@ -140,6 +140,8 @@ class Supervisor:
             if isinstance(reply, (pipe.Trained, pipe.Failed)):
                 self._busy = False
                 self._arm(self._limits.worker_linger_s, "idle")
+            if isinstance(reply, pipe.Failed) and reply.kind == "internal":
+                self.kill("out of memory or worse: the next job gets a new worker")
             self._on_reply(reply)
 
     def _arm(self, delay_s: float, reason: str) -> None:

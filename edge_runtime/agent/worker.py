@@ -96,7 +96,7 @@ def _answer(runner: JobRunner, request: pipe.TrainRequest, replies: int) -> pipe
     except BrokenPipeError:
         raise
     except EdgeError as error:
-        if isinstance(error.__cause__, MemoryError):  # met while reading data, which is not at fault
+        if _is_out_of_memory(error):  # met while reading data or in onnxruntime, and neither is at fault
             return _out_of_memory()
         return pipe.Failed(kind=failure_kind(error), reason=_line(str(error)))
     except MemoryError:
@@ -104,6 +104,10 @@ def _answer(runner: JobRunner, request: pipe.TrainRequest, replies: int) -> pipe
     except Exception as error:
         log.exception("job %s failed", request.job.assignment)
         return pipe.Failed(kind=failure_kind(error), reason=_line(f"{type(error).__name__}: {error}"))
+
+
+def _is_out_of_memory(error: EdgeError) -> bool:
+    return isinstance(error.__cause__, MemoryError) or any(sign in str(error) for sign in ("bad_alloc", "bfc_arena"))
 
 
 def _out_of_memory() -> pipe.Failed:

@@ -3,9 +3,9 @@
     python -m benchmarks.main_job --data ../shared/data/uci_har --devices 30
 
 One agent process per training subject, a coordinator, a broker: the programs a user starts. The model is a 1-D CNN with
-GroupNorm: every device holds one person, whose batch statistics are not those of the next. Devices train with Adam, the
-server adds momentum (FedAvgM). The centralised model is the same network in plain PyTorch on the pooled data of the same
-subjects, with the same optimiser and as many passes over the data as the devices make.
+GroupNorm: every device holds one person, whose batch statistics are not those of the next. Devices train with Adam, and
+the server adds momentum (FedAvgM). The centralised model is the same network in plain PyTorch on the pooled data of the
+same subjects, with the same optimiser and as many passes over the data as the devices make.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _show_round(entry: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     result = parser(__doc__)
     result.add_argument("--devices", type=int, default=30, help="at most so many; 21 of the 30 subjects train")
-    result.add_argument("--rounds", type=int, default=60, help="federated rounds")
+    result.add_argument("--rounds", type=int, default=80, help="federated rounds")
     result.add_argument("--epochs", type=int, default=1, help="passes of a device over its data in a round")
     result.add_argument("--batch-size", type=int, default=32, help="samples in a step")
     result.add_argument("--lr", type=float, default=0.002, help="learning rate of Adam, on devices and centralised")

@@ -155,7 +155,7 @@ class Coordinator:
         device, leaf = parsed
         try:
             if leaf == "chunk":
-                self.shell.uplink.on_chunk(payload)
+                self.shell.uplink.on_chunk(device, payload)
             elif payload:  # an empty retained state only clears the topic
                 self._handle(device, messages.decode_from_device(payload))
         except MessageError as error:

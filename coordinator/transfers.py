@@ -192,12 +192,12 @@ class Uplink:
         if not upload.incoming.partial.missing and half in self._uploads:
             self._complete(half)  # all of it had arrived before a restart
 
-    def on_chunk(self, payload: bytes) -> None:
-        """Takes a chunk packet; one that belongs to no open transfer is ignored."""
+    def on_chunk(self, device: str, payload: bytes) -> None:
+        """Takes a chunk packet; one of a blob that this device does not offer is ignored."""
         half, index, crc, data = unpack_chunk(payload)
         upload = self._uploads.get(half)
-        if upload is not None:
-            run = next(iter(upload.updates)).run
+        run = None if upload is None else next((name.run for name in upload.updates if name.device == device), None)
+        if upload is not None and run is not None:
             self._add(upload, run, index, (crc, data))
 
     def take_received_bytes(self, run: str) -> int:

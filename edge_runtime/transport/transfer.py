@@ -150,7 +150,8 @@ class Incoming:
     """Receives one blob: stores chunks, asks for missing ones when nothing came for a while.
 
     The patience follows the pace of the link (four times the usual gap between chunks) and doubles with every request
-    that stays without an answer.
+    that stays without an answer. On a slow link the chunks asked for first may still be on their way: until one has
+    arrived only a single chunk is asked for again, later one window after the other.
 
     Args:
         partial: where the chunks go.
@@ -176,6 +177,7 @@ class Incoming:
         self.wrong = 0  # times all of it arrived and had the wrong hash
         self.unanswered = 0  # requests since the last new chunk
         self._gap_s: float | None = None
+        self._recovering: set[int] = set()  # chunks asked for again
         self._last_chunk = self._last_sign = loop.now()
         self._patience_s = stall_first_s
         self._timer: Timer | None = loop.call_later(self._patience_s, self._check)
@@ -190,6 +192,16 @@ class Incoming:
         """Asks for everything missing now."""
         if self.partial.missing:
             self._need(self.partial.missing_ranges(RANGES_LIMIT))
+
+    def _ask_again(self, chunks: int) -> None:
+        ranges, left = [], chunks
+        for first, count in self.partial.missing_ranges(chunks):
+            ranges.append((first, min(count, left)))
+            left -= ranges[-1][1]
+            if not left:
+                break
+        self._recovering = set(indexes(ranges, self.partial.chunks))
+        self._need(ranges)
 
     def nudge(self) -> None:
         """The sender showed itself: asks unless chunks are just coming."""
@@ -216,8 +228,12 @@ class Incoming:
         self._last_chunk = self._last_sign = now
         self.unanswered = 0
         self._patience_s = max(self._stall_first_s, 4 * self._gap_s)
+        recovered = self._recovering == {index}
+        self._recovering.discard(index)
         if not self.partial.missing:
             self._complete()
+        elif recovered:
+            self._ask_again(WINDOW)
 
     def close(self, *, discard: bool = False) -> None:
         """Stops receiving; what arrived stays on disk unless ``discard``."""
@@ -236,7 +252,7 @@ class Incoming:
             self._patience_s = max(self._patience_s, min(2 * self._patience_s, STALL_LIMIT_S))
             self._last_sign = self._loop.now()
             self.unanswered += 1
-            self.ask()
+            self._ask_again(1 if self._gap_s is None else WINDOW)
             idle_s = 0.0
             if self._closed:  # whoever asks may give up
                 return

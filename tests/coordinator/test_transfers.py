@@ -25,8 +25,9 @@ from edge_runtime.messages import BlobRef, UpdateId, UpdateMeta
 from edge_runtime.store.blobs import BlobStore
 from edge_runtime.store.spool import Spool, SpooledUpdate
 from edge_runtime.transport import transfer
+from edge_runtime.transport.link import Link, LinkSettings
 from edge_runtime.transport.loop import Loop
-from edge_runtime.transport.transfer import ChunkPump, unpack_chunk
+from edge_runtime.transport.transfer import ChunkPump, pack_chunk, unpack_chunk
 from tests.support.brokers import Peer, own_mosquitto, run_until
 from tests.support.proxy import Proxy
 
@@ -152,7 +153,7 @@ class Server:
         if leaf == "chunk":
             payload = self.damage(payload)
             self.chunks[unpack_chunk(payload)[1]] += 1
-            self.uplink.on_chunk(payload)
+            self.uplink.on_chunk(device, payload)
             return
         match messages.decode_from_device(payload):
             case messages.Need() as need:
@@ -489,6 +490,7 @@ DEVICE = """
 import os, sys
 from pathlib import Path
 from tests.coordinator.test_transfers import Device, content
+from edge_runtime.transport.link import Link, LinkSettings
 from edge_runtime.transport.loop import Loop
 url, folder = sys.argv[1], Path(sys.argv[2])
 loop = Loop()
@@ -638,4 +640,31 @@ def test_offers_are_repeated_until_closed(loop):
     now[0] += 1000
     loop.step(0)
     assert len(said) == count
+    loop.close()
+
+
+def test_a_stranger_cannot_spoil_an_upload(mosquitto, tmp_path):
+    """Chunks of a blob are taken from the devices that offer it, and from no other."""
+    loop, store = Loop(), BlobStore(tmp_path / "blobs")
+    settings = LinkSettings(url=mosquitto.url, client_id="c")
+    link = Link(
+        settings,
+        loop,
+        topics=[],
+        on_message=lambda *_: None,
+        on_up=lambda: None,
+        on_down=lambda _: None,
+        random=Random(1),
+    )
+    arrived = []
+    uplink = Uplink(loop, link, arrived=lambda *found: arrived.append(found), refused=lambda *_: None)
+    data = b"update" * 100
+    blob = BlobRef(sha256=sha256(data).hexdigest(), size_bytes=len(data), chunk_bytes=len(data))
+    meta = messages.UpdateMeta(round=0, model_version=0, samples=1, steps=1)
+    uplink.fetch(store, messages.UpdateOffer(update=UpdateId("r", "honest", "r0-0", 0), blob=blob, meta=meta))
+    packet = pack_chunk(blob.sha256, 0, data)
+    uplink.on_chunk("stranger", packet)
+    assert not arrived
+    uplink.on_chunk("honest", packet)
+    assert [found[0].device for found in arrived] == ["honest"]
     loop.close()

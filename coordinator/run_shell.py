@@ -95,6 +95,9 @@ class RunShell:
         if update.run not in self.runs:
             self._carry_out(update.run, e.AnswerFromStore(update))
             return
+        known = self.runs[update.run].assignments.get(update.assignment)
+        if known is not None and known.device != device:
+            log.warning("update %s refused: this assignment belongs to device %s", update, known.device)
         reason = implausible(offer.meta)
         if reason:
             meta = messages.UpdateMeta(round=0, model_version=offer.meta.model_version, samples=0, steps=0)

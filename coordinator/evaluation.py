@@ -37,8 +37,23 @@ class TestSet:
         self.path = path
         dataset = open_dataset(DatasetConfig(name="test_set", path=str(path), format="npz", x=x, y=y))
         self._view = View("test_set", dataset.snapshot(), bundle.manifest, Window())
+        self._shapes = bundle.manifest.inputs[0], bundle.manifest.target
         self._trainer = OnnxTrainer(threads)
         self._trainer.load(bundle)
+
+    def check(self) -> None:
+        """Reads every sample once.
+
+        Raises:
+            DataError: a sample is NaN or infinite; the message names the first.
+        """
+        import numpy as np
+
+        x = np.empty((BATCH_SIZE, *self._shapes[0].shape), self._shapes[0].dtype)
+        y = np.empty((BATCH_SIZE, *self._shapes[1].shape), self._shapes[1].dtype)
+        rows = self._view.train
+        for start in range(0, len(rows), BATCH_SIZE):
+            self._view.read(rows[start : start + BATCH_SIZE], x, y)
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -40,7 +40,7 @@ def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
     if plan.test_set is not None:
         from coordinator.evaluation import TestSet
 
-        TestSet(Path(plan.test_set), bundle)
+        TestSet(Path(plan.test_set), bundle).check()
         test_set = _reference(store.blobs.put_file(Path(plan.test_set)))
     made = make_initial(store.blobs, plan, bundle.initial_vector(), bundle.layout())
     state = RunState.start(

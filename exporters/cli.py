@@ -90,7 +90,12 @@ def _add_bundle(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser("inspect", help="print what a bundle holds")
+    parser = commands.add_parser(
+        "inspect",
+        help="check a bundle and print what it holds",
+        description="Checks every file and graph as a device would, and prints the manifest.",
+        epilog="example: edge-export inspect lenet.bundle",
+    )
     parser.add_argument("file", type=Path, help="bundle to read")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     parser.set_defaults(run=_inspect_command)
@@ -149,10 +154,15 @@ def _plain(struct: Any) -> Any:
 
 def _inspect_command(arguments: argparse.Namespace) -> int:
     from edge_runtime.bundle import Bundle
+    from edge_runtime.errors import BundleError
 
     if not arguments.file.exists():
         raise UsageError(f"{arguments.file} does not exist")
-    bundle = Bundle.open(arguments.file)
+    try:
+        bundle = Bundle.open(arguments.file)
+        bundle.verify()
+    except BundleError as error:
+        raise UsageError(str(error)) from error
     if arguments.json:
         print(json.dumps({"sha256": bundle.sha256, "manifest": _plain(bundle.manifest)}))
     else:

@@ -41,7 +41,7 @@ over_commit = 1.3
 deadline_s = 6.0
 attempts = 50
 [training]
-steps = 800
+steps = 1500
 batch_size = 4
 """
 
@@ -80,7 +80,7 @@ def _kill_at_random(fleet: Processes, run: str, random: Random) -> list[str]:
     """Kills and restarts until all kills are spent or the run has ended; gives the victims."""
     victims, store = [], fleet.store()
     for _ in range(KILLS):
-        time.sleep(random.uniform(0.2, 1.2))
+        time.sleep(random.uniform(0.1, 0.9))
         if store.run(run).row.status != "running":
             break
         victim = random.choice(["coordinator", "broker", "agent", "worker"])

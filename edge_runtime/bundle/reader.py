@@ -120,13 +120,30 @@ class Bundle:
         Raises:
             BundleError: see :meth:`graph_entry`, :meth:`read` and :func:`check_graph`.
         """
-        file = self.graph_entry(name, variant).file
+        return self._checked(self.graph_entry(name, variant).file, limits)
+
+    def _checked(self, file: str, limits: GraphLimits) -> bytes:
         data = self.read(file)
         try:
             check_graph(data, limits=limits)
         except BundleError as error:
             raise BundleError(f"{self.path}: {file}: {error}") from error
         return data
+
+    def verify(self) -> None:
+        """Reads and checks everything: hashes of all files, all graphs, all tensors.
+
+        Raises:
+            BundleError: the first thing that is wrong.
+        """
+        for name in self.manifest.files:
+            self.read(name)
+        self.initial_tensors()
+        tables = [self.manifest.graphs]
+        tables += [variant.graphs for variant in self.manifest.variants]
+        tables += [cut.graphs for cut in self.manifest.cuts]
+        for file in sorted({graph.file for table in tables for graph in table.values()}):
+            self._checked(file, DEFAULT_LIMITS)
 
     def initial_tensors(self) -> dict[str, np.ndarray]:
         """Initial parameters and buffers by name, with the shapes and dtypes of the parameter table.

@@ -19,7 +19,13 @@ import msgspec
 
 from edge_runtime.errors import ConfigError, MessageError
 from edge_runtime.transport.loop import READ, WRITE, Loop, Timer
-from edge_runtime.transport.paho import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from edge_runtime.transport.paho import (
+    CallbackAPIVersion,
+    MQTTErrorCode,
+    MQTTProtocolVersion,
+    PacketTypes,
+    Properties,
+)
 from edge_runtime.transport.paho import client as paho
 
 if TYPE_CHECKING:
@@ -227,11 +233,21 @@ class Link:
                 client.username_pw_set(settings.username, settings.password() if settings.password else None)
             if self.address.tls:
                 client.tls_set_context(self._tls_context())
-            client.connect(self.address.host, self.address.port, keepalive=settings.keepalive_s)
+            client.connect(
+                self.address.host, self.address.port, keepalive=settings.keepalive_s, properties=self._properties()
+            )
         except (OSError, ValueError) as error:
             self._drop(f"cannot connect to {settings.url}: {error}")
             return
         self._timers = [self._loop.call_later(ANSWER_TIMEOUT_S, lambda: self._drop("the broker did not answer"))]
+
+    def _properties(self) -> Properties | None:
+        """Tells an MQTT 5 broker to keep packets from us that would only fill our memory."""
+        if self._protocol != MQTTProtocolVersion.MQTTv5:
+            return None
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.MaximumPacketSize = PACKET_LIMIT_BYTES
+        return properties
 
     def _tls_context(self) -> ssl.SSLContext:
         settings = self._settings

@@ -22,5 +22,7 @@ else:
     from paho.mqtt import client
 
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion  # noqa: E402 - after the above
+from paho.mqtt.packettypes import PacketTypes  # noqa: E402
+from paho.mqtt.properties import Properties  # noqa: E402
 
-__all__ = ["CallbackAPIVersion", "MQTTErrorCode", "MQTTProtocolVersion", "client"]
+__all__ = ["CallbackAPIVersion", "MQTTErrorCode", "MQTTProtocolVersion", "PacketTypes", "Properties", "client"]

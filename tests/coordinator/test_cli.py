@@ -283,3 +283,15 @@ def test_help_is_fast_and_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_test_set_with_nan_is_refused_at_submit(folder, capsys):
+    """Not at the first evaluation, when devices have already worked."""
+    with np.load(folder / "test.npz") as file:
+        x, y = file["x"].astype(np.float32), file["y"]
+    x[5] = np.nan
+    np.savez(folder / "test.npz", x=x, y=y)
+    code, _, err = call(capsys, "submit", folder / "plan.toml")
+    assert code == 2
+    assert "NaN" in err
+    assert "sample 5" in err

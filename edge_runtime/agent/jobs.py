@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CRASH_LIMIT = 3
 QUEUE_LIMIT = 64
+PAUSE_PATIENCE_S = 60.0  # how long jobs wait for a pause to end before another device may have them
 
 Key: TypeAlias = tuple[str, str]  # run, assignment
 
@@ -54,6 +55,7 @@ class AgentState(msgspec.Struct):
     crashes: dict[str, int] = {}  # by bundle, in a row
     running: Key | None = None
     paused: str = ""  # why no training may run now (heat, battery, memory); empty: it may
+    paused_at: float = 0.0
 
     @classmethod
     def restore(cls, device: str, capabilities: Capabilities, updates: Iterable[SpooledUpdate]) -> AgentState:
@@ -279,12 +281,9 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
         case Connected():
             return [Offer(update, push=False) for update in state.updates]
         case Paused(now, reason):
-            state.paused = reason
-            if reason and state.running is not None:
-                return [StopTraining(reason)]
-            return _start_next(state, now)
+            return _paused(state, now, reason)
         case Tick(now):
-            return _start_next(state, now)
+            return _give_up_waiting(state, now) + _start_next(state, now)
 
 
 def _job_arrived(state: AgentState, event: JobArrived) -> list[Effect]:
@@ -292,18 +291,44 @@ def _job_arrived(state: AgentState, event: JobArrived) -> list[Effect]:
     update = UpdateId(job.run, state.device, job.assignment, 0)
     if event.known in ("ready", "delivered") or update in state.updates:  # a full disk may keep it out of the spool
         return [Offer(update, push=False)]
-    if event.known is not None:
-        return []  # closed
+    if event.known is not None:  # a coordinator that knows this verdict no longer waits for the job
+        return [_report(job, "rejected", _closed(event.known))]
     if key in state.jobs:
         return [_report(job, "accepted")]  # at work on it
     reason = _unfit(state, job, event.crashes)
     if reason:
         return [_report(job, "rejected", reason)]
+    state.crashes.pop(job.bundle.sha256, None)  # the disk knows better: a quarantine may have been lifted
     if event.crashes:
         state.crashes[job.bundle.sha256] = event.crashes
     missing = {job.bundle.sha256, job.model.sha256}
     state.jobs[key] = Entry(job, event.now + job.deadline_s, missing)
     return [_report(job, "accepted"), *(FetchBlob(blob) for blob in (job.bundle, job.model))]
+
+
+def _closed(verdict: str) -> str:
+    return (
+        f"the update of this assignment was already {verdict}: the coordinator's state is older than this device's; "
+        "submit the plan under another name"
+    )
+
+
+def _paused(state: AgentState, now: float, reason: str) -> list[Effect]:
+    if reason and not state.paused:
+        state.paused_at = now
+    state.paused = reason
+    if reason and state.running is not None:
+        return [StopTraining(reason)]
+    return _start_next(state, now)
+
+
+def _give_up_waiting(state: AgentState, now: float) -> list[Effect]:
+    """Jobs that a pause kept waiting too long fail, so that the coordinator can ask another device."""
+    effects: list[Effect] = []
+    if state.paused and now - state.paused_at >= PAUSE_PATIENCE_S:
+        for key in [key for key, entry in state.jobs.items() if not entry.running]:
+            effects += _remove(state, key, f"training is paused here: {state.paused}")
+    return effects
 
 
 def _unfit(state: AgentState, job: Job, crashes: int) -> str:
@@ -315,6 +340,8 @@ def _unfit(state: AgentState, job: Job, crashes: int) -> str:
     ):
         if name not in known:
             return f"{kind} {name!r} is not on this device (it has {', '.join(sorted(known)) or 'none'})"
+    if state.paused:
+        return f"training is paused here: {state.paused}"
     if not math.isfinite(job.deadline_s):
         return f"a deadline of {job.deadline_s} s is no duration"
     size = max(job.bundle.size_bytes, job.model.size_bytes)

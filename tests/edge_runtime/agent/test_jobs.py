@@ -51,10 +51,10 @@ def ready(state, *names, now=0.0):
     return [effect for name in names for effect in j.step(state, j.BlobReady(now, blob(name).sha256))]
 
 
-def running(state, wanted=None):
+def running(state, wanted=None, crashes=0):
     """A state that trains one job."""
     wanted = wanted or job()
-    arrive(state, wanted)
+    arrive(state, wanted, crashes=crashes)
     effects = [
         *j.step(state, j.BlobReady(0.0, wanted.bundle.sha256)),
         *j.step(state, j.BlobReady(0.0, wanted.model.sha256)),
@@ -115,8 +115,46 @@ def test_repeated_job_is_not_done_twice():
 
 @pytest.mark.parametrize("known", ["counted", "refused"])
 def test_job_with_a_verdict_is_not_done_again(known):
-    """A job whose update got its verdict is over."""
-    assert arrive(fresh(), known=known) == []
+    """A job whose update got its verdict is over, and a coordinator that forgot it is told so."""
+    state = fresh()
+    (effect,) = arrive(state, known=known)
+    assert effect.status.status == "rejected"
+    assert f"already {known}" in effect.status.reason
+    assert "submit the plan under another name" in effect.status.reason
+    assert state.jobs == {}
+
+
+def test_paused_device_rejects_jobs_with_the_reason():
+    """A job that arrives while training is paused goes back at once, so that another device can have it."""
+    state = fresh()
+    j.step(state, j.Paused(0.0, "81 degrees C"))
+    (effect,) = arrive(state)
+    assert effect.status.status == "rejected"
+    assert "paused here: 81 degrees C" in effect.status.reason
+    j.step(state, j.Paused(1.0, ""))
+    assert reports(arrive(state)) == [("a1", "accepted")]
+
+
+def test_jobs_that_a_pause_keeps_waiting_fail_after_a_minute():
+    """A pause may be short, so waiting jobs stay for a minute; then they fail with the reason, also while it changes."""
+    state = fresh()
+    arrive(state, now=0.0)
+    j.step(state, j.Paused(10.0, "hot"))
+    j.step(state, j.Paused(60.0, "hotter"))
+    assert reports(j.step(state, j.Tick(69.0))) == []
+    effects = j.step(state, j.Tick(70.0))
+    assert reports(effects) == [("a1", "failed")]
+    assert "paused here: hotter" in effects[-1].status.reason
+    assert state.jobs == {}
+
+
+def test_lifted_quarantine_starts_counting_anew():
+    """When the disk no longer knows of crashes, those in memory do not bring the quarantine back after one more."""
+    state = fresh()
+    state.crashes[blob("b").sha256] = 3
+    running(state)
+    j.step(state, j.WorkerCrashed(1.0, "crash", False))
+    assert state.crashes[blob("b").sha256] == 1
 
 
 def test_update_that_waits_for_room_on_the_disk_is_not_trained_again():
@@ -174,12 +212,12 @@ def test_failed_training_is_reported_and_the_next_job_starts():
 def test_three_crashes_put_a_bundle_in_quarantine():
     """The third crash in a row fails the queued jobs of the bundle and rejects new ones; other bundles go on."""
     state = fresh()
-    for _ in range(2):
-        running(state)
+    for crashes in range(2):
+        running(state, crashes=crashes)
         effects = j.step(state, j.WorkerCrashed(1.0, "signal SIGSEGV", False))
         assert effects[0] == j.CountCrash(blob("b").sha256)
-    running(state)
-    arrive(state, job("queued"))
+    running(state, crashes=2)
+    arrive(state, job("queued"), crashes=2)
     ready(state, "b", "m")
     arrive(state, job("other", bundle="c"))
     ready(state, "c", "m")
@@ -278,9 +316,9 @@ def test_paused_device_does_not_train():
     """Heat stops the running job and keeps others from starting until it is over."""
     state = fresh()
     running(state)
+    arrive(state, job("a2"))
     assert j.step(state, j.Paused(1.0, "too hot")) == [j.StopTraining("too hot")]
     j.step(state, j.WorkerCrashed(1.0, "too hot", True))
-    arrive(state, job("a2"))
     assert ready(state, "b", "m") == []
     assert j.step(state, j.Paused(2.0, "")) == [j.StartTraining(job("a2"))]
 

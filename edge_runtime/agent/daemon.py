@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,11 +16,11 @@ from edge_runtime.agent import jobs, pipe
 from edge_runtime.agent.config import MB, check_agent_config, link_settings
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
-from edge_runtime.errors import ConfigError, EdgeError, StorageError
-from edge_runtime.files import storage_error, write_durably
+from edge_runtime.errors import EdgeError, StorageError
+from edge_runtime.files import lock_folder, storage_error, write_durably
 from edge_runtime.store.blobs import BlobStore
 from edge_runtime.store.spool import Spool, SpooledUpdate
-from edge_runtime.transport.link import CHUNK_BYTES, Link
+from edge_runtime.transport.link import CHUNK_BYTES, Link, check_tls
 from edge_runtime.transport.loop import Loop
 from edge_runtime.transport.transfer import ChunkPump
 
@@ -36,6 +35,8 @@ log = logging.getLogger("edge.agent")
 TICK_S = 5.0
 EARLIEST_CLOCK_UNIX_S = 1_767_225_600.0  # 2026-01-01: a clock before this was never set
 TAKEOVER_LOSSES = 4
+ANNOUNCE_INTERVAL_S = 60.0  # between announcements of how many samples there are
+ANNOUNCE_CHANGE = 0.1
 
 
 class Agent:
@@ -54,13 +55,16 @@ class Agent:
         self, config: AgentConfig, *, loop: Loop | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         check_agent_config(config)
+        check_tls(link_settings(config))  # before anything is opened
         self.config = config
         self.loop = loop or Loop()
         self._clock = clock
         self._owns_loop = loop is None
         self._started_s = time.monotonic()
         folder = Path(config.state_dir)
-        self._lock = _lock(folder)
+        self._lock = lock_folder(
+            folder, "another agent runs on this state_dir; stop it, or give each agent its own name and folder"
+        )
         self.instance = _instance(folder)
         random = Random(f"{config.device}/{self.instance}")
         limits = config.limits
@@ -78,6 +82,8 @@ class Agent:
         self._session = 0
         self._coordinator_session = ""
         self._samples: dict[str, int] = {}
+        self._announced_samples: dict[str, int] = {}
+        self._next_announcement_s = 0.0
         self._next_telemetry_s = 0.0
         self.link = Link(
             link_settings(config),
@@ -154,12 +160,21 @@ class Agent:
         if self.link.rapid_losses == TAKEOVER_LOSSES:
             log.error(
                 "the broker keeps ending this connection: is another agent running as device %r? Give each device its "
-                "own name and certificate",
+                "own name and certificate (or the certificate belongs to another device name: write that as device)",
                 self.config.device,
             )
 
     def _announce(self) -> None:
+        self._announced_samples = dict(self._samples)
+        self._next_announcement_s = self.loop.now() + ANNOUNCE_INTERVAL_S
         self.link.publish(topics.from_device(self.config.device, "state"), self._announcement(online=True), retain=True)
+
+    def _samples_are_news(self) -> bool:
+        told = self._announced_samples
+        return any(
+            name not in told or abs(count - told[name]) > ANNOUNCE_CHANGE * told[name]
+            for name, count in self._samples.items()
+        )
 
     def _announcement(self, *, online: bool) -> bytes:
         can = self.state.capabilities
@@ -249,7 +264,7 @@ class Agent:
                 self.uploads.delivered(update)
                 if state != "delivered":
                     self.uploads.close(update)
-                    log.info("update %s: %s %s", update, state, reason)
+                    log.info("update %s: %s%s", update, state, f": {reason}" if reason else "")
                 self.spool.set_state(update, state, reason)
             case jobs.Report(status):
                 if status.reason:
@@ -341,6 +356,8 @@ class Agent:
             self._check_health(measured)
             if tells:
                 self._send_telemetry(measured)
+        if self.link.is_up and self.loop.now() >= self._next_announcement_s and self._samples_are_news():
+            self._announce()
         self._step(jobs.Tick(self.loop.now()))
         self.loop.call_later(TICK_S, self._tick)
 
@@ -369,22 +386,6 @@ def unhealthy(measured: messages.Telemetry, config: AgentConfig) -> str:
     if limits.min_free_memory_mb is not None and free is not None and free < limits.min_free_memory_mb * MB:
         return f"{free / MB:.0f} MB of free memory is under limits.min_free_memory_mb = {limits.min_free_memory_mb:g}"
     return ""
-
-
-def _lock(folder: Path) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StorageError(f"{folder}: state_dir cannot be used ({error.strerror})") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise ConfigError(
-            f"{folder}: another agent runs on this state_dir; stop it, or give each agent its own name and folder"
-        ) from error
-    return handle
 
 
 def _instance(folder: Path) -> str:

@@ -331,7 +331,7 @@ def _give_up_waiting(state: AgentState, now: float) -> list[Effect]:
     return effects
 
 
-def _unfit(state: AgentState, job: Job, crashes: int) -> str:
+def _unfit(state: AgentState, job: Job, crashes: int) -> str:  # noqa: PLR0911 - one reason each
     can = state.capabilities
     for kind, name, known in (
         ("dataset", job.dataset, can.datasets),

@@ -85,8 +85,47 @@ def parse_url(url: str, *, insecure: bool = False) -> Address:
     return Address(parts.hostname, port or (8883 if tls else 1883), tls)
 
 
+def check_tls(settings: LinkSettings) -> None:
+    """Reads the files for TLS once, so that a wrong one is told at the start and not at every attempt.
+
+    Raises:
+        ConfigError: one is missing, damaged, or certificate and key do not belong together.
+    """
+    if settings.key_file and not settings.certificate_file:
+        raise ConfigError(f"key {settings.key_file} without a certificate; name its certificate too")
+    if settings.url.startswith("mqtts:"):
+        try:
+            _tls_context(settings)
+        except OSError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _tls_context(settings: LinkSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as error:
+        cure = "name the PEM file of the authority that signed the broker's certificate"
+        raise OSError(f"CA file {settings.ca_file} cannot be used ({_said(error)}); {cure}") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.certificate_file:
+        try:  # without a password OpenSSL would ask for one on the terminal
+            context.load_cert_chain(settings.certificate_file, settings.key_file, password="")
+        except OSError as error:
+            files = f"{settings.certificate_file} and key {settings.key_file or settings.certificate_file}"
+            cure = "both must be PEM files, readable, of one pair, the key without a passphrase"
+            raise OSError(f"certificate {files} cannot be used ({_said(error)}); {cure}") from error
+    return context
+
+
+def _said(error: OSError) -> str:
+    return (error.reason if isinstance(error, ssl.SSLError) else error.strerror) or str(error)
+
+
 class Link:
     """A client of one broker. All callbacks run in the loop's thread.
+
+    Raises:
+        ConfigError: the URL or a file for TLS cannot be used.
 
     Args:
         settings: where and as whom to connect.
@@ -112,6 +151,7 @@ class Link:
         will: tuple[str, Callable[[], bytes]] | None = None,
     ) -> None:
         self.address = parse_url(settings.url, insecure=settings.insecure)
+        check_tls(settings)
         self.is_up = False
         self.max_packet_bytes = PACKET_LIMIT_BYTES
         self.sent_bytes = 0
@@ -135,6 +175,7 @@ class Link:
         self._timers: list[Timer] = []
         self._acks: dict[int, Callable[[], None]] = {}
         self._started = self._receiving = False
+        self._refusal_told = False
 
     @property
     def chunk_bytes(self) -> int:
@@ -232,7 +273,7 @@ class Link:
             if settings.username is not None:
                 client.username_pw_set(settings.username, settings.password() if settings.password else None)
             if self.address.tls:
-                client.tls_set_context(self._tls_context())
+                client.tls_set_context(_tls_context(settings))
             client.connect(
                 self.address.host, self.address.port, keepalive=settings.keepalive_s, properties=self._properties()
             )
@@ -248,21 +289,6 @@ class Link:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.MaximumPacketSize = PACKET_LIMIT_BYTES
         return properties
-
-    def _tls_context(self) -> ssl.SSLContext:
-        settings = self._settings
-        try:
-            context = ssl.create_default_context(cafile=settings.ca_file)
-        except OSError as error:
-            raise OSError(f"CA file {settings.ca_file} cannot be used ({error})") from error
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.certificate_file:
-            try:
-                context.load_cert_chain(settings.certificate_file, settings.key_file)
-            except OSError as error:
-                files = f"{settings.certificate_file} and key {settings.key_file}"
-                raise OSError(f"certificate {files} cannot be used ({error})") from error
-        return context
 
     def _drop(self, reason: str, *, notify: bool = True) -> None:
         """Ends this connection (if any) and plans the next one."""
@@ -348,15 +374,26 @@ class Link:
             finally:
                 self._receiving = False
 
-    def _published(self, client: paho.Client, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
+    def _published(self, client: paho.Client, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
         if client is self._client:
+            if reason.is_failure and not self._refusal_told:
+                self._refusal_told = True
+                log.error(
+                    "the broker refuses messages of %r: %s; its certificate or user name must bear this name",
+                    self._settings.client_id,
+                    reason,
+                )
             action = self._acks.pop(mid, None)
             if action is not None:
                 self._loop.call_soon(action)
 
-    def _disconnected(self, client: paho.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+    def _disconnected(self, client: paho.Client, _data: Any, flags: Any, reason: Any, properties: Any) -> None:
         if client is self._client:
-            self._loop.call_soon(lambda: self._drop(str(reason)) if client is self._client else None)
+            text = str(reason)
+            if flags.is_disconnect_packet_from_server:  # MQTT 5 says why
+                detail = getattr(properties, "ReasonString", "")
+                text = f"the broker ended it: {reason}" + (f" ({detail})" if detail else "")
+            self._loop.call_soon(lambda: self._drop(text) if client is self._client else None)
 
     # Socket events
 

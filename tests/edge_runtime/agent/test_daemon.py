@@ -339,8 +339,27 @@ def test_updates_wait_over_a_restart_of_the_agent(world):
     assert len(world.requests) == 1
 
 
+def test_sample_counts_are_announced_when_they_are_news(world, monkeypatch):
+    """A count that became known, or changed by more than a tenth, is announced on the same connection, not too often."""
+    monkeypatch.setattr(daemon, "ANNOUNCE_INTERVAL_S", 0.0)
+    agent = world.agent()
+    world.until(lambda: world.states)
+    for count, told in ((100, 100), (110, 100), (111, 111), (0, 0), (1, 1)):
+        agent._samples["digits"] = count
+        agent._tick()
+        world.until(lambda told=told: world.states[-1].datasets[0].samples == told)
+    assert [state.datasets[0].samples for state in world.states] == [None, 100, 111, 0, 1]
+    assert len({state.session for state in world.states}) == 1
+    monkeypatch.setattr(daemon, "ANNOUNCE_INTERVAL_S", 60.0)
+    agent._announce()
+    agent._samples["digits"] = 500
+    agent._tick()
+    assert agent._announced_samples == {"digits": 1}
+
+
 def test_two_agents_with_one_name_are_told(world, tmp_path, caplog):
     """Two agents of one name throw each other out, and after some rounds the log says what to do."""
     first, second = world.agent(), world.agent(state_dir=str(tmp_path / "other"))
     world.until(lambda: "is another agent running as device 'dev'" in caplog.text)
+    assert "the certificate belongs to another device name" in caplog.text
     assert first.instance != second.instance

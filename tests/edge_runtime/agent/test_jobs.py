@@ -136,7 +136,7 @@ def test_paused_device_rejects_jobs_with_the_reason():
 
 
 def test_jobs_that_a_pause_keeps_waiting_fail_after_a_minute():
-    """A pause may be short, so waiting jobs stay for a minute; then they fail with the reason, also while it changes."""
+    """Waiting jobs stay for a minute, a pause may be short; then they fail with the reason of now."""
     state = fresh()
     arrive(state, now=0.0)
     j.step(state, j.Paused(10.0, "hot"))

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paho.mqtt.client import DisconnectFlags
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_runtime.errors import ConfigError, MessageError
 from edge_runtime.transport.link import CHUNK_BYTES, Link, parse_url
@@ -383,14 +386,66 @@ def test_server_of_an_unknown_authority_is_refused(loop, tls_broker, pki, peers,
     assert peer.ups == 0
 
 
-def test_unusable_certificate_file_is_named(loop, tls_broker, pki, peers):
-    """A missing CA or key file is named in the reason, and tried again later."""
-    for wrong in ({"ca_file": "/nowhere/ca.crt"}, {"certificate_file": "/nowhere/dev.crt"}):
-        peer = peers(f"mqtts://localhost:{tls_broker.port}", **(identity(pki, "dev1") | wrong))
-        peer.link.start()
-        run_until(loop, lambda peer=peer: peer.downs)
-        assert "/nowhere/" in peer.downs[0]
-        peer.link.stop()
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"ca_file": "/nowhere/ca.crt"}, r"CA file /nowhere/ca\.crt cannot be used \(No such file.*name the PEM file"),
+        ({"ca_file": "{pki}/dev1.key"}, r"CA file .*dev1\.key cannot be used"),
+        ({"certificate_file": "/nowhere/dev.crt"}, r"certificate /nowhere/dev\.crt and key .*cannot be used"),
+        ({"key_file": "/nowhere/dev.key"}, r"key /nowhere/dev\.key cannot be used"),
+        ({"key_file": "{pki}/dev2.key"}, r"dev2\.key cannot be used \(KEY_VALUES_MISMATCH\); .*of one pair"),
+        ({"key_file": "{pki}/locked.key"}, r"locked\.key cannot be used .*without a passphrase"),
+        ({"certificate_file": None}, r"key .*dev1\.key without a certificate"),
+    ],
+)
+def test_unusable_certificate_files_are_refused_at_the_start(loop, pki, wrong, said):
+    """A missing, damaged, locked or foreign file for TLS is an error with the file's name and the cure, not a retry."""
+    if "locked" in str(wrong) and not (pki / "locked.key").exists():
+        command = ["openssl", "ec", "-in", "dev1.key", "-aes128", "-passout", "pass:word", "-out", "locked.key"]
+        subprocess.run(command, cwd=pki, check=True, capture_output=True)
+    files = {key: name and name.format(pki=pki) for key, name in (identity(pki, "dev1") | wrong).items()}
+    with pytest.raises(ConfigError, match=said):
+        Peer(loop, "mqtts://localhost:1", **files)
+
+
+def test_certificate_file_that_vanishes_later_is_tried_again(loop, tls_broker, tmp_path, peers):
+    """A file that is replaced while the link runs is named in the reason, and read again at the next attempt."""
+    folder = tmp_path / "own"
+    make_pki(folder)
+    peer = peers(f"mqtts://localhost:{tls_broker.port}", **identity(folder, "dev1"))
+    (folder / "ca.crt").rename(folder / "away.crt")
+    peer.link.start()
+    run_until(loop, lambda: peer.downs)
+    assert f"CA file {folder}/ca.crt cannot be used" in peer.downs[0]
+    (folder / "away.crt").rename(folder / "ca.crt")
+    run_until(loop, lambda: "CA file" not in peer.downs[-1])  # the test's broker has another authority
+
+
+def test_reason_of_the_broker_is_told(loop, broker, peers):
+    """An MQTT 5 broker that ends the connection says why, and the reason is passed on."""
+    peer = peers(broker.url).up()
+    flags = DisconnectFlags(is_disconnect_packet_from_server=True)
+    reason = ReasonCode(PacketTypes.DISCONNECT, "Session taken over")
+    peer.link._disconnected(peer.link._client, None, flags, reason, None)
+    run_until(loop, lambda: peer.downs)
+    assert peer.downs == ["the broker ended it: Session taken over"]
+
+
+def test_refused_messages_are_told_once(loop, mosquitto_program, tmp_path, peers, caplog):
+    """Where the broker refuses what a client publishes, MQTT 5 says so and the log names the cure, once."""
+    (tmp_path / "acl").write_text("pattern write d/%c/#\n")
+    lines = ["allow_anonymous true", f"acl_file {tmp_path}/acl"]
+    with own_mosquitto(mosquitto_program, tmp_path, *lines) as broker:
+        peer = peers(broker.url, "dev").up()
+        said = []
+        peer.when_up = lambda: said.append(peer.link.publish("d/other/state", b"x"))
+        peer.when_up()
+        run_until(loop, lambda: "refuses" in caplog.text)
+        peer.link._drop("again")
+        run_until(loop, lambda: len(said) == 2)
+        for _ in range(10):
+            loop.step(0.02)
+    assert caplog.text.count("the broker refuses messages of 'dev': Not authorized; its certificate") == 1
 
 
 def test_client_without_a_certificate_is_refused(loop, tls_broker, pki, peers):

@@ -19,14 +19,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 FAILED, WRONG_INPUT, UNKNOWN_RUN, INTERRUPTED = 1, 2, 3, 130
+_EXTRA = ("amqtt", "onnx", "sqlalchemy")  # what the extra "coordinator" installs
 _EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 no such run, 130 interrupted"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one line per exit code
     """Runs one command; returns the exit code."""
     arguments = make_parser().parse_args(argv)
     try:
         code: int = arguments.command(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        cure = 'pip install "edge-training-runtime[coordinator]"'
+        return _fail(f"{error.name} is not installed; the coordinator needs its extra: {cure}", WRONG_INPUT)
     except UnknownRunError as error:
         return _fail(error, UNKNOWN_RUN)
     except (ConfigError, BundleError, DataError, PluginError) as error:
@@ -41,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _fail(error: EdgeError, code: int) -> int:
+def _fail(error: EdgeError | str, code: int) -> int:
     print(f"edge-coordinator: {error}", file=sys.stderr)
     return code
 

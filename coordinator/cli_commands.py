@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from coordinator.errors import ModelError
+from coordinator.wording import counted
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,8 +73,14 @@ def model(options: argparse.Namespace) -> int:
     store = open_store(options)
     stored = store.run(options.run)
     version = stored.row.version if options.version is None else options.version
+    reference = _version(store, stored, version)
+    if stored.plan.retain_updates != "all" and not store.blobs.has(reference.sha256):
+        raise ModelError(
+            f"version {version} of run {options.run!r} was not kept; the initial and the latest models are. To keep "
+            'them all set retain_updates = "all" in the plan'
+        )
     bundle = Bundle.open(store.blobs.path(stored.row.bundle.sha256))
-    vector = read_model(store.blobs, _version(store, stored, version), bundle.layout())
+    vector = read_model(store.blobs, reference, bundle.layout())
     write_model(bundle, vector, options.output)
     if options.json:
         print_json({"run": options.run, "version": version, "path": str(options.output)})
@@ -103,7 +110,7 @@ def verify(options: argparse.Namespace) -> int:
     stored = store.run(options.run)
     if stored.plan.retain_updates != "all":
         raise ModelError(
-            f"run {options.run!r} did not keep its updates; set retain_updates = 'all' in the plan of runs to verify"
+            f'run {options.run!r} did not keep its updates; set retain_updates = "all" in the plan of runs to verify'
         )
     bundle = Bundle.open(store.blobs.path(stored.row.bundle.sha256))
     rounds = ((row, store.counted_updates(options.run, row.round)) for row in store.rounds(options.run))
@@ -116,5 +123,5 @@ def verify(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"run": options.run, "versions": count, "different": different})
     else:
-        print(f"{options.run}: {count - len(different)} of {count} versions come out bit for bit")
+        print(f"{options.run}: {count - len(different)} of {counted(count, 'version')} made again bit for bit")
     return 1 if different else 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coordinator.cli_commands import open_store, print_json
 from coordinator.errors import UnknownRunError
 from coordinator.report import device_report, failures, round_progress, run_summary
+from coordinator.wording import counted, percent, size
 
 if TYPE_CHECKING:
     import argparse
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from coordinator.store import Store
 
 POLL_S = 0.5
+NO_SERVER = "no server is running on this state folder"
 _SHOWN_ROUNDS = 10
 _SHOWN_DEVICES = 12
 _SHOWN_FAILURES = 5
@@ -56,7 +58,10 @@ def devices(options: argparse.Namespace) -> int:
     if options.json:
         print_json(report)
     else:
-        print("\n".join(_device_table(report, time.time())) if report else "no device has announced itself yet")
+        now = time.time()
+        lives = store.server_running(now)
+        lines = _device_table(report, now, lives=lives) if report else ["no device has announced itself yet"]
+        print("\n".join(lines if lives else [*lines, NO_SERVER]))
     return 0
 
 
@@ -66,6 +71,8 @@ def watch(store: Store, run: str, *, as_json: bool) -> int:
     A terminal gets one page that is redrawn; a pipe gets a line per round, or with ``as_json`` a JSON value per round.
     """
     live = sys.stdout.isatty() and not as_json
+    if not live and store.run(run).row.status == "running" and not store.server_running(time.time()):
+        print(f"{NO_SERVER}; {run} waits for one", file=sys.stderr)
     told, lines = 0, 0
     while True:
         stored = store.run(run)
@@ -102,11 +109,11 @@ def _tell_rounds(store: Store, run: str, told: int, *, as_json: bool) -> int:
         if as_json:
             print_json(entry)
         else:
-            accuracy = _percent(entry["accuracy"] if entry["accuracy"] is not None else entry["device_accuracy"])
+            accuracy = percent(entry["accuracy"] if entry["accuracy"] is not None else entry["device_accuracy"])
             print(
-                f"round {entry['round'] + 1}: {entry['updates']} updates ({entry['late_updates']} late), "
+                f"round {entry['round'] + 1}: {counted(entry['updates'], 'update')} ({entry['late_updates']} late), "
                 f"loss {_number(entry['train_loss'])}, accuracy {accuracy}, {entry['seconds']:.2f} s, "
-                f"{_bytes(entry['bytes_up'])} up, {_bytes(entry['bytes_down'])} down",
+                f"{size(entry['bytes_up'])} up, {size(entry['bytes_down'])} down",
                 flush=True,
             )
     return len(history)
@@ -117,6 +124,7 @@ def _everything(store: Store, run: str) -> dict[str, Any]:
     summary = run_summary(store, run, now=time.time())
     return {
         **summary,
+        "server_running": store.server_running(time.time()),
         "open_round": round_progress(store, stored),
         "failures": failures(store, stored),
         "fleet": device_report(store, stored),
@@ -128,8 +136,9 @@ def _page(store: Store, run: str) -> list[str]:
     stored = store.run(run)
     summary = run_summary(store, run, now=now)
     lines = [_headline(summary)]
+    lives = store.server_running(now)
     if stored.row.status == "running":
-        lines.append(_phase(store, run))
+        lines.append(_phase(store, run) if lives else f"{NO_SERVER}; the run waits for one")
     failed = failures(store, stored)
     lines += [f"  {entry['device']} failed: {entry['reason']}" for entry in failed[-_SHOWN_FAILURES:]]
     history = summary["history"][-_SHOWN_ROUNDS:]
@@ -141,30 +150,31 @@ def _page(store: Store, run: str) -> list[str]:
                 str(entry["updates"]),
                 str(entry["late_updates"]),
                 _number(entry["train_loss"]),
-                _percent(entry["accuracy"]),
-                _percent(entry["device_accuracy"]),
+                percent(entry["accuracy"]),
+                percent(entry["device_accuracy"]),
                 f"{entry['seconds']:.2f}",
-                _bytes(entry["bytes_up"]),
-                _bytes(entry["bytes_down"]),
+                size(entry["bytes_up"]),
+                size(entry["bytes_down"]),
             ]
             for entry in history
         ]
         lines += ["", *_table(rows)]
     report = device_report(store, stored)
     if report:
-        lines += ["", *_device_table(report[:_SHOWN_DEVICES], now)]
+        lines += ["", *_device_table(report[:_SHOWN_DEVICES], now, lives=lives)]
         if len(report) > _SHOWN_DEVICES:
             online = sum(entry["online"] for entry in report)
-            lines.append(f"... {len(report)} devices in all, {online} online; see edge-coordinator devices")
+            lines.append(f"... {counted(len(report), 'device')} in all, {online} online; see edge-coordinator devices")
     return lines
 
 
 def _headline(summary: dict[str, Any]) -> str:
+    rounds = f"{summary['rounds']}/{counted(summary['rounds_planned'], 'round')}"
     accuracy, up, down = _figures(summary)
     reason = f" ({summary['reason']})" if summary["reason"] else ""
     return (
-        f"{summary['run']}: {summary['status']}{reason}, {_rounds(summary)} rounds, accuracy {accuracy}, "
-        f"{up} up, {down} down, {summary['devices']} devices, {summary['seconds']:.1f} s"
+        f"{summary['run']}: {summary['status']}{reason}, {rounds}, accuracy {accuracy}, "
+        f"{up} up, {down} down, {counted(summary['devices'], 'device')}, {summary['seconds']:.1f} s"
     )
 
 
@@ -172,7 +182,7 @@ def _phase(store: Store, run: str) -> str:
     stored = store.run(run)
     row = stored.row
     if stored.stop_reason is not None:
-        return "stopping; if this stays, no server is running on this state folder"
+        return "stopping"
     if row.phase == "selecting":
         fit = [entry for entry in device_report(store, stored) if not entry["unfit"]]
         wanted = stored.plan.participation.target
@@ -180,20 +190,20 @@ def _phase(store: Store, run: str) -> str:
     if row.phase == "open":
         counts = round_progress(store, stored)
         return (
-            f"round {row.round + 1}: {counts['delivered']} of {stored.plan.participation.target} updates, "
-            f"{counts['open']} devices at work, {counts['failed']} failed, attempt {row.attempt + 1}"
+            f"round {row.round + 1}: {counts['delivered']} of {counted(stored.plan.participation.target, 'update')}, "
+            f"{counted(counts['open'], 'device')} at work, {counts['failed']} failed, attempt {row.attempt + 1}"
         )
     return "makes the next model" if row.phase == "aggregating" else "evaluates the last model"
 
 
-def _device_table(report: list[dict[str, Any]], now: float) -> list[str]:
+def _device_table(report: list[dict[str, Any]], now: float, *, lives: bool) -> list[str]:
     rows = [["device", "state", "last contact", "datasets", "note"]]
     for entry in report:
         datasets = ", ".join(
             name if count is None else f"{name} ({count})" for name, count in entry["datasets"].items()
         )
         note = entry["conflict"] or (entry["unfit"] if entry["online"] else "")
-        state = "online" if entry["online"] else "offline"
+        state = ("online" if entry["online"] else "offline") if lives else "unknown"
         rows.append(
             [entry["device"], state, f"{max(0.0, now - entry['last_contact_unix_s']):.0f} s ago", datasets, note]
         )
@@ -213,7 +223,7 @@ def _rounds(summary: dict[str, Any]) -> str:
 
 def _figures(summary: dict[str, Any]) -> list[str]:
     accuracy = summary["accuracy"] if summary["accuracy"] is not None else summary["device_accuracy"]
-    return [_percent(accuracy), _bytes(summary["bytes_up"]), _bytes(summary["bytes_down"])]
+    return [percent(accuracy), size(summary["bytes_up"]), size(summary["bytes_down"])]
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -223,16 +233,3 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -51,7 +51,11 @@ class RunRow(msgspec.Struct, kw_only=True):
 
 
 class AssignmentRow(msgspec.Struct, kw_only=True):
-    """What one device was asked to do. ``assignment`` is unique in its run."""
+    """What one device was asked to do. ``assignment`` is unique in its run.
+
+    ``away``: the device went offline while it was open, so another one may be asked in its place; its update still
+    counts.
+    """
 
     run: str
     assignment: str
@@ -70,6 +74,7 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     assigned_unix_s: float
     status: AssignmentStatus = "open"
     reason: str = ""
+    away: bool = False
 
 
 class UpdateRow(msgspec.Struct, kw_only=True):
@@ -132,6 +137,13 @@ class Tick(msgspec.Struct, frozen=True):
 
 class DeviceJoined(msgspec.Struct, frozen=True):
     """A device announced itself (again): what it was told may be lost, tell it again."""
+
+    now: float
+    device: str
+
+
+class DeviceLeft(msgspec.Struct, frozen=True):
+    """A device went offline (it said so, or its last will did): somebody else may be asked in its place."""
 
     now: float
     device: str
@@ -215,6 +227,7 @@ class WorkFailed(msgspec.Struct, frozen=True):
 Event: TypeAlias = (
     Tick
     | DeviceJoined
+    | DeviceLeft
     | UpdateOffered
     | UpdateArrived
     | UpdateDamaged

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from coordinator import events as e
 from coordinator.selection import RoundRequest
+from coordinator.wording import counted
 from edge_runtime.messages import Evaluation
 
 if TYPE_CHECKING:
@@ -272,8 +273,9 @@ def _too_few(state: RunState) -> str:
     failed = [row for row in state.assignments.values() if row.round == run.round and row.status == "failed"]
     last = f"; last failure, on {failed[-1].device}: {failed[-1].reason}" if failed else ""
     return (
-        f"round {run.round} had {state.fresh + state.late} of at least {rules.minimum} updates after "
-        f"{rules.attempts} attempts of {rules.deadline_s:g} s, {state.open_round} devices never answered{last}"
+        f"round {run.round + 1} had {state.fresh + state.late} of at least {counted(rules.minimum, 'update')} after "
+        f"{counted(rules.attempts, 'attempt')} of {rules.deadline_s:g} s, {counted(state.open_round, 'device')} never "
+        f"answered{last}"
     )
 
 

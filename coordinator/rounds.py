@@ -5,7 +5,8 @@ A round goes through three phases. *Selecting*: as soon as ``target`` devices ar
 once per shortage, then starts with those that are there and asks others as they appear. *Open*: closes when ``target``
 updates of the current version arrived, when all who were asked have answered and nobody else can be asked, or at the
 deadline, the latter two with at least ``minimum`` updates (late ones included). A deadline with fewer repeats the jobs
-still open and asks further devices, ``attempts`` times in all; then the run fails. *Aggregating*: the shell makes the
+still open and asks further devices, ``attempts`` times in all; then the run fails. A device that goes offline keeps
+its assignment, but another one is asked in its place. *Aggregating*: the shell makes the
 next model. Updates that arrive meanwhile belong to the next round.
 
 An update gets its round, staleness and weight when it is taken in, so nothing that was acknowledged is refused later,
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from coordinator import events as e
 from coordinator.round_flow import Work, advance, aggregate_effect, finish, progress, start_evaluations
 from coordinator.selection import Outcome
+from coordinator.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,12 +139,12 @@ def _unwanted(state: RunState, assignment: e.AssignmentRow, name: UpdateId, meta
         taken = state.taken(name.assignment)
         return f"this assignment already delivered update {taken.update.sequence if taken else ''}"
     if meta.samples <= 0:
-        return f"trained on {meta.samples} samples"
+        return f"trained on {counted(meta.samples, 'sample')}"
     if meta.model_version != assignment.version:
         return f"trained from model version {meta.model_version}, the assignment is of version {assignment.version}"
     limit = state.plan.participation.max_staleness
     if staleness > limit:
-        return f"stale: {staleness} versions late, at most {limit} count"
+        return f"stale: {counted(staleness, 'version')} late, at most {limit} may be"
     return state.method.accept(meta, staleness)
 
 
@@ -201,9 +203,22 @@ def _tell_again(state: RunState, work: Work, event: e.DeviceJoined) -> None:
             row = state.updates[update]
             work.out.append(e.SendDone(update) if row.verdict == "pending" else _verdict(row))
         if assignment.status == "open":
+            _set_away(state, work, assignment, away=False)
             work.out.append(e.SendJob(copy.copy(assignment)))
         elif assignment.status == "cancelled":
             work.out.append(e.SendCancel(device, name, assignment.reason))
+
+
+def _left(state: RunState, work: Work, event: e.DeviceLeft) -> None:
+    for name in state.by_device.get(event.device, ()):
+        if state.assignments[name].status == "open":
+            _set_away(state, work, state.assignments[name], away=True)
+
+
+def _set_away(state: RunState, work: Work, assignment: e.AssignmentRow, *, away: bool) -> None:
+    if assignment.away != away:
+        state.set_away(assignment, away)
+        work.save(assignment)
 
 
 def _evaluated(state: RunState, work: Work, event: e.Evaluated) -> None:
@@ -225,6 +240,7 @@ def _verdict(row: e.UpdateRow) -> e.SendVerdict:
 _HANDLERS: dict[type, Callable[[RunState, Work, Any], None]] = {
     e.Tick: _time_passed,
     e.DeviceJoined: _tell_again,
+    e.DeviceLeft: _left,
     e.UpdateOffered: _offered,
     e.UpdateArrived: _arrived,
     e.UpdateDamaged: _damaged,

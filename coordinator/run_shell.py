@@ -10,11 +10,13 @@ import msgspec
 from coordinator import events as e
 from coordinator.background import DISK_RETRY_S, Background
 from coordinator.errors import StoreError
+from coordinator.evaluation_numbers import accuracy
 from coordinator.job_message import make_job
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.runner import RunFiles
 from coordinator.transfers import Downlink, Uplink, with_chunk_size
+from coordinator.wording import counted, percent, size
 from edge_runtime import messages, topics
 from edge_runtime.errors import EdgeError, MessageError, StorageError
 
@@ -72,6 +74,12 @@ class RunShell:
         """A device announced itself: every run tells it again what it may have missed."""
         for run in list(self.runs):
             self._step(run, e.DeviceJoined(now, device))
+
+    def on_left(self, now: float, device: str) -> None:
+        """A device went offline: others may be asked in its place."""
+        self.downlink.unexpect(device)
+        for run in list(self.runs):
+            self._step(run, e.DeviceLeft(now, device))
 
     def on_job_failed(self, now: float, device: str, status: messages.JobStatus) -> None:
         """A device rejected a job, or failed at it."""
@@ -187,9 +195,7 @@ class RunShell:
         match effect:
             case e.Save(rows):
                 self.store.save(rows)
-                for row in rows:
-                    if isinstance(row, e.UpdateRow) and row.verdict == "refused":
-                        log.warning("update %s refused: %s", row.update, row.reason)
+                self._log_rows(run, rows)
             case e.SendJob(assignment):
                 self._send_job(run, assignment)
             case e.SendCancel(device, assignment, reason):
@@ -209,6 +215,32 @@ class RunShell:
                 self._evaluate(run, version, model)
             case e.Finished(status, reason):
                 self._finished(run, status, reason)
+
+    def _log_rows(self, run: str, rows: list[e.Row]) -> None:
+        for row in rows:
+            if isinstance(row, e.UpdateRow) and row.verdict == "refused":
+                log.warning("update %s refused: %s", row.update, row.reason)
+            elif isinstance(row, e.RoundRow):
+                self._log_round(run, row)
+
+    def _log_round(self, run: str, row: e.RoundRow) -> None:
+        """One line per closed round, once its model was evaluated if that is wanted."""
+        state = self.runs[run]
+        if row.test is None and state.is_evaluated(row.version):
+            return
+        measured = accuracy(row.test if row.test is not None else row.devices)
+        log.info(
+            "run %s: round %d of %d: %s (%d late), accuracy %s, %s up, %s down, %.2f s",
+            run,
+            row.round + 1,
+            state.plan.rounds,
+            counted(row.updates, "update"),
+            row.late_updates,
+            percent(measured),
+            size(row.bytes_up),
+            size(row.bytes_down),
+            row.closed_unix_s - row.opened_unix_s,
+        )
 
     def _send_job(self, run: str, assignment: e.AssignmentRow) -> None:
         device = self.fleet.get(assignment.device)
@@ -297,7 +329,8 @@ class RunShell:
         self.uplink.stop_run(run)
         files = self.files.pop(run, None)
         if files is not None:
-            for sha256 in files.sent_blobs:
+            others = {sha256 for other in self.files.values() for sha256 in other.sent_blobs}
+            for sha256 in files.sent_blobs.keys() - others:
                 self.downlink.forget(sha256)
         state = self.runs.pop(run, None)
         if state is not None:

@@ -47,7 +47,7 @@ class RunState:
     fresh: int = 0  # updates of the current version for this round
     late: int = 0  # updates of earlier versions for this round
     open_round: int = 0  # open assignments of this round
-    open_attempt: int = 0  # those of them that this attempt made
+    open_attempt: int = 0  # those of them that this attempt made, of devices that are not away
 
     @classmethod
     def start(
@@ -183,20 +183,29 @@ class RunState:
         if row.status == "open":
             self.busy[row.device] = self.busy.get(row.device, 0) + 1
             self.open_round += current
-            self.open_attempt += this_attempt
+            self.open_attempt += this_attempt and not row.away
 
     def close_assignment(self, row: AssignmentRow, status: str, reason: str = "") -> None:
         """Gives an assignment its end and frees its device."""
         if row.status == "open":
             current = row.round == self.run.round
             self.open_round -= current
-            self.open_attempt -= current and row.attempt == self.run.attempt
+            self.open_attempt -= self._holds_place(row)
             self.busy[row.device] -= 1
             if not self.busy[row.device]:
                 del self.busy[row.device]
         if status == "received" and row.round == self.run.round:
             self.asked.add(row.device)
         row.status, row.reason = status, reason  # type: ignore[assignment]
+
+    def set_away(self, row: AssignmentRow, away: bool) -> None:
+        """Notes of an open assignment that its device went offline, or is back."""
+        self.open_attempt -= self._holds_place(row)
+        row.away = away
+        self.open_attempt += self._holds_place(row)
+
+    def _holds_place(self, row: AssignmentRow) -> bool:
+        return row.round == self.run.round and row.attempt == self.run.attempt and not row.away
 
     def add_update(self, row: UpdateRow) -> None:
         """Remembers an update and counts it."""
@@ -221,7 +230,7 @@ class RunState:
                     self.asked.add(row.device)
                 if row.status == "open":
                     self.open_round += 1
-                    self.open_attempt += this_attempt
+                    self.open_attempt += this_attempt and not row.away
         for update in self.pending.values():
             if update.counted_round == run.round:
                 fresh = self.assignments[update.update.assignment].version == run.version

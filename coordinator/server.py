@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,11 @@ from coordinator.fleet import Fleet
 from coordinator.report import run_summary
 from coordinator.run_shell import POLL_S, RunShell
 from coordinator.settings import Connection, ServerSettings
-from coordinator.store import Store
+from coordinator.store import HEARTBEAT_S, Store
 from coordinator.submission import submit
 from edge_runtime import messages, topics
 from edge_runtime.errors import MessageError, StorageError
-from edge_runtime.files import write_durably
+from edge_runtime.files import lock_folder, write_durably
 from edge_runtime.transport.link import Link
 from edge_runtime.transport.loop import Loop
 
@@ -50,7 +50,7 @@ class Coordinator:
         >>> Coordinator(ServerSettings(state_dir=Path("edge-state"))).run()  # doctest: +SKIP
 
     Raises:
-        ConfigError: the settings cannot be used.
+        ConfigError: the settings cannot be used, or another coordinator runs on this state folder.
         TransportError: the embedded broker does not start.
         StorageError: the state folder cannot be used.
     """
@@ -62,12 +62,23 @@ class Coordinator:
         self.loop = loop or Loop()
         self.clock = clock
         folder = settings.state_dir
-        self.store = Store(folder, settings.database_url)
         self.fleet = Fleet()
         self._session = os.urandom(8).hex()
         self._dirty_devices: set[str] = set()
-        self.connection = Connection(settings)
-        self.link = Link(
+        self._next_heartbeat_s = 0.0
+        with ExitStack() as undo:
+            lock = lock_folder(folder, "another coordinator runs on this state folder; stop it, or name another folder")
+            undo.callback(os.close, lock)
+            self.store = Store(folder, settings.database_url)
+            undo.callback(self.store.close)
+            self.connection = Connection(settings)
+            undo.callback(self.connection.stop)
+            self.link = self._make_link()
+            self.shell = RunShell(self.store, self.fleet, self.loop, self.link, clock)
+            self._made = undo.pop_all()
+
+    def _make_link(self) -> Link:
+        return Link(
             self.connection.link,
             self.loop,
             topics=[f"{topics.ROOT}/d/+/state", f"{topics.ROOT}/d/+/message", f"{topics.ROOT}/d/+/chunk"],
@@ -77,7 +88,6 @@ class Coordinator:
             random=Random(self._session),
             will=(topics.COORDINATOR, lambda: self._announcement(online=False)),
         )
-        self.shell = RunShell(self.store, self.fleet, self.loop, self.link, clock)
 
     def run(self) -> None:
         """Runs until :meth:`stop`."""
@@ -91,8 +101,12 @@ class Coordinator:
         """Takes up the open runs and connects; the loop does the rest."""
         self.shell.start()
         self.link.start()
-        write_durably(self.settings.state_dir / "connection.json", msgspec.json.encode(self.connection.described()))
-        self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
+        way, path = self.connection.described(), self.settings.state_dir / "connection.json"
+        write_durably(path, msgspec.json.encode(way))
+        user = "" if way["username"] is None else f", user {way['username']}"
+        secret = "" if way["password_file"] is None else f", password in {way['password_file']}"
+        log.info("broker: %s%s%s (%s)", way["url"], user, secret, path)
+        self._save_devices()
 
     def stop(self) -> None:
         """Ends :meth:`run`; may be called from a signal handler or another thread. Runs go on at the next start."""
@@ -102,8 +116,9 @@ class Coordinator:
         """Disconnects and frees everything."""
         self.link.stop((topics.COORDINATOR, self._announcement(online=False)))
         self.shell.close()
-        self.store.close()
-        self.connection.stop()
+        with suppress(StoreError):  # then status finds out by itself, a little later
+            self.store.server_gone(self.settings.name)
+        self._made.close()
 
     def submit(self, plan: Plan) -> str:
         """Stores a run, which this server takes up, and gives its name; may be called from any thread.
@@ -191,9 +206,9 @@ class Coordinator:
         conflict = "" if before is None else before.conflict
         joined = self.fleet.announce(now, state)
         self._dirty_devices.add(state.device)
-        if not state.online:
-            self.shell.downlink.unexpect(state.device)
         known = self.fleet.get(state.device)
+        if known is not None and not known.online:  # not so for the last will of a connection already replaced
+            self.shell.on_left(now, state.device)
         if joined:
             log.info("device %s joined", state.device)
             if known is not None and known.conflict and not conflict:
@@ -201,15 +216,19 @@ class Coordinator:
             self.shell.on_joined(now, state.device)
 
     def _save_devices(self) -> None:
-        if self._dirty_devices:
-            devices = [self.fleet.get(name) for name in sorted(self._dirty_devices)]
-            try:
+        """Stores what other processes may look at: the devices that have news, and that this server lives."""
+        devices = [self.fleet.get(name) for name in sorted(self._dirty_devices)]
+        try:
+            if devices:
                 self.store.save([device.row() for device in devices if device is not None])
-            except StoreError as error:
-                log.error("%s; trying again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line for the operator
-                self.loop.call_later(DISK_RETRY_S, self._save_devices)
-                return
-            self._dirty_devices.clear()
+                self._dirty_devices.clear()
+            if self.loop.now() >= self._next_heartbeat_s:
+                self.store.server_lives(self.settings.name, self.clock())
+                self._next_heartbeat_s = self.loop.now() + HEARTBEAT_S
+        except StoreError as error:
+            log.error("%s; trying again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line for the operator
+            self.loop.call_later(DISK_RETRY_S, self._save_devices)
+            return
         self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
 
 

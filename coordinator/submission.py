@@ -11,7 +11,7 @@ from coordinator.methods import create_method
 from coordinator.run_state import RunState
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression import registry as codecs
-from edge_runtime.errors import BundleError, CodecError, ConfigError, TrainingError
+from edge_runtime.errors import BundleError, CodecError, ConfigError, DataError, TrainingError
 from edge_runtime.messages import BlobRef
 from edge_runtime.methods import registry as client_methods
 
@@ -38,9 +38,7 @@ def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
     check_fit(plan, bundle)
     test_set = None
     if plan.test_set is not None:
-        from coordinator.evaluation import TestSet
-
-        TestSet(Path(plan.test_set), bundle).check()
+        check_test_set(plan, bundle)
         test_set = _reference(store.blobs.put_file(Path(plan.test_set)))
     made = make_initial(store.blobs, plan, bundle.initial_vector(), bundle.layout())
     state = RunState.start(
@@ -54,6 +52,27 @@ def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
         method_state=made.method_state,
     )
     return store.submit(plan, state.run)
+
+
+def check_test_set(plan: Plan, bundle: Bundle) -> None:
+    """Whether the plan's test set can be read and fits the bundle.
+
+    Raises:
+        DataError: it cannot, or does not; the message names the plan's key.
+    """
+    from coordinator.evaluation import TestSet
+
+    assert plan.test_set is not None
+    path = Path(plan.test_set)
+    if not path.is_file():
+        raise DataError(f"plan {plan.name!r}: {path} is no file; correct test_set in the plan")
+    try:
+        TestSet(path, bundle).check()
+    except DataError as error:
+        text = str(error).removeprefix("dataset 'test_set': ")
+        if "agent's configuration" in text:  # the cure of a device's dataset; here only names can be wrong
+            text = f"{text.rpartition(';')[0]}; name the arrays x and y"
+        raise DataError(f"plan {plan.name!r}: test_set cannot be used: {text}") from error
 
 
 def check_fit(plan: Plan, bundle: Bundle) -> None:

@@ -66,8 +66,9 @@ class Downlink:
             self._expected.setdefault(blob.sha256, set()).add(device)
 
     def forget(self, sha256: str) -> None:
-        """The blob is no longer wanted by anyone."""
+        """The blob is no longer wanted by anyone; what was sent of it and not taken yet is no later run's."""
         self._expected.pop(sha256, None)
+        self.sent_bytes.pop(sha256, None)
         self._pump.forget(sha256)
 
     def unexpect(self, device: str) -> None:
@@ -205,11 +206,15 @@ class Uplink:
         return self.received_bytes.pop(run, 0)
 
     def stop_run(self, run: str) -> None:
-        """Stops receiving updates of a run."""
+        """Stops receiving updates of a run, and forgets what it received."""
+        self.received_bytes.pop(run, None)
         for half, upload in list(self._uploads.items()):
             if all(update.run == run for update in upload.updates):
                 del self._uploads[half]
                 upload.incoming.close(discard=True)
+                continue
+            for update in [update for update in upload.updates if update.run == run]:
+                del upload.updates[update]  # another run receives the same bytes
 
     def reset(self) -> None:
         """The connection ended: devices will offer again, what arrived stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import sys
 from typing import TYPE_CHECKING, TypeVar
@@ -39,6 +40,26 @@ def load_toml(path: Path, kind: type[_T]) -> _T:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def lock_folder(folder: Path, taken: str) -> int:
+    """Makes ``folder`` if it is missing and locks it; closing the handle, or the end of the process, unlocks it.
+
+    Raises:
+        ConfigError: another process holds the lock; the message is ``taken``.
+        StorageError: the folder cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StorageError(f"{folder}: state_dir cannot be used ({error.strerror})") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ConfigError(f"{folder}: {taken}") from error
+    return handle
 
 
 def fsync_folder(folder: Path) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from coordinator.store.store import Store, StoredRun
+from coordinator.store.store import HEARTBEAT_S, Store, StoredRun
 
-__all__ = ["Store", "StoredRun"]
+__all__ = ["HEARTBEAT_S", "Store", "StoredRun"]

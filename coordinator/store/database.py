@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BUSY_TIMEOUT_S = 20.0
+_LOCK_NUMBER = 0x65646765  # any, as long as it stays the same
 
 
 def open_database(url: str, synchronous: Literal["FULL", "NORMAL", "OFF"] = "FULL") -> sa.Engine:
@@ -40,7 +43,7 @@ def open_database(url: str, synchronous: Literal["FULL", "NORMAL", "OFF"] = "FUL
 
             @sa.event.listens_for(engine, "connect")
             def set_pragmas(connection: Any, _record: Any) -> None:
-                connection.execute("PRAGMA journal_mode=WAL")
+                _switch_to_wal(connection)
                 connection.execute(f"PRAGMA synchronous={synchronous}")
 
         else:
@@ -69,18 +72,39 @@ def translated(what: str) -> Iterator[None]:
 def _check_schema(engine: sa.Engine, where: str) -> None:
     with engine.begin() as connection:
         if not sa.inspect(connection).has_table(tables.schema.name):
+            _one_at_a_time(connection)
             tables.metadata.create_all(connection)
-    with engine.begin() as connection:
-        found = connection.execute(sa.select(tables.schema.c.version)).scalar()
-        if found is None:
-            insert = _insert(engine)(tables.schema).values(version=tables.SCHEMA_VERSION)
-            connection.execute(insert.on_conflict_do_nothing())
-            found = tables.SCHEMA_VERSION
+            made = _insert(engine)(tables.schema).values(version=tables.SCHEMA_VERSION)
+            connection.execute(made.on_conflict_do_nothing())
+    with engine.connect() as connection:
+        found = connection.execute(sa.select(tables.schema.c.version)).scalar_one()
     if found > tables.SCHEMA_VERSION:
         raise StoreError(
             f"{where}: has schema version {found}, this software knows up to {tables.SCHEMA_VERSION}; update "
             "edge-training-runtime on this machine, or use the state folder of the older version"
         )
+
+
+def _switch_to_wal(connection: Any) -> None:
+    """SQLite does not wait where another process switches a new database over at the same time."""
+    end = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _one_at_a_time(connection: sa.Connection) -> None:
+    """Another process that makes the tables now is waited for; to its end, then they are there."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK_NUMBER})")
 
 
 def upsert(engine: sa.Engine, table: sa.Table) -> Any:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from edge_runtime.messages import UpdateId
 
 _DATABASE = "coordinator.db"
+HEARTBEAT_S = 5.0  # how often a server says that it lives
+_GONE_S = 15.0  # silent for so long, it does not
 
 
 class StoredRun(msgspec.Struct, frozen=True):
@@ -70,6 +72,7 @@ class Store:
         self._where = str(folder)
         self._sqlite = self._engine.dialect.name == "sqlite"
         self._upserts = {kind: upsert(self._engine, entry.table) for kind, entry in convert.BY_KIND.items()}
+        self._server_lives = upsert(self._engine, tables.servers)
         runs = tables.runs
         names = [name for name in RunRow.__struct_fields__ if name != "run"]
         self._update_run = (
@@ -105,6 +108,17 @@ class Store:
                     done = connection.execute(self._update_run, {**values, "run_": name})
                     if done.rowcount != 1:
                         raise StoreError(f"{self._where}: run {name!r} was never submitted here")
+
+    def server_lives(self, name: str, now: float) -> None:
+        """Notes that a server takes care of the runs; to be repeated every ``HEARTBEAT_S``."""
+        with translated(self._where), self._engine.begin() as connection:
+            connection.execute(self._server_lives, {"server": name, "last_seen_unix_s": now})
+
+    def server_gone(self, name: str) -> None:
+        """Notes that a server has stopped."""
+        servers = tables.servers
+        with translated(self._where), self._engine.begin() as connection:
+            connection.execute(sa.delete(servers).where(servers.c.server == name))
 
     def changed(self) -> bool:
         """Whether another process may have written since the last call; cheap enough for every tick."""
@@ -272,6 +286,11 @@ class Store:
         return int(
             self._select(sa.select(sa.func.count(a.c.device.distinct()).label("n")).where(a.c.run == run))[0]["n"]
         )
+
+    def server_running(self, now: float) -> bool:
+        """Whether a server took care of the runs some seconds ago."""
+        seen = [entry["last_seen_unix_s"] for entry in self._select(sa.select(tables.servers))]
+        return any(abs(now - time) < _GONE_S for time in seen)
 
     def devices(self) -> list[DeviceRow]:
         """All devices that the server last knew, by name."""

@@ -89,6 +89,7 @@ assignments = Table(
     _time("assigned_unix_s"),
     _name("status"),
     _text("reason"),
+    Column("away", Boolean, nullable=False),
     Index("assignments_by_version", "run", "version"),
 )
 
@@ -141,4 +142,11 @@ devices = Table(
     _text("conflict"),
     _text("state"),
     _text("telemetry", nullable=True),
+)
+
+servers = Table(  # who takes care of the runs at the moment, for other processes to look at
+    "servers",
+    metadata,
+    _name("server", key=True),
+    _time("last_seen_unix_s"),
 )

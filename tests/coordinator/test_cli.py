@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnxruntime as ort
@@ -118,7 +120,8 @@ def test_submit_checks_and_stores(folder, capsys):
         ("rounds = 2", 'rounds = 2\nvariant = "last"', "no variant 'last'"),
         ("epochs = 1", "epochs = 1\nhyper = {rate = 1.0}", "'rate', bundle 'toy' knows lr, momentum"),
         ("target = 2", 'target = 2\nselector = "magic"', "no selector is called 'magic'"),
-        ('test_set = "test.npz"', 'test_set = "plan.toml"', "test_set"),
+        ('test_set = "test.npz"', 'test_set = "plan.toml"', "plan 'toy': test_set cannot be used: "),
+        ('test_set = "test.npz"', 'test_set = "no.npz"', "no.npz is no file; correct test_set in the plan"),
     ],
 )
 def test_unusable_plans_are_refused_at_once(folder, capsys, old, new, reason):
@@ -127,6 +130,7 @@ def test_unusable_plans_are_refused_at_once(folder, capsys, old, new, reason):
     code, _, err = call(capsys, "submit", folder / "plan.toml")
     assert code == 2
     assert reason in err
+    assert "agent" not in err
     assert err.count("\n") == 1
     assert Store(folder / "state").runs() == []
 
@@ -157,9 +161,28 @@ def test_status_of_a_waiting_run_says_what_it_waits_for(folder, capsys):
     fleet = h.fleet()
     fleet.announce(0.0, lost)
     Store(folder / "state").save([fleet.get("b").row()])
+    Store(folder / "state").server_lives("coordinator", time.time())
     out = call(capsys, "status")[1]
     assert "round 1 waits for devices: 1 fit, 2 wanted" in out
     assert "lacks codec 'raw'" in out
+
+
+def test_without_a_server_status_says_so(folder, capsys):
+    """It claims neither that a run waits for devices nor that these are online."""
+    call(capsys, "submit", folder / "plan.toml")
+    store = Store(folder / "state")
+    store.save([device.row() for device in h.fleet("a").devices()])
+    for command in ("status", "devices"):
+        out = call(capsys, command)[1]
+        assert "no server is running on this state folder" in out
+        assert "online" not in out
+    assert json.loads(call(capsys, "status", "--json")[1])["server_running"] is False
+    store.server_lives("coordinator", time.time())
+    assert json.loads(call(capsys, "status", "--json")[1])["server_running"] is True
+    for command in ("status", "devices"):
+        out = call(capsys, command)[1]
+        assert "no server" not in out
+        assert "online" in out
 
 
 @pytest.mark.usefixtures("finished")
@@ -217,7 +240,7 @@ def test_wrong_models_are_told(finished, capsys):
 
 def test_verify_builds_the_models_again(finished, capsys):
     """Bit for bit from the stored updates; a changed update is found out."""
-    assert call(capsys, "verify", "toy-1") == (0, "toy-1: 2 of 2 versions come out bit for bit\n", "")
+    assert call(capsys, "verify", "toy-1") == (0, "toy-1: 2 of 2 versions made again bit for bit\n", "")
     store = Store(finished / "state")
     first, second = store.counted_updates("toy-1", 1)
     store.blobs.path(first.blob.sha256).write_bytes(store.blobs.path(second.blob.sha256).read_bytes())
@@ -231,6 +254,7 @@ def test_stop_asks_the_server(folder, capsys):
     call(capsys, "submit", folder / "plan.toml")
     assert call(capsys, "stop", "toy-1", "--reason", "enough")[0] == 0
     assert Store(folder / "state").active()[0].stop_reason == "enough"
+    Store(folder / "state").server_lives("coordinator", time.time())
     assert "stopping" in call(capsys, "status")[1]
     serve(folder, "toy-1")
     assert "already ended" in call(capsys, "stop", "toy-1")[1]
@@ -295,3 +319,37 @@ def test_a_test_set_with_nan_is_refused_at_submit(folder, capsys):
     assert code == 2
     assert "NaN" in err
     assert "sample 5" in err
+
+
+def test_a_test_set_with_other_names_is_told_for_the_plan(folder, capsys):
+    """The cure is one for the test set, not for a device's configuration."""
+    np.savez(folder / "test.npz", inputs=np.zeros((4, 2), np.float32))
+    code, _, err = call(capsys, "submit", folder / "plan.toml")
+    assert code == 2
+    assert "test_set cannot be used" in err
+    assert "has no array 'x'; it has inputs; name the arrays x and y" in err
+
+
+def test_a_model_that_was_cleaned_away_names_the_cure(finished, capsys):
+    """Versions between the first and the latest are kept on request only."""
+    store = Store(finished / "state")
+    (first, _) = store.rounds("toy-1")
+    store.blobs.delete(first.model.sha256)
+    with sqlite3.connect(finished / "state" / "coordinator.db") as connection:
+        connection.execute(
+            'UPDATE runs SET plan = replace(plan, \'"retain_updates":"all"\', \'"retain_updates":"round"\')'
+        )
+    code, _, err = call(capsys, "model", "toy-1", "-o", finished / "x.onnx", "--version", 1)
+    assert code == 1
+    assert "version 1 of run 'toy-1' was not kept" in err
+    assert 'retain_updates = "all"' in err
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_base_install_names_the_extra():
+    """One line with the command that installs what is missing, and exit code 2."""
+    code = "import sys; sys.modules['sqlalchemy'] = None; from coordinator import cli; sys.exit(cli.main(['status']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 2
+    assert 'pip install "edge-training-runtime[coordinator]"' in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -107,7 +107,7 @@ def test_deadline_without_updates_asks_again_and_then_fails():
     effects = step(state, e.Tick(300.0), fleet)
     finished = h.one(e.Finished, effects)
     assert finished.status == "failed"
-    assert "0 of at least 1 updates after 3 attempts" in finished.reason
+    assert "round 1 had 0 of at least 1 update after 3 attempts of 100 s, 2 devices never" in finished.reason
     assert len(h.of(e.SendCancel, effects)) == 2
 
 
@@ -324,3 +324,39 @@ def test_losses_and_device_evaluations_are_combined_by_samples():
     assert record.train_loss == 1.5
     assert record.devices == Evaluation(samples=8, loss_sum=4.0, correct=6)
     assert (record.bytes_up, record.bytes_down) == (7, 9)
+
+
+def test_the_place_of_a_device_that_left_is_given_on_at_once():
+    """Another device is asked without waiting for the deadline; the update of the one that left still counts."""
+    state, fleet, jobs = open_round(h.plan(target=2, deadline_s=100.0), "a", "b", "c", "d")
+    gone, stays = sorted(jobs)
+    fleet.announce(1.0, h.device(gone, online=False))
+    effects = step(state, e.DeviceLeft(1.0, gone), fleet)
+    (other,) = h.jobs(effects)
+    assert other.device not in jobs
+    assert [row.away for row in h.one(e.Save, effects).rows if isinstance(row, e.AssignmentRow)] == [True, False]
+    assert step(state, e.DeviceLeft(2.0, gone), fleet) == []
+    fleet.announce(3.0, h.device(gone, session="s2"))
+    effects = step(state, e.DeviceJoined(3.0, gone), fleet)
+    assert h.jobs(effects) == [jobs[gone]]
+    assert [row.away for row in h.one(e.Save, effects).rows] == [False]
+    step(state, h.arrived(jobs[gone], 4.0), fleet)
+    aggregate = h.one(e.Aggregate, step(state, h.arrived(other, 5.0), fleet))
+    assert sorted(row.update.device for row in aggregate.updates) == sorted([gone, other.device])
+    assert state.assignments[jobs[stays].assignment].status == "open"
+
+
+def test_without_a_replacement_the_round_waits_for_the_device_that_left():
+    """Leaving is no failure: its update closes the round when it comes."""
+    state, fleet, jobs = open_round(h.plan(target=2, minimum=1), "a", "b")
+    fleet.announce(1.0, h.device("a", online=False))
+    assert h.jobs(step(state, e.DeviceLeft(1.0, "a"), fleet)) == []
+    assert not h.of(e.Aggregate, step(state, h.arrived(jobs["b"], 2.0), fleet))
+    assert h.of(e.Aggregate, step(state, h.arrived(jobs["a"], 50.0), fleet))
+
+
+def test_reasons_count_from_one_and_know_the_singular():
+    """What a person reads says "round 1", "1 attempt", "1 device", as status does."""
+    state, fleet, _ = open_round(h.plan(target=1, attempts=1), "a")
+    finished = h.one(e.Finished, step(state, e.Tick(100.0), fleet))
+    assert finished.reason == "round 1 had 0 of at least 1 update after 1 attempt of 100 s, 1 device never answered"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,37 @@ def test_two_processes_write_at_once(tmp_path):
         worker.join(60)
         assert worker.exitcode == 0
     assert len(Store(tmp_path).runs()) == 20
+
+
+def test_making_the_database_at_the_same_time_is_fine(tmp_path):
+    """Server and command line may be started together on a new folder."""
+    for number in range(10):
+        errors, ready = [], threading.Barrier(8)
+
+        def make(folder=tmp_path / str(number), errors=errors, ready=ready):
+            ready.wait()
+            try:
+                Store(folder).close()
+            except Exception as error:  # noqa: BLE001 - a thread's error is looked at below
+                errors.append(error)
+
+        threads = [threading.Thread(target=make) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert errors == []
+
+
+def test_a_server_is_known_to_live_until_it_stops_or_falls_silent(store):
+    """Seen some seconds ago means running; a clean stop is known at once, a silent death a little later."""
+    assert not store.server_running(100.0)
+    store.server_lives("coordinator", 100.0)
+    store.server_lives("coordinator", 105.0)
+    assert store.server_running(119.0)
+    assert not store.server_running(121.0)
+    store.server_gone("coordinator")
+    assert not store.server_running(105.0)
 
 
 def test_wal_and_full_synchronisation_are_on(tmp_path):

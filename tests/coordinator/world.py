@@ -182,6 +182,7 @@ class World:
     def leave(self, device) -> None:
         device.online = False
         self.fleet.announce(self.now, self.announcement(device))
+        self.event(e.DeviceLeft(self.now, device.name))
 
     def train(self, device, flavour: int) -> None:
         """Finishes the oldest job: mostly well, sometimes not."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 from edge_runtime.errors import EdgeError, StorageError
 
@@ -36,8 +36,8 @@ class Background:
     ) -> None:
         """Runs ``action`` and calls ``done`` with its result, or ``failed`` with the reason.
 
-        A full disk is no failure: the work is tried again as long as it is ``wanted``. An error that is not one of
-        ours is raised in the loop's thread, where it ends the server rather than hang its run.
+        A full disk is no failure: the work is tried again as long as it is ``wanted``. Any other error, also one of a
+        plug-in, fails this work only; the server and its other runs go on.
         """
 
         def again() -> None:
@@ -53,10 +53,14 @@ class Background:
             except EdgeError as error:
                 reason = str(error)
                 self._loop.call_threadsafe(lambda: failed(reason))
+            except Exception as error:  # a plug-in may raise anything; the log keeps where
+                log.exception("work for a run failed")
+                reason = f"{type(error).__name__}: {error}"
+                self._loop.call_threadsafe(lambda: failed(reason))
             else:
                 self._loop.call_threadsafe(lambda: done(result))
 
-        self._thread.submit(work).add_done_callback(self._check)
+        self._thread.submit(work)
 
     def close(self) -> None:
         """Waits for the work in progress and forgets the rest."""
@@ -64,12 +68,3 @@ class Background:
 
     def _later(self, action: Callable[[], None]) -> None:
         self._loop.call_later(DISK_RETRY_S, action)
-
-    def _check(self, future: Future[Any]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-
-            def fail() -> None:
-                raise error
-
-            self._loop.call_threadsafe(fail)

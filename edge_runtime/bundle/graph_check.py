@@ -79,12 +79,12 @@ class _Walk:
             self.fields += 1
             if self.fields > self.limits.max_fields:
                 raise BundleError(f"graph has more than {self.limits.max_fields} fields; export a smaller model")
-            key, at = _varint(data, at, end)
+            key, at = _short_varint(data, at, end)
             what = _FIELDS[message].get(key >> 3)
             if key < 8:
                 raise _malformed(f"field number 0 at byte {at}")
             if key & 7 == 2:
-                length, at = _varint(data, at, end)
+                length, at = _short_varint(data, at, end)
                 if at + length > end:
                     raise _malformed(f"a field of {length} bytes does not fit at byte {at}")
                 if what is not None and what in _FIELDS:
@@ -151,6 +151,14 @@ def _varint(data: bytes | memoryview, at: int, end: int) -> tuple[int, int]:
             return value & 0xFFFF_FFFF_FFFF_FFFF, at
         shift += 7
     raise _malformed(f"a number at byte {at} is cut off or too long")
+
+
+def _short_varint(data: bytes | memoryview, at: int, end: int) -> tuple[int, int]:
+    """A tag or a length, which protobuf keeps in 32 bits: what it would cut off or pad is refused, not guessed."""
+    value, after = _varint(data, at, end)
+    if value >= 1 << 31 or (after - at > 1 and data[after - 1] == 0):
+        raise _malformed(f"a tag or length at byte {at} has more bytes than it needs")
+    return value, after
 
 
 def _malformed(detail: str) -> BundleError:

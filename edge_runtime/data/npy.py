@@ -7,6 +7,7 @@ missing): the last shard may be incomplete, it is being written and is left out;
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,8 @@ class NpyFolder:
             names = {file.name for file in folder.iterdir() if file.suffix == ".npy"}
         except OSError as error:
             raise DataError(f"dataset {config.name!r}: {folder} cannot be read ({error.strerror})") from error
-        found = sorted({suffix for name in names for suffix in [self._suffix(name)] if suffix is not None})
+        suffixes = {suffix for name in names for suffix in [self._suffix(name)] if suffix is not None}
+        found = sorted(suffixes, key=_by_number)
         if not found:
             raise DataError(
                 f"dataset {config.name!r}: {folder} holds neither {config.x}.npy nor {config.x}_*.npy; set x and y in "
@@ -150,3 +152,9 @@ class NpySnapshot:
 class _Shard:
     def __init__(self, suffix: str, stamp: list[tuple[int, int, int]], arrays: dict[str, Array], rows: int) -> None:
         self.suffix, self.stamp, self.arrays, self.rows = suffix, stamp, arrays, rows
+
+
+def _by_number(suffix: str) -> list[tuple[bool, int, str]]:
+    """Sorts ``_998`` before ``_1000``: runs of digits by their value, the rest as text."""
+    parts = re.split(r"([0-9]+)", suffix)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 import zlib
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _MAP_HEADER = struct.Struct("<QI")  # size_bytes, chunk_bytes
 _MAP_ENTRY = struct.Struct("<BI")  # 1 when the chunk is written, its CRC-32
 _READ_BYTES = 1 << 20
+PARTIAL_KEPT_S = 7 * 86400.0
 CHUNKS_LIMIT = 1 << 18  # bookkeeping is memory: 25 GB in chunks of 96 KiB
 
 
@@ -51,10 +53,23 @@ class BlobStore:
         self.partial_folder = folder / "partial"
         try:
             self.partial_folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.tmp"):  # of a process that died while writing
-                leftover.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
+
+    def sweep(self) -> None:
+        """Deletes what dead processes left half written, and partial blobs nobody added to for a week.
+
+        Only for the one process that owns the folder, before it writes: others may be writing while it looks.
+        """
+        try:
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
+            limit = time.time() - PARTIAL_KEPT_S
+            for leftover in self.partial_folder.iterdir():
+                if leftover.stat().st_mtime < limit:
+                    leftover.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
 
     def path(self, sha: str) -> Path:
         """Where the blob lies, or would lie."""

@@ -177,3 +177,29 @@ def test_mutated_graphs_never_crash(data):
         bytes_[at : at + cut] = data.draw(st.binary(max_size=4))
     with contextlib.suppress(BundleError):
         check_graph(bytes(bytes_))
+
+
+def _varint(value, size=0):
+    out = bytearray()
+    while value >= 0x80 or len(out) + 1 < size:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+@pytest.mark.parametrize(
+    "tag", [_varint(7 << 3 | 2 | 1 << 32), _varint(7 << 3 | 2, size=3), _varint(7 << 3 | 2, size=5)]
+)
+def test_tags_that_readers_may_cut_off_differently_are_refused(tag):
+    """protobuf keeps 32 bits of a tag: one with more bits, or padded, could hide a field from the walk."""
+    node = helper.make_node("Gelu", ["y"], ["z"], domain="com.microsoft").SerializeToString()
+    graph = b"\x0a" + _varint(len(node)) + node
+    with pytest.raises(BundleError, match="more bytes than it needs"):
+        check_graph(tag + _varint(len(graph)) + graph)
+
+
+def test_padded_lengths_are_refused():
+    """A length in more bytes than it needs is no valid model here."""
+    graph = helper.make_node("Relu", ["y"], ["z"]).SerializeToString()
+    with pytest.raises(BundleError, match="more bytes than it needs"):
+        check_graph(b"\x3a" + _varint(len(graph), size=4) + graph)

@@ -1,5 +1,6 @@
 """Local datasets: what is there is read, what grows is seen next time, what is wrong is named."""
 
+import sys
 import types
 from importlib.metadata import EntryPoint
 
@@ -190,6 +191,20 @@ def test_a_users_own_class_is_found_by_name_and_by_path(tmp_path, monkeypatch):
         open_dataset(DatasetConfig(name="d", factory="my_data:other"))
 
 
+def test_factory_is_found_beside_the_configuration(tmp_path, monkeypatch):
+    """A module in the folder of agent.toml is found first; where there is none, the error names the folder."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    data = toy_bundle.write_data(tmp_path / "d.npz", 10)
+    code = "from edge_runtime.data import DatasetConfig, open_dataset\n"
+    code += f"def make(config):\n    return open_dataset(DatasetConfig(name='d', path={str(data)!r}))\n"
+    (tmp_path / "beside_the_toml.py").write_text(code)
+    own = DatasetConfig(name="d", factory="beside_the_toml:make")
+    with pytest.raises(DataError, match="No module named 'beside_the_toml'; modules are looked for in /nowhere, in"):
+        open_dataset(own, code_dir="/nowhere")
+    assert len(open_dataset(own, code_dir=str(tmp_path)).snapshot()) == 10
+    assert sys.path[0] == str(tmp_path)
+
+
 def test_an_unknown_factory_says_install_it():
     """A name that no package offers is told as such."""
     with pytest.raises(DataError, match="no installed package offers the dataset 'nothing'"):
@@ -201,7 +216,7 @@ def test_an_unknown_factory_says_install_it():
     [
         ('name="d"', "exactly one of path and factory"),
         ('name="d"\npath="a"\nfactory="b"', "exactly one of path and factory"),
-        ('name="d"\npath="a"\ntyp="npz"', "unknown field `typ`"),
+        ('name="d"\npath="a"\ntyp="npz"', "unknown key 'typ'"),
         ('name="d d"\npath="a"', "name"),
     ],
 )
@@ -210,3 +225,12 @@ def test_configuration_errors_name_the_key(tmp_path, text, reason):
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(ConfigError, match=reason):
         load_toml(tmp_path / "c.toml", DatasetConfig)
+
+
+def test_shards_are_in_order_of_their_numbers(tmp_path):
+    """Shard 1000 comes after shard 998, so the newest samples are the newest."""
+    for number in (1000, 998, 999):
+        np.save(tmp_path / f"x_{number}.npy", np.full((1, 2), number, np.float32))
+        np.save(tmp_path / f"y_{number}.npy", np.zeros(1, np.int64))
+    snapshot = open_dataset(DatasetConfig(name="d", path=str(tmp_path))).snapshot()
+    assert snapshot.batch(np.arange(3))[0][:, 0].tolist() == [998, 999, 1000]

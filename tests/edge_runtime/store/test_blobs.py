@@ -287,9 +287,18 @@ def test_eviction_clears_what_nobody_waits_for(store):
 
 def test_leftovers_of_a_killed_writer_are_swept(tmp_path):
     """A temporary file of a process that died while writing does not stay for ever."""
+    store = BlobStore(tmp_path)
     (tmp_path / "abc.123.tmp").write_bytes(b"half")
-    BlobStore(tmp_path)
+    old, new = tmp_path / "partial" / "old.part", tmp_path / "partial" / "new.part"
+    old.write_bytes(b"1")
+    new.write_bytes(b"2")
+    os.utime(old, (0, 0))
+    BlobStore(tmp_path)  # another process that only looks must not touch what is being written
+    assert (tmp_path / "abc.123.tmp").exists()
+    store.sweep()
     assert not (tmp_path / "abc.123.tmp").exists()
+    assert new.exists()
+    assert not old.exists()
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path):

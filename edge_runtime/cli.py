@@ -8,9 +8,13 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import edge_runtime
-from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.errors import BundleError, ConfigError, DataError, EdgeError
+
+if TYPE_CHECKING:
+    from edge_runtime.bundle.manifest import Manifest
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -18,7 +22,7 @@ _EPILOG = """example:
   edge-agent check --config agent.toml
   edge-agent run --config agent.toml
 
-exit codes: 0 ended when asked, 1 failed while running, 2 wrong usage or configuration"""
+exit codes: 0 ended when asked, 1 failed while running, 2 wrong usage, configuration or data"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         result: int = options.action(options)
-    except ConfigError as error:
+    except (ConfigError, DataError, BundleError) as error:
         print(f"edge-agent: {error}", file=sys.stderr)
         return EXIT_USAGE
     except EdgeError as error:
@@ -53,13 +57,29 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check configuration and datasets, without connecting",
-        description="Reads the configuration, opens every dataset and says what it holds.",
-        epilog="example:\n  edge-agent check --config agent.toml --json",
+        description="Reads the configuration, opens every dataset and says what it holds. With a bundle every sample "
+        "is compared with what the bundle takes: shape, type, labels, NaN.",
+        epilog="example:\n  edge-agent check --config agent.toml --bundle digits.bundle --json",
         formatter_class=raw,
     )
-    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.add_argument("--bundle", type=Path, help="bundle that is to be trained on the data")
+    check.add_argument("--dataset", metavar="NAME", help="check this dataset only")
     check.set_defaults(action=_check)
-    for command in (run, check):
+    quarantine = commands.add_parser(
+        "quarantine",
+        help="list the bundles that crashed the worker too often, and lift them",
+        description="Lists the bundles that this device refuses, since they crashed the worker again and again. Works "
+        "whether the agent runs or not.",
+        epilog="example:\n  edge-agent quarantine --config agent.toml --lift all",
+        formatter_class=raw,
+    )
+    quarantine.add_argument(
+        "--lift", metavar="SHA256|all", help="allow this bundle again; its first 8 digits are enough"
+    )
+    quarantine.set_defaults(action=_quarantine)
+    for command in (check, quarantine):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    for command in (run, check, quarantine):
         command.add_argument("--config", type=Path, required=True, help="the agent's configuration (TOML)")
         command.add_argument("--verbose", action="store_true", help="log every step")
     return parser
@@ -77,18 +97,79 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from edge_runtime.agent.config import load_agent_config
+    from edge_runtime.agent.config import link_settings, load_agent_config
     from edge_runtime.data import open_dataset
+    from edge_runtime.transport.link import check_tls
 
     config = load_agent_config(options.config)
-    found = [{"name": data.name, "samples": len(open_dataset(data).snapshot())} for data in config.data]
+    check_tls(link_settings(config))
+    chosen = [data for data in config.data if options.dataset in (None, data.name)]
+    if not chosen:
+        names = ", ".join(data.name for data in config.data)
+        raise ConfigError(f"{options.config}: has no dataset {options.dataset!r}; it has {names}")
+    manifest = None if options.bundle is None else _manifest(options.bundle)
+    found = []
+    for data in chosen:
+        snapshot = open_dataset(data, code_dir=config.code_dir).snapshot()
+        found.append({"name": data.name, "samples": len(snapshot)})
+        if manifest is not None:
+            from edge_runtime.data.view import View, Window
+
+            View(data.name, snapshot, manifest, Window()).check_values()
+    fits = {} if manifest is None else {"bundle": manifest.name}
     if options.json:
-        print(json.dumps({"device": config.device, "broker": config.broker.url, "datasets": found}))
+        print(json.dumps({"device": config.device, "broker": config.broker.url, "datasets": found, **fits}))
     else:
         print(f"device {config.device}, broker {config.broker.url}")
         for entry in found:
-            print(f"dataset {entry['name']}: {entry['samples']} samples")
+            fit = "" if manifest is None else f", all fit {manifest.name}"
+            print(f"dataset {entry['name']}: {entry['samples']} samples{fit}")
     return EXIT_OK
+
+
+def _manifest(path: Path) -> Manifest:
+    from edge_runtime.bundle import Bundle
+
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; name the bundle that edge-export wrote")
+    return Bundle.open(path).manifest
+
+
+def _quarantine(options: argparse.Namespace) -> int:
+    from edge_runtime.agent.config import load_agent_config
+    from edge_runtime.agent.jobs import CRASH_LIMIT
+    from edge_runtime.store.spool import Spool
+
+    state = Path(load_agent_config(options.config).state_dir)
+    spool = Spool(state, sweep=False) if (state / "spool.db").exists() else None  # else no agent ever ran here
+    crashes = {} if spool is None else spool.all_crashes()
+    held = {bundle: count for bundle, count in crashes.items() if count >= CRASH_LIMIT}
+    lifted = [] if options.lift is None else _chosen(options.lift, held)
+    if spool is not None:
+        for bundle in lifted:
+            spool.forgive(bundle)
+        spool.close()
+    left = [{"bundle": bundle, "crashes": count} for bundle, count in held.items() if bundle not in lifted]
+    if options.json:
+        print(json.dumps({"quarantined": left, "lifted": lifted}))
+        return EXIT_OK
+    for bundle in lifted:
+        print(f"lifted: bundle {bundle}")
+    for entry in left:
+        print(f"bundle {entry['bundle']} crashed the worker {entry['crashes']} times")
+    if not left:
+        print("no bundle is in quarantine")
+    return EXIT_OK
+
+
+def _chosen(lift: str, held: dict[str, int]) -> list[str]:
+    if lift == "all":
+        return list(held)
+    found = [bundle for bundle in held if bundle.startswith(lift.lower())]
+    if len(lift) < 8 or len(found) != 1:
+        names = ", ".join(bundle[:12] for bundle in held) or "none"
+        raise ConfigError(f"--lift {lift}: names no bundle in quarantine; give 8 digits or more of one of: {names}")
+    return found
 
 
 if __name__ == "__main__":

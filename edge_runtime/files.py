@@ -39,7 +39,9 @@ def load_toml(path: Path, kind: type[_T]) -> _T:
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        from edge_runtime.toml_errors import explained
+
+        raise ConfigError(f"{path}: {explained(str(error), kind)}") from error
 
 
 def lock_folder(folder: Path, taken: str) -> int:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _HYPER = ("lr", "momentum", "weight_decay", "beta1", "beta2", "eps", "clip_norm")
 
+_EXTRA = ("torch", "onnx", "onnxscript")
+
 _BUNDLE_HELP = """\
 Exports what a function returns. MODULE:FUNCTION is imported from the current directory or the environment; the
 function takes no arguments and returns one of
@@ -124,8 +126,14 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _bundle(arguments: argparse.Namespace) -> int:
-    from exporters import _source
-    from exporters.export import export_bundle
+    try:
+        from exporters import _source
+        from exporters.export import export_bundle
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        cure = 'pip install "edge-training-runtime[export]"'
+        raise UsageError(f"exporting needs {error.name}, which is not installed: {cure}") from error
 
     given = _source.load(arguments.source, arguments.input_shape, arguments.input_dtype)
     options = {

@@ -51,7 +51,10 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything in ``agent.toml``. ``device`` is the MQTT user name, client id and certificate name in one."""
+    """Everything in ``agent.toml``. ``device`` is the MQTT user name, client id and certificate name in one.
+
+    ``code_dir`` comes first where the modules of dataset factories are looked for: the folder of ``agent.toml``.
+    """
 
     device: str
     state_dir: str
@@ -59,6 +62,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     data: list[DatasetConfig]
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     telemetry_interval_s: Positive = 50.0  # under keepalive_s, so that it spares the pings
+    code_dir: str = ""
 
 
 def load_agent_config(path: Path) -> AgentConfig:
@@ -78,6 +82,7 @@ def load_agent_config(path: Path) -> AgentConfig:
     config = msgspec.structs.replace(
         config,
         state_dir=str(folder / config.state_dir),
+        code_dir=str((folder / config.code_dir).absolute()),
         broker=msgspec.structs.replace(
             broker,
             password_file=absolute(broker.password_file),

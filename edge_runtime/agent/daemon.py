@@ -311,6 +311,7 @@ class Agent:
                 dataset=next(data for data in self.config.data if data.name == job.dataset),
                 state_folder=str(self._state_folder),
                 threads=limits.worker_threads,
+                code_dir=self.config.code_dir,
             )
         )
 

@@ -25,7 +25,8 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag
     """Do this job. All paths are local; the daemon has verified the hashes of bundle and model.
 
     The update is written into ``output_folder``; ``state_folder`` keeps what a run's method and codec need from round
-    to round (personal tensors, error feedback); empty: nothing is kept.
+    to round (personal tensors, error feedback); empty: nothing is kept. ``code_dir`` is where the module of a dataset
+    factory is looked for first.
     """
 
     job: Job
@@ -36,6 +37,7 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag
     dataset: DatasetConfig
     state_folder: str = ""
     threads: int = 1
+    code_dir: str = ""
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="shutdown"):

@@ -128,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edge-agent worker", description="Trains for the agent; not to be called.")
     parser.add_argument("--nice", type=int, default=10, help="added to the process's niceness")
     parser.add_argument("--oom-score-adj", type=int, default=500, help="how much rather the kernel kills this process")
-    parser.add_argument("--memory-mb", type=int, default=None, help="limit of private memory (RLIMIT_DATA)")
+    parser.add_argument(
+        "--memory-mb", type=int, default=None, help="limit of private memory, in 10^6 bytes (RLIMIT_DATA)"
+    )
     return parser
 
 
@@ -151,7 +153,7 @@ def _lower_priority(nice: int, oom_score_adj: int) -> None:
 def _limit_memory(memory_mb: int) -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_mb * 1_000_000, memory_mb * 1_000_000))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -64,14 +65,16 @@ class Dataset(Protocol):
         ...
 
 
-def open_dataset(config: DatasetConfig) -> Dataset:
+def open_dataset(config: DatasetConfig, *, code_dir: str = "") -> Dataset:
     """The dataset of a configuration; reads no samples yet.
+
+    ``code_dir`` is put first where the module of a factory is looked for.
 
     Raises:
         DataError: the path does not exist or has no known format, or the factory cannot be used.
     """
     if config.factory:
-        return _from_factory(config)
+        return _from_factory(config, code_dir)
     path = Path(config.path)
     try:
         is_folder, exists = path.is_dir(), path.exists()
@@ -92,11 +95,19 @@ def open_dataset(config: DatasetConfig) -> Dataset:
     raise DataError(f"dataset {config.name!r}: {path} is neither a .npz file nor a folder of .npy files")
 
 
-def _from_factory(config: DatasetConfig) -> Dataset:
+def _from_factory(config: DatasetConfig, code_dir: str) -> Dataset:
+    if code_dir and code_dir not in sys.path:
+        sys.path.insert(0, code_dir)
     try:
         dataset: Dataset = _find_factory(config)(config)
     except DataError:
         raise
+    except ModuleNotFoundError as error:
+        places = f"in {code_dir}, " if code_dir else ""
+        raise DataError(
+            f"dataset {config.name!r}: factory {config.factory!r} failed: {error}; modules are looked for {places}in "
+            "the agent's environment and on PYTHONPATH"
+        ) from error
     except Exception as error:  # the user's own code
         raise DataError(f"dataset {config.name!r}: factory {config.factory!r} failed: {_line(error)}") from error
     if not callable(getattr(dataset, "snapshot", None)):

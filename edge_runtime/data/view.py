@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edge_runtime.data.base import Array, Indices, Snapshot
 
 _CHUNK = 4096  # rows that are looked at in one go where all are looked at
+_CHECK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class View:
         if len(manifest.inputs) != 1:
             raise BundleError(f"bundle {manifest.name!r} has {len(manifest.inputs)} inputs; a dataset gives one")
         self.name = name
+        self._inputs = (manifest.inputs[0], manifest.target)
         self.samples = len(snapshot)
         self._snapshot = snapshot
         if self.samples == 0:
@@ -70,6 +72,15 @@ class View:
         stored_x, stored_y = self._stored_batch(indices)
         self._x.convert(stored_x, x[: len(indices)], indices)
         self._y.convert(stored_y, y[: len(indices)], indices)
+
+    def check_values(self) -> None:
+        """Reads every sample once, as training would; raises like :meth:`read`."""
+        bytes_per_row = sum(math.prod(entry.shape) * 8 for entry in self._inputs)
+        count = max(1, min(_CHUNK, _CHECK_BYTES // max(1, bytes_per_row)))
+        x, y = (np.empty((count, *entry.shape), entry.dtype) for entry in self._inputs)
+        rows = np.concatenate([self.train, self.holdout])
+        for start in range(0, len(rows), count):
+            self.read(rows[start : start + count], x, y)
 
     def _stored_batch(self, indices: Indices) -> tuple[Array, Array]:
         try:

@@ -47,11 +47,15 @@ class SpooledUpdate(msgspec.Struct, kw_only=True):
 class Spool:
     """Updates of this device, by id. For one thread at a time (another one than made it is fine) and one process.
 
+    Args:
+        folder: the agent's state folder.
+        sweep: tidy up after a crash; not while another process has the spool open.
+
     Raises:
         StorageError: the folder cannot be used, the disk is full, or a newer version wrote the database.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, sweep: bool = True) -> None:
         self.folder = folder / "spool"
         self._path = folder / "spool.db"
         try:
@@ -61,7 +65,8 @@ class Spool:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA cache_size=-256")  # KiB: the spool is small, the agent's memory is the product
             self._create()
-            self._sweep()
+            if sweep:
+                self._sweep()
         except (OSError, sqlite3.Error) as error:
             raise StorageError(f"{self._path}: cannot be used ({error}); check the disk and the permissions") from error
 
@@ -123,6 +128,10 @@ class Spool:
         """Crashes of the worker in a row with this bundle."""
         row = self._execute("SELECT count FROM crashes WHERE bundle=?", (bundle,)).fetchone()
         return 0 if row is None else int(row[0])
+
+    def all_crashes(self) -> dict[str, int]:
+        """Crashes in a row by bundle (SHA-256)."""
+        return dict(self._execute("SELECT bundle, count FROM crashes ORDER BY bundle", ()).fetchall())
 
     def forgive(self, bundle: str) -> None:
         """A job with this bundle ended well: its crashes are forgotten."""

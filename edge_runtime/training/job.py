@@ -121,7 +121,7 @@ class JobRunner:
         key = msgspec.json.encode(config)
         dataset = self._datasets.get(key)
         if dataset is None:
-            dataset = _keep(self._datasets, key, open_dataset(config), self._max_datasets)
+            dataset = _keep(self._datasets, key, open_dataset(config, code_dir=request.code_dir), self._max_datasets)
         try:
             snapshot = dataset.snapshot()
         except EdgeError:

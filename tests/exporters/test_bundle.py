@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -201,11 +203,55 @@ def test_command_line_errors_are_one_line(tmp_path, capsys, source, code, messag
 
 
 def test_inspect_refuses_other_files(tmp_path, capsys):
-    """A missing file is wrong usage, a file of another kind is refused."""
+    """A missing file and a file of another kind are wrong input."""
     assert cli.main(["inspect", str(tmp_path / "none.bundle")]) == 2
     (tmp_path / "text.bundle").write_text("hello")
-    assert cli.main(["inspect", str(tmp_path / "text.bundle")]) == 1
+    assert cli.main(["inspect", str(tmp_path / "text.bundle")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def _with_data_elsewhere(data: bytes) -> bytes:
+    """A graph that reads a tensor from another file."""
+    model = onnx.load_from_string(data)
+    tensor = model.graph.initializer.add(name="outside", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize(("damage", "said"), [("hash", "does not match its SHA-256"), ("external", "external")])
+def test_inspect_verifies_everything(tmp_path, capsys, damage, said):
+    """A file with another hash than the manifest says, and a graph with data elsewhere, are refused in one line."""
+    path = tmp_path / "model.bundle"
+    export_bundle(path=path, parity=False, **dense_arguments())
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in content if name.endswith("predict.onnx"))
+    if damage == "hash":
+        content[name] = content[name][:-1] + bytes([content[name][-1] ^ 1])
+    else:
+        content[name] = data = _with_data_elsewhere(content[name])
+        manifest = json.loads(content["manifest.json"])
+        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+        content["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for entry, data in content.items():
+            archive.writestr(entry, data)
+    assert cli.main(["inspect", str(path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+
+
+def test_export_without_torch_names_the_extra():
+    """Where only the device's packages are installed, exporting says in one line what to install."""
+    code = (
+        "import sys\nsys.modules['torch'] = None\nimport exporters.cli\n"
+        "sys.exit(exporters.cli.main(['bundle', 'a:b', '-o', 'x']))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert 'needs torch, which is not installed: pip install "edge-training-runtime[export]"' in line
 
 
 def test_importing_exporters_and_help_need_no_torch():

@@ -51,8 +51,18 @@ def test_password_is_read_anew_and_belongs_to_the_device(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('state_dir = "state"', 'state_dir = "state"\nspeed = 3', "speed"),
-        ("worker_nice = 5", "worker_nice = 5\nblob_gb = 1", r"blob_gb.*\$\.limits"),
+        (
+            'state_dir = "state"',
+            'state_dir = "state"\nspeed = 3',
+            "unknown key 'speed'; known are device, state_dir, broker",
+        ),
+        ('state_dir = "state"', 'state_dir = "state"\nworker_nice = 3', r"'worker_nice'; it belongs in \[limits\]"),
+        ('name = "digits"', 'name = "digits"\npaht = 3', r"'paht' in table 1 of \[\[data\]\]; did you mean 'path'"),
+        (
+            "worker_nice = 5",
+            "worker_nice = 5\nblob_gb = 1",
+            r"unknown key 'blob_gb' in \[limits\]; did you mean 'blob_mb'\?",
+        ),
         ("worker_nice = 5", 'worker_nice = "high"', r"\$\.limits\.worker_nice"),
         ("worker_nice = 5", "worker_nice = 20", r"\$\.limits\.worker_nice"),
         ("worker_nice = 5", "blob_mb = 0", r"\$\.limits\.blob_mb"),

@@ -340,7 +340,7 @@ def test_updates_wait_over_a_restart_of_the_agent(world):
 
 
 def test_sample_counts_are_announced_when_they_are_news(world, monkeypatch):
-    """A count that became known, or changed by more than a tenth, is announced on the same connection, not too often."""
+    """A count that became known or changed by over a tenth is announced on the same connection, not too often."""
     monkeypatch.setattr(daemon, "ANNOUNCE_INTERVAL_S", 0.0)
     agent = world.agent()
     world.until(lambda: world.states)

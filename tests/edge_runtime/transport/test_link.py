@@ -411,7 +411,7 @@ def test_unusable_certificate_files_are_refused_at_the_start(loop, pki, wrong, s
 def test_certificate_file_that_vanishes_later_is_tried_again(loop, tls_broker, tmp_path, peers):
     """A file that is replaced while the link runs is named in the reason, and read again at the next attempt."""
     folder = tmp_path / "own"
-    make_pki(folder)
+    make_pki(folder, "dev1")
     peer = peers(f"mqtts://localhost:{tls_broker.port}", **identity(folder, "dev1"))
     (folder / "ca.crt").rename(folder / "away.crt")
     peer.link.start()

@@ -1,0 +1,102 @@
+"""``edge-agent`` from its command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from edge_runtime.cli import main
+from edge_runtime.store.spool import Spool
+from tests.edge_runtime import toy_bundle
+
+AGENT = """device = "pi"
+state_dir = "state"
+[broker]
+url = "mqtt://localhost:1883"
+[[data]]
+name = "d"
+path = "d.npz"
+"""
+BUNDLES = ("ab" * 32, "cd" * 32)
+
+
+@pytest.fixture
+def agent(tmp_path):
+    """A folder with agent.toml, data and a bundle."""
+    (tmp_path / "agent.toml").write_text(AGENT)
+    toy_bundle.write_data(tmp_path / "d.npz", 10)
+    toy_bundle.write_bundle(tmp_path / "toy.bundle")
+    return tmp_path
+
+
+def run(folder, capsys, command, *options):
+    """Exit code, standard output and standard error of a command."""
+    code = main([command, "--config", str(folder / "agent.toml"), *options])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_check_compares_data_with_a_bundle(agent, capsys):
+    """Data that fits is said to fit."""
+    code, out, _ = run(agent, capsys, "check", "--bundle", str(agent / "toy.bundle"))
+    assert (code, out.splitlines()[-1]) == (0, "dataset d: 10 samples, all fit toy")
+    code, out, _ = run(agent, capsys, "check", "--bundle", str(agent / "toy.bundle"), "--dataset", "d", "--json")
+    assert json.loads(out)["bundle"] == "toy"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, y: (x[:, :3], y), "samples of shape (3,), the bundle expects (4,)"),
+        (lambda x, y: (x, y.astype(float)), "y has type float64"),
+        (lambda x, y: (x, y + 7), "is out of range"),
+        (lambda x, y: (np.where(np.arange(10)[:, None] == 9, np.nan, x), y), "of sample 9 is NaN"),
+    ],
+)
+def test_check_refuses_data_that_does_not_fit(agent, capsys, change, said):
+    """Shape, type, labels and NaN: one line and exit code 2."""
+    with np.load(agent / "d.npz") as file:
+        x, y = change(file["x"], file["y"])
+    np.savez(agent / "d.npz", x=x, y=y)
+    code, _, error = run(agent, capsys, "check", "--bundle", str(agent / "toy.bundle"))
+    assert code == 2
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_check_refuses_missing_data_bundles_and_datasets(agent, capsys):
+    """Whatever is not there is named, with exit code 2."""
+    assert "has no dataset 'e'; it has d" in run(agent, capsys, "check", "--dataset", "e")[2]
+    assert "none.bundle does not exist" in run(agent, capsys, "check", "--bundle", str(agent / "none.bundle"))[2]
+    code, _, error = run(agent, capsys, "check", "--bundle", str(agent / "d.npz"))
+    assert (code, "d.npz" in error) == (2, True)
+    (agent / "d.npz").unlink()
+    code, _, error = run(agent, capsys, "check")
+    assert (code, "does not exist; correct the path" in error) == (2, True)
+
+
+def test_quarantine_is_listed_and_lifted(agent, capsys):
+    """Bundles over the limit of crashes are listed; one or all are lifted, also while the agent has its spool open."""
+    assert run(agent, capsys, "quarantine")[:2] == (0, "no bundle is in quarantine\n")
+    (agent / "state").mkdir()
+    spool = Spool(agent / "state")
+    for bundle, crashes in ((BUNDLES[0], 3), (BUNDLES[1], 4), ("ef" * 32, 2)):
+        for _ in range(crashes):
+            spool.crashed(bundle)
+    (spool.folder / "being-written.update").write_bytes(b"x")
+    out = run(agent, capsys, "quarantine")[1]
+    assert out.splitlines() == [
+        f"bundle {BUNDLES[0]} crashed the worker 3 times",
+        f"bundle {BUNDLES[1]} crashed the worker 4 times",
+    ]
+    code, _, error = run(agent, capsys, "quarantine", "--lift", "abcd")
+    assert (code, "names no bundle in quarantine" in error) == (2, True)
+    out = run(agent, capsys, "quarantine", "--lift", BUNDLES[0][:12], "--json")[1]
+    assert json.loads(out) == {"quarantined": [{"bundle": BUNDLES[1], "crashes": 4}], "lifted": [BUNDLES[0]]}
+    assert spool.crashes(BUNDLES[0]) == 0
+    assert run(agent, capsys, "quarantine", "--lift", "all")[0] == 0
+    assert (spool.crashes(BUNDLES[1]), spool.crashes("ef" * 32)) == (0, 2)
+    assert (spool.folder / "being-written.update").exists()
+    spool.close()

@@ -272,10 +272,10 @@ def _too_few(state: RunState) -> str:
     run, rules = state.run, state.plan.participation
     failed = [row for row in state.assignments.values() if row.round == run.round and row.status == "failed"]
     last = f"; last failure, on {failed[-1].device}: {failed[-1].reason}" if failed else ""
+    silent = f", {counted(state.open_round, 'device')} never answered" if state.open_round else ""
     return (
         f"round {run.round + 1} had {state.fresh + state.late} of at least {counted(rules.minimum, 'update')} after "
-        f"{counted(rules.attempts, 'attempt')} of {rules.deadline_s:g} s, {counted(state.open_round, 'device')} never "
-        f"answered{last}"
+        f"{counted(rules.attempts, 'attempt')} of {rules.deadline_s:g} s{silent}{last}"
     )
 
 

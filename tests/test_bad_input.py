@@ -852,7 +852,7 @@ def test_plans_name_the_wrong_key(toy: Path, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.mosquitto
-@pytest.mark.parametrize("limit_mb", [150, 300])
+@pytest.mark.parametrize("limit_mb", [160, 300])
 def test_a_job_that_needs_too_much_memory_fails_alone(federation: Federation, toy: Path, limit_mb: int) -> None:
     """The worker's limit ends the job with a reason that says so; the agent stays and does a smaller one."""
     agent = federation.agent("pi", toy_data(1_500_000), worker_memory_mb=limit_mb)

@@ -45,6 +45,10 @@ class Broker(Protocol):
     kind: str
     port: int
 
+    def revive(self) -> None:
+        """Starts it again if it has ended, on the same port and with the same password."""
+        ...
+
     def stop(self) -> None:
         """Ends it."""
         ...
@@ -117,18 +121,28 @@ class MosquittoBroker:
             lines.append("user root")  # else it could not read its password file
         write_durably(configuration, "\n".join(lines).encode() + b"\n", mode=0o600)
         self._log = (folder / "mosquitto.log").open("ab")
-        self.process = subprocess.Popen(
-            [program, "-c", str(configuration)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            preexec_fn=functools.partial(_die_with_parent, ctypes.CDLL(None), os.getpid()),  # noqa: PLW1509
-        )
+        self._command = [program, "-c", str(configuration)]
+        self.process = self._start()
         try:
             _wait_for_port(port, self.process)
         except TransportError:
             self.stop()
             raise
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            preexec_fn=functools.partial(_die_with_parent, ctypes.CDLL(None), os.getpid()),  # noqa: PLW1509
+        )
+
+    def revive(self) -> None:
+        """Starts mosquitto again if it has ended; clients come back by themselves."""
+        if self.process.poll() is not None:
+            log.error("mosquitto ended (exit code %s), starting it again; see mosquitto.log", self.process.returncode)
+            self.process = self._start()
 
     def stop(self) -> None:
         """Ends mosquitto."""
@@ -158,6 +172,9 @@ class AmqttBroker:
         self._thread.start()
         if not self._started.wait(START_TIMEOUT_S) or self._error is not None:
             raise TransportError(f"the embedded broker amqtt did not start ({self._error}); install mosquitto instead")
+
+    def revive(self) -> None:
+        """Lives and dies with this process."""
 
     def stop(self) -> None:
         """Ends the broker."""

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["resume", "step"]
 
+REFUSALS_STORED = 4  # per assignment
+
 
 def step(state: RunState, event: e.Event, fleet: FleetView) -> list[e.Effect]:
     """What has to be done about one event. Changes ``state``; carry the effects out in order.
@@ -167,6 +169,9 @@ def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
 
 
 def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, reason: str) -> None:
+    if len(state.by_assignment.get(event.update.assignment, ())) >= REFUSALS_STORED:
+        work.out.append(e.SendVerdict(event.update, counted=False, reason=reason))
+        return  # one device cannot fill memory and tables with ever new sequence numbers
     row = e.UpdateRow(
         update=event.update,
         blob=event.blob,

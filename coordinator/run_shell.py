@@ -139,13 +139,17 @@ class RunShell:
         run, plan = stored.row.run, stored.plan
         try:
             state = RunState.from_rows(plan, self.store.load_run(run))
-            self.files[run] = RunFiles(self.store, plan, state.run)
+            files = RunFiles(self.store, plan, state.run)
+        except (StorageError, StoreError):
+            raise  # the disk or the database, not the run: whoever asked tries again
         except EdgeError as error:
             log.error("run %s cannot be taken up: %s", run, error)  # noqa: TRY400 - one line for the operator
             ended = msgspec.structs.replace(stored.row, status="failed", phase="done", reason=str(error))
             self.store.save([ended])
             return
-        self.runs[run] = state
+        longest = self.clock() + plan.participation.deadline_s  # the clock may have been set back since
+        state.run.deadline_unix_s = min(state.run.deadline_unix_s, longest)
+        self.runs[run], self.files[run] = state, files
         log.info("run %s: round %d of %d, %s", run, state.run.round + 1, plan.rounds, state.run.phase)
         for effect in resume(state):
             self._carry_out(run, effect)
@@ -174,6 +178,7 @@ class RunShell:
         log.error("run %s: %s; trying again in %g s", run, reason, DISK_RETRY_S)
         self._set_aside.add(run)
         self.fleet.forget(self.runs.pop(run).need)
+        self.files.pop(run, None)
         timer = self._ticks.pop(run, None)
         if timer is not None:
             timer.cancel()
@@ -182,12 +187,13 @@ class RunShell:
     def _take_up_again(self, run: str) -> None:
         try:
             stored = self.store.run(run)
+            self._set_aside.discard(run)
+            self._take_up(stored)
         except EdgeError as error:
             log.error("run %s: %s; trying again in %g s", run, error, DISK_RETRY_S)  # noqa: TRY400 - one line
+            self._set_aside.add(run)
             self.loop.call_later(DISK_RETRY_S, lambda: self._take_up_again(run))
             return
-        self._set_aside.discard(run)
-        self._take_up(stored)
         if stored.stop_reason is not None:
             self._step(run, e.StopRequested(self.clock(), stored.stop_reason))
 
@@ -275,6 +281,8 @@ class RunShell:
 
     def _answer_from_store(self, update: UpdateId) -> None:
         row = self.store.stored_verdict(update)
+        if row is None and self.store.is_active(update.run):
+            return  # the run is about to be taken up, the device will offer again
         if row is None:
             reason = "the coordinator knows no such run or assignment"
             log.warning("update %s refused: %s", update, reason)
@@ -321,8 +329,9 @@ class RunShell:
         )
 
     def _clean(self, run: str) -> None:
-        if run in self.files:
-            self.files[run].clean(self.runs[run])
+        files, state = self.files.get(run), self.runs.get(run)
+        if files is not None and state is not None:
+            _delete(lambda: files.clean(state))
 
     def _finished(self, run: str, status: str, reason: str) -> None:
         log.info("run %s %s%s", run, status, f": {reason}" if reason else "")
@@ -335,6 +344,8 @@ class RunShell:
         state = self.runs.pop(run, None)
         if state is not None:
             self.fleet.forget(state.need)
+            if files is not None:
+                _delete(lambda: files.clean_up(state))
         timer = self._ticks.pop(run, None)
         if timer is not None:
             timer.cancel()
@@ -345,6 +356,14 @@ class RunShell:
             if blob is not None:
                 return self.store.blobs.path(sha256), with_chunk_size(blob, self.link.chunk_bytes)
         return None
+
+
+def _delete(action: Callable[[], None]) -> None:
+    """Deleting what is no longer needed may fail without harm; the next round tries again."""
+    try:
+        action()
+    except (StorageError, StoreError) as error:
+        log.error("%s; it is tried again later", error)  # noqa: TRY400 - one line for the operator
 
 
 def implausible(meta: UpdateMeta) -> str:

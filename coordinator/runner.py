@@ -87,3 +87,8 @@ class RunFiles:
             if not self._store.is_named(row.model.sha256, besides=state.run.run):
                 self._blobs.delete(row.model.sha256)
             self.sent_blobs.pop(row.model.sha256, None)
+
+    def clean_up(self, state: RunState) -> None:
+        """The run has ended: deletes the bytes of all its updates, unless they are to be kept."""
+        if self._plan.retain_updates != "all":
+            self._store.drop_update_blobs(state.run.run, state.run.round + 1)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.coordinator")
 
 DEVICE_SAVE_S = 1.0
+BROKER_CHECK_S = 1.0
 
 
 class Coordinator:
@@ -56,12 +57,14 @@ class Coordinator:
     """
 
     def __init__(
-        self, settings: ServerSettings, *, loop: Loop | None = None, clock: Callable[[], float] = time.time
+        self, settings: ServerSettings, *, loop: Loop | None = None, clock: Callable[[], float] | None = None
     ) -> None:
         self.settings = settings
+        self._owns_loop = loop is None
         self.loop = loop or Loop()
-        self.clock = clock
+        self.clock = clock or steady_unix_clock()
         folder = settings.state_dir
+        self._connection_file = folder / "connection.json"  # there while this server can be reached
         self.fleet = Fleet()
         self._session = os.urandom(8).hex()
         self._dirty_devices: set[str] = set()
@@ -71,10 +74,12 @@ class Coordinator:
             undo.callback(os.close, lock)
             self.store = Store(folder, settings.database_url)
             undo.callback(self.store.close)
+            self.store.blobs.sweep()
+            self._connection_file.unlink(missing_ok=True)
             self.connection = Connection(settings)
             undo.callback(self.connection.stop)
             self.link = self._make_link()
-            self.shell = RunShell(self.store, self.fleet, self.loop, self.link, clock)
+            self.shell = RunShell(self.store, self.fleet, self.loop, self.link, self.clock)
             self._made = undo.pop_all()
 
     def _make_link(self) -> Link:
@@ -101,11 +106,7 @@ class Coordinator:
         """Takes up the open runs and connects; the loop does the rest."""
         self.shell.start()
         self.link.start()
-        way, path = self.connection.described(), self.settings.state_dir / "connection.json"
-        write_durably(path, msgspec.json.encode(way))
-        user = "" if way["username"] is None else f", user {way['username']}"
-        secret = "" if way["password_file"] is None else f", password in {way['password_file']}"
-        log.info("broker: %s%s%s (%s)", way["url"], user, secret, path)
+        self.loop.call_later(BROKER_CHECK_S, self._check_broker)
         self._save_devices()
 
     def stop(self) -> None:
@@ -118,7 +119,10 @@ class Coordinator:
         self.shell.close()
         with suppress(StoreError):  # then status finds out by itself, a little later
             self.store.server_gone(self.settings.name)
+        self._connection_file.unlink(missing_ok=True)
         self._made.close()
+        if self._owns_loop:
+            self.loop.close()
 
     def submit(self, plan: Plan) -> str:
         """Stores a run, which this server takes up, and gives its name; may be called from any thread.
@@ -155,7 +159,21 @@ class Coordinator:
         state = messages.CoordinatorState(online=online, session=self._session, software=edge_runtime.__version__)
         return messages.encode(state)
 
+    def _check_broker(self) -> None:
+        """The embedded broker is ours to keep alive."""
+        self.connection.revive_broker()
+        self.loop.call_later(BROKER_CHECK_S, self._check_broker)
+
+    def _tell_connection(self) -> None:
+        way = self.connection.described()
+        write_durably(self._connection_file, msgspec.json.encode(way))
+        user = "" if way["username"] is None else f", user {way['username']}"
+        secret = "" if way["password_file"] is None else f", password in {way['password_file']}"
+        log.info("broker: %s%s%s (%s)", way["url"], user, secret, self._connection_file)
+
     def _on_up(self) -> None:
+        if not self._connection_file.exists():
+            self._tell_connection()
         self.link.publish(topics.COORDINATOR, self._announcement(online=True), retain=True)
 
     def _on_down(self, _reason: str) -> None:
@@ -235,6 +253,12 @@ class Coordinator:
 def _all_finite(message: messages.Telemetry) -> bool:
     values = msgspec.structs.astuple(message)
     return all(math.isfinite(value) for value in values if isinstance(value, float))
+
+
+def steady_unix_clock() -> Callable[[], float]:
+    """Unix time that moves with the monotonic clock: a step of the system's clock neither stalls nor expires rounds."""
+    offset_s = time.time() - time.monotonic()
+    return lambda: offset_s + time.monotonic()
 
 
 def serve(settings: ServerSettings) -> None:

@@ -70,6 +70,11 @@ class Connection:
             "protocol": self.link.protocol,
         }
 
+    def revive_broker(self) -> None:
+        """Starts the embedded broker again, on its port and with its password, if it has ended."""
+        if self.broker is not None:
+            self.broker.revive()
+
     def stop(self) -> None:
         """Ends the broker, if it was started here."""
         if self.broker is not None:

@@ -127,6 +127,11 @@ class Store:
         before, self._data_version = self._data_version, self._read_data_version()
         return before != self._data_version
 
+    def is_active(self, run: str) -> bool:
+        """Whether there is such a run and it has not ended."""
+        r = tables.runs
+        return bool(self._select(sa.select(r.c.run).where(r.c.run == run, r.c.status == "running")))
+
     def active(self) -> list[StoredRun]:
         """Runs that have not ended, in order of submission."""
         return self._runs(tables.runs.c.status == "running")
@@ -188,8 +193,13 @@ class Store:
         return len(there)
 
     def is_named(self, sha256: str, *, besides: str = "") -> bool:
-        """Whether a run, other than ``besides``, needs a blob as its bundle, test set, model or a recent model."""
-        if self._is_named_by_runs(sha256, besides):
+        """Whether a blob is needed: by an undecided update, or by a run other than ``besides``.
+
+        A run needs its bundle, its test set and its recent models.
+        """
+        u = tables.updates
+        waiting = sa.select(u.c.sha256).where(u.c.sha256 == sha256, u.c.verdict == "pending").limit(1)
+        if self._select(waiting) or self._is_named_by_runs(sha256, besides):
             return True
         for stored in self.active():
             oldest = stored.row.version - stored.plan.participation.max_staleness - 1

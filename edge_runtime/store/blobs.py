@@ -7,6 +7,7 @@ chunk whose CRC still fits is kept, and after a power cut the whole-blob hash ha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
@@ -98,8 +99,15 @@ class BlobStore:
             raise StorageError(f"{source}: cannot be read ({error.strerror})") from error
 
     def delete(self, sha: str) -> None:
-        """Forgets a blob; harmless when it is not here."""
-        self.path(sha).unlink(missing_ok=True)
+        """Forgets a blob; harmless when it is not here.
+
+        Raises:
+            StorageError: the file system does not let it.
+        """
+        try:
+            self.path(sha).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(self.path(sha), error) from error
 
     def receive(self, blob: BlobRef) -> PartialBlob:
         """Starts or resumes receiving a blob.
@@ -141,8 +149,9 @@ class BlobStore:
         return deleted
 
     def touch(self, sha: str) -> None:
-        """Marks a blob as used now."""
-        os.utime(self.path(sha))
+        """Marks a blob as used now, for :meth:`evict`; where it cannot be marked it is evicted a little earlier."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path(sha))
 
 
 class PartialBlob:

@@ -64,6 +64,9 @@ def test_the_start_tells_how_to_reach_the_broker(server, tmp_path, caplog):
     """URL, user name and password file, as they stand in connection.json."""
     caplog.set_level(logging.INFO, "edge.coordinator")
     server.start()
+    end = time.monotonic() + 20
+    while not (tmp_path / "connection.json").exists() and time.monotonic() < end:
+        server.loop.step(0.05)
     line = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("broker: "))
     secret = re.escape(str((tmp_path / "broker" / "broker-password").resolve()))
     assert re.match(rf"broker: mqtt://127.0.0.1:\d+, user edge, password in {secret} ", line)

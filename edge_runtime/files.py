@@ -98,6 +98,12 @@ def write_durably(path: Path, data: bytes | memoryview, *, mode: int = 0o644) ->
         raise storage_error(path, error) from error
 
 
+def remove(path: Path) -> None:
+    """Deletes a file nobody needs; where that fails (a card gone read-only) it stays, for the next sweep to try."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The clear error for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

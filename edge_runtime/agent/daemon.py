@@ -70,6 +70,7 @@ class Agent:
         limits = config.limits
         self.spool = Spool(folder)
         self.cache = BlobStore(folder / "cache", int(limits.blob_mb * MB))
+        self.cache.sweep()
         self._state_folder = folder / "methods"
         self._state_folder.mkdir(exist_ok=True)
         capabilities = jobs.Capabilities(

@@ -293,8 +293,11 @@ def _job_arrived(state: AgentState, event: JobArrived) -> list[Effect]:
         return [Offer(update, push=False)]
     if event.known is not None:  # a coordinator that knows this verdict no longer waits for the job
         return [_report(job, "rejected", _closed(event.known))]
-    if key in state.jobs:
-        return [_report(job, "accepted")]  # at work on it
+    entry = state.jobs.get(key)
+    if entry is not None:  # at work on it; the coordinator may have extended its deadline or cut its blobs anew
+        entry.expires_at = max(entry.expires_at, event.now + job.deadline_s)
+        fetch = [FetchBlob(blob) for blob in (job.bundle, job.model) if blob.sha256 in entry.missing]
+        return [_report(job, "accepted"), *fetch]
     reason = _unfit(state, job, event.crashes)
     if reason:
         return [_report(job, "rejected", reason)]

@@ -62,8 +62,11 @@ class Downloads:
             self._cache.touch(blob.sha256)
             self._loop.call_soon(lambda: self._on_ready(blob.sha256))
             return
-        if blob.sha256[:32] in self._incoming:
+        known = self._incoming.get(blob.sha256[:32])
+        if known is not None and known.partial.blob == blob:
             return
+        if known is not None:  # cut anew, for a broker that takes smaller packets
+            self.stop(blob.sha256)
         try:
             partial = self._cache.receive(blob)
         except EdgeError as error:

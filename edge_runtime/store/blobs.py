@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_runtime.errors import StorageError, TransferError
-from edge_runtime.files import fsync_folder, storage_error, write_durably
+from edge_runtime.files import fsync_folder, remove, storage_error, write_durably
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -135,7 +135,7 @@ class BlobStore:
         """
         for entry in self.partial_folder.iterdir():
             if entry.stem not in keep:
-                entry.unlink(missing_ok=True)
+                remove(entry)
         files = [(entry.stat(), entry) for entry in self.folder.iterdir() if entry.is_file()]
         files.sort(key=lambda item: item[0].st_mtime)
         total, deleted = sum(stat.st_size for stat, _ in files), []
@@ -143,7 +143,7 @@ class BlobStore:
             if total <= quota_bytes:
                 break
             if entry.name not in keep:
-                entry.unlink(missing_ok=True)
+                remove(entry)
                 total -= stat.st_size
                 deleted.append(entry.name)
         return deleted
@@ -238,14 +238,14 @@ class PartialBlob:
         except OSError as error:
             raise storage_error(target, error) from error
         self.close()
-        self._map.unlink(missing_ok=True)
+        remove(self._map)
         return target
 
     def discard(self) -> None:
         """Forgets all that arrived."""
         self.close()
-        self._part.unlink(missing_ok=True)
-        self._map.unlink(missing_ok=True)
+        remove(self._part)
+        remove(self._map)
 
     def close(self) -> None:
         """Closes the files; what arrived stays for the next time."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from edge_runtime.errors import StorageError
+from edge_runtime.files import remove
 from edge_runtime.messages import BlobRef, UpdateId, UpdateMeta
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Spool:
         )
         found = self.get(update)
         if found is not None and state != "ready" and not self._rows("WHERE state='ready' AND file=?", (found.file,)):
-            (self.folder / found.file).unlink(missing_ok=True)
+            remove(self.folder / found.file)
         if state in ("counted", "refused"):
             self._execute(
                 "DELETE FROM updates WHERE state IN ('counted', 'refused') AND rowid <= "
@@ -115,7 +116,7 @@ class Spool:
 
     def used_bytes(self) -> int:
         """Bytes of the updates that wait."""
-        return sum(entry.stat().st_size for entry in self.folder.iterdir())
+        return sum(_size(entry) for entry in self.folder.iterdir())
 
     def crashed(self, bundle: str) -> int:
         """Counts one crash of the worker with this bundle (SHA-256) and gives the new count."""
@@ -181,4 +182,12 @@ class Spool:
             else:
                 kept.add(update.file)
         for name in sizes.keys() - kept:
-            (self.folder / name).unlink(missing_ok=True)
+            remove(self.folder / name)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 if a worker has just renamed it."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -122,15 +122,6 @@ class RunState:
         return self.run.status != "running"
 
     @property
-    def next_due_unix_s(self) -> float | None:
-        """When a Tick is due at the latest; None: nothing waits for time. Ticks in between do no harm."""
-        if self.run.phase == "open":
-            return self.run.deadline_unix_s
-        if self.run.phase == "selecting" and self.run.short_since_unix_s is not None:
-            return self.run.short_since_unix_s + self.patience_s
-        return None
-
-    @property
     def patience_s(self) -> float:
         """How long a round waits for missing devices before it starts with fewer than ``target``."""
         return self.plan.participation.deadline_s / 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import decode_update, make_model, read_model
+from coordinator.aggregation import decode_update, make_model
 from coordinator.methods import create_method
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.frame import frame_limit
@@ -12,7 +12,6 @@ from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
     from coordinator.aggregation import Made
-    from coordinator.evaluation import TestSet
     from coordinator.events import Aggregate, RunRow
     from coordinator.plan import Plan
     from coordinator.run_state import RunState
@@ -34,7 +33,6 @@ class RunFiles:
         self._layout = self.bundle.layout()
         self._method = create_method(plan)
         self._update_limit = frame_limit(dict.fromkeys(self._method.channels, self._layout))
-        self._test_set: TestSet | None = None
         self.sent_blobs: dict[str, BlobRef] = {run.bundle.sha256: run.bundle}
 
     def sends(self, blob: BlobRef) -> None:
@@ -67,12 +65,10 @@ class RunFiles:
         Raises:
             EdgeError: the test set or the model cannot be used.
         """
-        from coordinator.evaluation import TestSet
+        from coordinator.evaluation import evaluate_blob
 
-        if self._test_set is None:
-            assert self._run.test_set is not None
-            self._test_set = TestSet(self._blobs.path(self._run.test_set.sha256), self.bundle)
-        return self._test_set.evaluate(read_model(self._blobs, model, self._layout))
+        assert self._run.test_set is not None
+        return evaluate_blob(self._blobs, self.bundle, self._run.test_set, model)
 
     def clean(self, state: RunState) -> None:
         """Deletes the bytes of counted updates and of models that no open assignment can name any more."""

@@ -41,7 +41,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 
 COMMANDS = [
-    *(("edge_runtime.cli", command) for command in ("run", "check")),
+    *(("edge_runtime.cli", command) for command in ("run", "check", "quarantine")),
     *(
         ("coordinator.cli", command)
         for command in ("serve", "submit", "status", "runs", "devices", "model", "stop", "verify")

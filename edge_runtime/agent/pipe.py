@@ -40,10 +40,6 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag
     code_dir: str = ""
 
 
-class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="shutdown"):
-    """End after the current job."""
-
-
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="ready"):
     """The worker listens."""
 
@@ -78,7 +74,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="fail
     reason: str
 
 
-ToWorker: TypeAlias = TrainRequest | Shutdown
+ToWorker: TypeAlias = TrainRequest
 FromWorker: TypeAlias = Ready | Progress | Trained | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -31,17 +31,6 @@ _READ_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
 
 
-def run_job(request: pipe.TrainRequest, runner: JobRunner | None = None) -> pipe.Trained:
-    """Does one job in this process; a ``runner`` given again keeps bundles and datasets loaded.
-
-    Raises:
-        EdgeError: see :meth:`edge_runtime.training.job.JobRunner.run`.
-    """
-    from edge_runtime.training.job import JobRunner
-
-    return (runner or JobRunner()).run(request)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves requests until told to end or the daemon is gone; gives the exit code."""
     options = _parser().parse_args(arguments)
@@ -73,8 +62,6 @@ def _serve(requests: int, replies: int, memory_mb: int | None) -> int:
     while data := os.read(requests, _READ_BYTES):
         for frame in reader.feed(data):
             request = pipe.decode_to_worker(frame)
-            if isinstance(request, pipe.Shutdown):
-                return 0
             _send(replies, _answer(runner, request, replies))
     return 0
 

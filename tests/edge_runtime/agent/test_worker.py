@@ -102,7 +102,7 @@ def test_worker_trains_fails_and_trains_again(worker, jobs):
     assert (failed.kind, "does not exist" in failed.reason) == ("data", True)
     again = worker.answer(jobs.request())
     assert again.sha256 == done.sha256
-    worker.send(pipe.Shutdown())
+    worker.process.stdin.close()
     assert worker.process.wait(10) == 0
 
 
@@ -115,7 +115,7 @@ def test_prints_do_not_damage_the_pipe(worker, jobs):
     failed = worker.answer(jobs.request(dataset=buggy))
     assert failed.kind == "data"
     assert "a bug in the user's code" in failed.reason
-    worker.send(pipe.Shutdown())
+    worker.process.stdin.close()
     assert b"loose words" in worker.process.stderr.read()
 
 

@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 
-from edge_runtime.agent.worker import run_job
 from edge_runtime.compression import decode, encode
 from edge_runtime.data import DatasetConfig
 from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError, TrainingError
@@ -14,6 +13,10 @@ from edge_runtime.training.job import JobRunner, failure_kind
 from edge_runtime.training.state import RunState, StateFolder
 from tests.edge_runtime import toy_bundle
 from tests.edge_runtime.toy_jobs import ToyJobs
+
+
+def run_job(request, runner=None):
+    return (runner or JobRunner()).run(request)
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from coordinator.errors import ModelError
-from coordinator.wording import counted
+from coordinator.wording import NO_SERVER, counted
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ def submit(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"run": run})
     else:
-        print(f"submitted {run}; a server on {options.state} takes it up", flush=True)
+        lives = store.server_running(time.time())
+        then = (
+            f"the server on {options.state} takes it up"
+            if lives
+            else f"{NO_SERVER}; edge-coordinator serve takes it up"
+        )
+        print(f"submitted {run}; {then}", flush=True)
     if not options.watch:
         return 0
     from coordinator.cli_status import watch

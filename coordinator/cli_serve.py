@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import argparse
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the server."""
     parser.add_argument("--broker", metavar="URL", help="mqtt://host:port or mqtts://... (default: start one here)")
-    parser.add_argument("--port", type=int, default=0, help="port of the broker started here (default: any free one)")
+    parser.add_argument("--port", type=_port, default=0, help="port of the broker started here (default: any free one)")
     parser.add_argument(
         "--embedded", choices=("mosquitto", "amqtt"), default="mosquitto", help="broker to start, if it is installed"
     )
@@ -51,3 +48,9 @@ def serve(options: argparse.Namespace) -> int:
     )
     run_server(settings)
     return 0
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; take 1 to 65535, or 0 for any free one")
+    return int(text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coordinator.cli_commands import open_store, print_json
 from coordinator.errors import UnknownRunError
 from coordinator.report import device_report, failures, round_progress, run_summary
-from coordinator.wording import counted, percent, size
+from coordinator.wording import NO_SERVER, counted, percent, size
 
 if TYPE_CHECKING:
     import argparse
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from coordinator.store import Store
 
 POLL_S = 0.5
-NO_SERVER = "no server is running on this state folder"
 _SHOWN_ROUNDS = 10
 _SHOWN_DEVICES = 12
 _SHOWN_FAILURES = 5
@@ -73,7 +72,7 @@ def watch(store: Store, run: str, *, as_json: bool) -> int:
     live = sys.stdout.isatty() and not as_json
     if not live and store.run(run).row.status == "running" and not store.server_running(time.time()):
         print(f"{NO_SERVER}; {run} waits for one", file=sys.stderr)
-    told, lines = 0, 0
+    told, lines, said = 0, 0, ""
     while True:
         stored = store.run(run)
         if live:
@@ -84,6 +83,10 @@ def watch(store: Store, run: str, *, as_json: bool) -> int:
             lines = len(page)
         else:
             told = _tell_rounds(store, run, told, as_json=as_json)
+            waits = _waiting(store, run) if stored.row.phase == "selecting" and not as_json else said
+            if waits != said and stored.row.status == "running":
+                print(waits, flush=True)
+            said = waits
         if stored.row.status != "running":
             break
         _wait(store)
@@ -94,6 +97,12 @@ def watch(store: Store, run: str, *, as_json: bool) -> int:
         else:
             print(_headline(summary), flush=True)
     return 1 if stored.row.status == "failed" else 0
+
+
+def _waiting(store: Store, run: str) -> str:
+    """What a round that has not begun waits for, and why devices that are there cannot take part."""
+    report = device_report(store, store.run(run))
+    return "; ".join([_phase(store, run), *(f"{row['device']}: {row['unfit']}" for row in report if row["unfit"])][:6])
 
 
 def _wait(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,6 +109,11 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
         raise ConfigError(
             f"plan {plan.name!r}: training.hyper has {unknown[0]!r}, bundle {bundle.manifest.name!r} knows "
             f"{', '.join(known)}"
+        )
+    wrong = [name for name, value in plan.training.hyper.items() if not (math.isfinite(value) and value >= 0)]
+    if wrong:
+        raise ConfigError(
+            f"plan {plan.name!r}: training.hyper.{wrong[0]} is {plan.training.hyper[wrong[0]]:g}; give 0 or more"
         )
     batch = bundle.manifest.batch
     if batch.mode == "fixed" and batch.size != plan.training.batch_size:

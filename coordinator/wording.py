@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+NO_SERVER = "no server is running on this state folder"
+
 
 def counted(count: int, noun: str) -> str:
     """A number and what it counts: "1 device", "2 devices"."""

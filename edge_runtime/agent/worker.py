@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves requests until told to end or the daemon is gone; gives the exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the daemon, which ends this process
     _die_with_parent()
     _lower_priority(options.nice, options.oom_score_adj)
     requests = os.dup(0)

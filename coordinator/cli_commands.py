@@ -124,9 +124,13 @@ def verify(options: argparse.Namespace) -> int:
     different, count = [], 0
     for row, sha256 in recompute(store.blobs, stored.plan, stored.row, rounds, bundle.layout()):
         count += 1
+        if sys.stderr.isatty():
+            print(f"\rversion {row.version} of {stored.row.version}", end="", file=sys.stderr, flush=True)
         if sha256 != row.model.sha256:
             different.append(row.version)
             print(f"version {row.version}: {sha256[:12]} computed, {row.model.sha256[:12]} stored", file=sys.stderr)
+    if count and sys.stderr.isatty():
+        print(file=sys.stderr)
     if options.json:
         print_json({"run": options.run, "versions": count, "different": different})
     else:

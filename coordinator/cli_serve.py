@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
+
+from edge_runtime import logs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="our certificate")
     parser.add_argument("--key", type=Path, metavar="FILE", help="our private key")
     parser.add_argument("--insecure", action="store_true", help="allow mqtt:// to other hosts: models unencrypted")
+    parser.add_argument("--json", action="store_true", help="log as JSON lines")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step")
 
 
@@ -43,9 +45,7 @@ def serve(options: argparse.Namespace) -> int:
         key=options.key,
         insecure=options.insecure,
     )
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logs.set_up(verbose=options.verbose, as_json=options.json)
     run_server(settings)
     return 0
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import edge_runtime
+from edge_runtime import logs
 from edge_runtime.errors import BundleError, ConfigError, DataError, EdgeError
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ exit codes: 0 ended when asked, 1 failed while running, 2 wrong usage, configura
 def main(arguments: list[str] | None = None) -> int:
     """Runs ``edge-agent``; gives the exit code."""
     options = _parser().parse_args(arguments)
-    level = logging.DEBUG if options.verbose else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.set_up(verbose=options.verbose, as_json=options.command == "run" and options.json)
     try:
         result: int = options.action(options)
     except (ConfigError, DataError, BundleError) as error:
@@ -53,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  edge-agent run --config agent.toml",
         formatter_class=raw,
     )
+    run.add_argument("--json", action="store_true", help="log as JSON lines")
     run.set_defaults(action=_run)
     check = commands.add_parser(
         "check",

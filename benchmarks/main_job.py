@@ -184,7 +184,7 @@ def _show_round(entry: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     result = parser(__doc__)
     result.add_argument("--devices", type=int, default=30, help="at most so many; 21 of the 30 subjects train")
-    result.add_argument("--rounds", type=int, default=40, help="federated rounds")
+    result.add_argument("--rounds", type=int, default=60, help="federated rounds")
     result.add_argument("--epochs", type=int, default=1, help="passes of a device over its data in a round")
     result.add_argument("--batch-size", type=int, default=32, help="samples in a step")
     result.add_argument("--lr", type=float, default=0.002, help="learning rate of Adam, on devices and centralised")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from edge_runtime.agent.config import AgentConfig, load_agent_config
     from edge_runtime.agent.daemon import Agent
     from edge_runtime.bundle import Bundle
-    from edge_runtime.compression import Stage
+    from edge_runtime.compression import Codec
     from edge_runtime.data import Dataset
     from edge_runtime.errors import EdgeError
     from edge_runtime.methods import ClientMethod
@@ -24,7 +24,7 @@ _HOMES = {
     "ClientMethod": "edge_runtime.methods",
     "Dataset": "edge_runtime.data",
     "EdgeError": "edge_runtime.errors",
-    "Stage": "edge_runtime.compression",
+    "Codec": "edge_runtime.compression",
     "Trainer": "edge_runtime.training.base",
     "load_agent_config": "edge_runtime.agent.config",
 }
@@ -34,9 +34,9 @@ __all__ = [
     "AgentConfig",
     "Bundle",
     "ClientMethod",
+    "Codec",
     "Dataset",
     "EdgeError",
-    "Stage",
     "Trainer",
     "__version__",
     "load_agent_config",

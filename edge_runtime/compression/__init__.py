@@ -1,6 +1,6 @@
-"""Codecs for updates and models: a chain of stages, framed with its configuration."""
+"""Codecs for updates and models: transforms, a codec, a container."""
 
-from edge_runtime.compression.base import Layout, Packet, Stage
-from edge_runtime.compression.registry import codec_names, decode, encode
+from edge_runtime.compression.base import Codec, Layout, Update
+from edge_runtime.compression.registry import codec_names
 
-__all__ = ["Layout", "Packet", "Stage", "codec_names", "decode", "encode"]
+__all__ = ["Codec", "Layout", "Update", "codec_names"]

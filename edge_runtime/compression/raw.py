@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from edge_runtime.compression.base import Codec, Encoded, Update
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
-    from edge_runtime.compression.base import Layout, Packet
+    from edge_runtime.compression.base import Layout, Request, State, Vector
 
 
-class Raw:
-    """Passes the packet through; checks that it holds one float32 vector of the layout's size."""
+class Raw(Codec):
+    """Little-endian float32, viewed in place when decoded."""
 
     name: ClassVar[str] = "raw"
+    number: ClassVar[int] = 1
+    lossless: ClassVar[bool] = True
+    feedback: ClassVar[bool] = False
+    alignment: ClassVar[int] = 4
 
-    def config(self) -> dict[str, Any]:
-        """Nothing to configure."""
-        return {}
+    def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:  # noqa: ARG002
+        """The values' own memory."""
+        payload = np.ascontiguousarray(values, "<f4").data.cast("B") if values.size else b""
+        return Encoded(payload, Update(values), state)
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Raw:
-        """Raises CodecError if there is any configuration."""
-        if config:
-            raise CodecError(f"codec 'raw' takes no configuration, got {sorted(config)}")
-        return cls()
-
-    def encode(self, packet: Packet, layout: Layout, state: bytes) -> tuple[Packet, bytes]:
-        """The same packet, not copied."""
-        return self.decode(packet, layout), state
-
-    def decode(self, packet: Packet, layout: Layout) -> Packet:
-        """The same packet, not copied; raises CodecError if it is not one float32 vector ``[layout.size]``."""
-        values = packet.arrays.get("values")
-        if values is None or len(packet.arrays) != 1 or values.dtype != np.float32:
-            raise CodecError("codec 'raw' needs one float32 array 'values'")
-        if values.shape != (layout.size,):
-            raise CodecError(f"vector has shape {values.shape}, the layout needs ({layout.size},)")
-        return packet
+    def decode(self, payload: memoryview, layout: Layout) -> Update:
+        """A read-only view of the payload."""
+        if len(payload) != 4 * layout.size:
+            raise CodecError(f"{len(payload)} bytes for {layout.size} float32 numbers")
+        return Update(np.frombuffer(payload, "<f4"))

@@ -2,98 +2,73 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
 import numpy as np
 from backports import zstd
 
-from edge_runtime.compression.base import Layout, Packet
+from edge_runtime.compression.base import Codec, Encoded, Update
 from edge_runtime.errors import CodecError
 
-_DTYPES = ("f4", "f2", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edge_runtime.compression.base import Layout, Request, State, Vector
+
+LEVEL = 3
 
 
-class _Entry(msgspec.Struct, array_like=True, frozen=True):
-    name: str
-    dtype: str
-    shape: list[int]
-
-
-_entries = msgspec.msgpack.Decoder(list[_Entry])
-
-
-class Zstd:
-    """Compresses all arrays of a packet into two: ``z`` (one Zstandard frame) and ``t`` (names, types, shapes)."""
+class Zstd(Codec):
+    """One Zstandard frame of the four byte planes of the float32 values."""
 
     name: ClassVar[str] = "zstd"
+    number: ClassVar[int] = 2
+    lossless: ClassVar[bool] = True
+    feedback: ClassVar[bool] = False
 
-    def __init__(self, level: int = 3) -> None:
-        self.level = level
+    def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:  # noqa: ARG002
+        """One Zstandard frame, nothing for an empty layout."""
+        return Encoded(pack_planes(np.ascontiguousarray(values, "<f4")), Update(values), state)
 
-    def config(self) -> dict[str, Any]:
-        """Nothing: a Zstandard frame decodes at any level."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Zstd:
-        """Raises CodecError if there is any configuration."""
-        if config:
-            raise CodecError(f"codec 'zstd' takes no configuration, got {sorted(config)}")
-        return cls()
-
-    def encode(self, packet: Packet, layout: Layout, state: bytes) -> tuple[Packet, bytes]:  # noqa: ARG002
-        """One compressed array; keeps no state."""
-        table, parts = [], []
-        for name, array in packet.arrays.items():
-            table.append(_Entry(name, array.dtype.str[1:], list(array.shape)))
-            planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
-            parts.append(planes.tobytes())
-        packed = zstd.compress(b"".join(parts), level=self.level)
-        arrays = {"t": msgspec.msgpack.encode(table), "z": packed}
-        return Packet({name: np.frombuffer(data, np.uint8) for name, data in arrays.items()}), state
-
-    def decode(self, packet: Packet, layout: Layout) -> Packet:
-        """The arrays; raises CodecError if they are damaged or larger than ``layout`` allows."""
-        if sorted(packet.arrays) != ["t", "z"] or any(array.dtype != np.uint8 for array in packet.arrays.values()):
-            raise CodecError("codec 'zstd' needs the byte arrays 't' and 'z'")
-        try:
-            table = _entries.decode(packet.arrays["t"].tobytes())
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise CodecError(f"codec 'zstd': table is damaged: {error}") from error
-        sizes = []
-        for entry in table:
-            if entry.dtype not in _DTYPES or len(entry.shape) > 4 or any(size < 0 for size in entry.shape):
-                raise CodecError(f"codec 'zstd': array {entry.name!r} has an impossible type or shape")
-            sizes.append(math.prod(entry.shape) * np.dtype(entry.dtype).itemsize)
-        if sum(sizes) > 16 * layout.size + 64 * 1024:
-            raise CodecError(f"codec 'zstd': {sum(sizes)} decompressed bytes are more than the layout allows")
-        data = _decompress(packet.arrays["z"], sum(sizes))
-        arrays: dict[str, np.ndarray] = {}
-        at = 0
-        for entry, size in zip(table, sizes, strict=True):
-            dtype = np.dtype(f"<{entry.dtype}")
-            planes = np.frombuffer(data, np.uint8, size, at).reshape(dtype.itemsize, -1)
-            arrays[entry.name] = np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(entry.shape)
-            at += size
-        return Packet(arrays)
+    def decode(self, payload: memoryview, layout: Layout) -> Update:
+        """The values; nothing is allocated before the frame's claim fits the layout."""
+        return Update(unpack_planes(payload, np.dtype("<f4"), layout.size))
 
 
-def _decompress(packed: np.ndarray, size: int) -> bytes:
-    data = packed.tobytes()
+def pack_planes(array: NDArray[Any]) -> bytes:
+    """A Zstandard frame of the byte planes of a one-dimensional array; nothing for an empty one."""
+    if array.size == 0:
+        return b""
+    planes = array.view(np.uint8).reshape(-1, array.itemsize).T
+    packed: bytes = zstd.compress(planes.tobytes(), level=LEVEL)
+    return packed
+
+
+def unpack_planes(payload: memoryview, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    """The inverse, ``[count]``; raises CodecError."""
+    size = count * dtype.itemsize
+    data = _decompress(bytes(payload), size)
+    planes = np.frombuffer(data, np.uint8, size).reshape(dtype.itemsize, -1)
+    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+
+
+def _decompress(data: bytes, size: int) -> bytes:
+    if size == 0:
+        if data:
+            raise CodecError(f"{len(data)} bytes for no numbers")
+        return b""
     try:
         # The library allocates what the frame claims, so the claim is checked before.
         if zstd.get_frame_info(data).decompressed_size != size:
-            raise CodecError(f"codec 'zstd': the frame does not hold the {size} bytes that its table needs")
-        if size == 0:
-            return b""
-        decompressor = zstd.ZstdDecompressor()
+            raise CodecError(f"the Zstandard frame does not hold the {size} bytes that the layout needs")
+        # nor may the frame ask for a window beyond its content
+        options = {int(zstd.DecompressionParameter.window_log_max): max(10, size.bit_length())}
+        decompressor = zstd.ZstdDecompressor(options=options)
         out: bytes = decompressor.decompress(data, size)
     except zstd.ZstdError as error:
-        raise CodecError(f"codec 'zstd': damaged data ({error})") from error
+        raise CodecError(f"damaged Zstandard data ({error})") from error
     if decompressor.unused_data:
-        raise CodecError(f"codec 'zstd': {len(decompressor.unused_data)} bytes follow the frame")
+        raise CodecError(f"{len(decompressor.unused_data)} bytes follow the Zstandard frame")
     if len(out) != size:
-        raise CodecError(f"codec 'zstd': {len(out)} bytes came out, {size} expected")
+        raise CodecError(f"{len(out)} bytes came out, {size} expected")
     return out

@@ -3,6 +3,9 @@
 Unknown fields are ignored (a newer peer may send more), a field of the wrong type is refused by name. A message
 travels as a map with the field ``t`` naming its type and ``v`` the schema version of the sender. Wire deadlines are
 durations in seconds, since device clocks may be years off.
+
+What goes with every update and every job has one-letter names on the wire (``rename``) and leaves out what has its
+default: around an update of some hundred bytes, the envelope counts.
 """
 
 from __future__ import annotations
@@ -22,6 +25,12 @@ Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
+def _version_field() -> int:
+    """The sender's schema version; by a factory, so that it is never left out as a default."""
+    field: int = msgspec.field(default_factory=lambda: SCHEMA_VERSION)
+    return field
+
+
 class UpdateId(msgspec.Struct, frozen=True, order=True, array_like=True):
     """Identity of one client update. The round is an attribute of the assignment, not part of the identity."""
 
@@ -34,7 +43,13 @@ class UpdateId(msgspec.Struct, frozen=True, order=True, array_like=True):
         return f"{self.run}/{self.device}/{self.assignment}/{self.sequence}"
 
 
-class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
+class BlobRef(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"sha256": "s", "size_bytes": "n", "chunk_bytes": "c"},
+):
     """A blob that can be transferred: its size and content hash, and how it is cut into chunks."""
 
     sha256: Sha256
@@ -59,7 +74,7 @@ class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="telemetry"):
     """What the device measures about itself. None: this device cannot measure it (never a silent zero)."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     uptime_s: float
     clock_unix_s: float
     clock_synchronised: bool | None = None
@@ -80,7 +95,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=
     identity are told apart.
     """
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     device: Name
     online: bool
     session: str
@@ -98,26 +113,81 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=
 class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="coordinator"):
     """Retained presence of the coordinator. A new ``session`` tells devices to announce themselves again."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     online: bool
     session: str
     software: str = ""
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="job"):
+class ModelRef(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"base": "u", "blobs": "b", "vector_sha256": "h"},
+):
+    """The model that a job starts from.
+
+    Without ``base`` the one blob holds the whole model. With ``base`` the blobs are the changes that lead from that
+    version to the job's version, oldest first; version 0 are the bundle's own parameters, on the run's grid
+    (:mod:`edge_runtime.compression.grid`), which every device can make. ``vector_sha256`` is the SHA-256 of the
+    little-endian float32 vector that must come out; None: the blob's own hash says it all.
+    """
+
+    base: Count | None = None
+    blobs: list[BlobRef] = []
+    vector_sha256: Sha256 | None = None
+
+
+class Job(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    tag_field="t",
+    tag="job",
+    rename={
+        "run": "r",
+        "assignment": "a",
+        "round": "n",
+        "model_version": "w",
+        "bundle": "b",
+        "model": "m",
+        "inline": "i",
+        "dataset": "d",
+        "deadline_s": "x",
+        "epochs": "e",
+        "steps": "s",
+        "batch_size": "z",
+        "last_batch": "lb",
+        "hyper": "h",
+        "method": "f",
+        "options": "o",
+        "codec": "c",
+        "codec_options": "co",
+        "byte_budget": "cb",
+        "evaluate": "ev",
+        "holdout_fraction": "hf",
+        "priority": "p",
+        "seed": "q",
+    },
+):
     """Work for one device: train (and evaluate) one model on local data and send the update.
 
     Exactly one of ``epochs`` and ``steps`` is set, or neither: evaluate only. ``deadline_s`` counts from arrival.
     ``hyper`` overrides defaults of the bundle's optimiser. ``options`` are hyper-parameters of the client method.
+    ``inline`` holds the bytes of the model's last blob where they are few. ``byte_budget`` is for the whole update;
+    None leaves it to the codec.
     """
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     run: Name
     assignment: Name
     round: Count
     model_version: Count
     bundle: BlobRef
-    model: BlobRef
+    model: ModelRef
+    inline: bytes = b""
     dataset: Name
     deadline_s: float
     epochs: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -130,6 +200,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="job"):
     variant: str | None = None
     cut: str | None = None
     codec: str = "raw"
+    codec_options: dict[str, bool | int | float | str] = {}
     byte_budget: Count | None = None
     evaluate: bool = True
     holdout_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
@@ -142,23 +213,29 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="job"):
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="cancel"):
     """The coordinator no longer wants this assignment; a finished update is still sent and gets its verdict."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     run: Name
     assignment: Name
     reason: str = ""
 
 
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="status"):
-    """Progress of a job. ``rejected``: will not start; ``failed``: started and ended without an update."""
+    """The end of a job without an update. ``rejected``: will not start; ``failed``: started and ended."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     run: Name
     assignment: Name
-    status: Literal["accepted", "running", "failed", "rejected"]
+    status: Literal["failed", "rejected"]
     reason: str = ""
 
 
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+class Evaluation(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"samples": "n", "loss_sum": "l", "correct": "c"},
+):
     """Sums over the samples of one evaluation, so that results combine exactly."""
 
     samples: Count
@@ -166,24 +243,59 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     correct: Count | None = None
 
 
-class UpdateMeta(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device says about its update; ``evaluation`` is of the received model on the device's hold-out."""
+class UpdateMeta(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={
+        "round": "r",
+        "model_version": "w",
+        "samples": "n",
+        "steps": "s",
+        "loss": "l",
+        "train_ms": "t",
+        "encode_cpu_ms": "c",
+        "written_bytes": "f",
+        "evaluation": "e",
+    },
+):
+    """What a device says about its update; ``evaluation`` is of the received model on the device's hold-out.
+
+    ``train_ms`` is wall time; ``encode_cpu_ms`` is CPU time of the codec, so that it can be weighed against the time
+    that its bytes would take on the link. ``written_bytes`` went to the device's storage for this job: model, state of
+    the codec and update.
+    """
 
     round: Count
     model_version: Count
     samples: Count
     steps: Count
     loss: float | None = None
-    train_s: float = 0.0
+    train_ms: Count = 0
+    encode_cpu_ms: Count = 0
+    written_bytes: Count = 0
     evaluation: Evaluation | None = None
 
 
-class UpdateOffer(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="offer"):
-    """A finished update waits on the device. ``first`` is chunk 0 (CRC and data), or empty when offered again."""
+class UpdateOffer(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    tag_field="t",
+    tag="offer",
+    rename={"update": "u", "blob": "b", "meta": "m", "first": "d"},
+):
+    """A finished update waits on the device.
 
-    v: int = SCHEMA_VERSION
+    ``first`` is chunk 0 (CRC and data), or empty when offered again. Without ``blob`` chunk 0 is all of it, and hash
+    and size are those of its data.
+    """
+
+    v: int = _version_field()
     update: UpdateId
-    blob: BlobRef
+    blob: BlobRef | None = None
     meta: UpdateMeta
     first: bytes = b""
 
@@ -191,7 +303,7 @@ class UpdateOffer(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="need"):
     """The receiver of a blob asks for chunks: ``ranges`` of (first, count). Sent by either side."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     sha256: Sha256
     ranges: list[tuple[Count, Count]]
 
@@ -199,21 +311,21 @@ class Need(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="need")
 class Gone(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="gone"):
     """The sender no longer has a blob that the receiver asked for."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     sha256: Sha256
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="done"):
     """The update is durable at the coordinator; its bytes may be dropped on the device, its verdict follows."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     update: UpdateId
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="verdict"):
     """The one final word about an update: counted in a model version, or refused with a reason."""
 
-    v: int = SCHEMA_VERSION
+    v: int = _version_field()
     update: UpdateId
     counted: bool
     reason: str = ""

@@ -188,6 +188,10 @@ class Codec:
         """
         self.options: dict[str, Value] = check_options(f"codec {self.name!r}", options or {}, self.defaults)
 
+    def uses_feedback(self) -> bool:
+        """Whether error feedback is on where the user does not say: ``feedback``, unless an option decides."""
+        return self.feedback
+
     def init(self, layout: Layout) -> State:  # noqa: ARG002
         """State before the first encoding; empty for most codecs. Arrays, since it is stored on the device."""
         return {}

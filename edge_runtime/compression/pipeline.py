@@ -180,7 +180,8 @@ def _build(spec: CodecSpec) -> tuple[Codec, list[Transform]]:
     general = {key: value for key, value in spec.options.items() if key in OPTIONS}
     if cls.lossless and general:
         raise CodecError(f"codec {spec.name!r} loses nothing, so it takes no option {min(general)!r}")
-    return cls(own), ([] if cls.lossless else chain(general, feedback=cls.feedback))
+    codec = cls(own)
+    return codec, ([] if cls.lossless else chain(general, feedback=codec.uses_feedback()))
 
 
 class _Channel:

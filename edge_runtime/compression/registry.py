@@ -21,6 +21,15 @@ _HERE = "edge_runtime.compression"
 _BUILT_IN: dict[str, tuple[int, str]] = {  # numbers are part of the format: never change or reuse one
     "raw": (1, "raw:Raw"),
     "zstd": (2, "zstd:Zstd"),
+    "topk": (7, "topk:TopK"),
+    "int8": (8, "quantised:Int8"),
+    "int4": (9, "quantised:Int4"),
+    "sign": (10, "sign:Sign"),
+    "stc": (11, "stc:Stc"),
+    "eden": (12, "eden:Eden"),
+    "randomk": (13, "randomk:RandomK"),
+    "half": (14, "half:Half"),
+    "powersgd": (15, "powersgd:PowerSgd"),
 }
 _NAMES = {number: name for name, (number, _) in _BUILT_IN.items()}
 _loaded: dict[str, type[Codec]] = {}

@@ -25,7 +25,8 @@ class Stc(Codec):
 
     Sattler et al., "Robust and communication-efficient federated learning from non-IID data", IEEE TNNLS 2019,
     section V and algorithms 1 and 3; the density of 1/400 is theirs. Their Golomb parameter is a power of two computed
-    from the density, here it is the best one for the positions at hand. Under a budget as many values are sent as fit.
+    from the density, here it is the best one for the positions at hand. Under a budget as many values are sent as fit and
+    as a single magnitude serves.
     Payload: varint k, float32 magnitude, k sign bits, positions; nothing if k is 0.
     """
 
@@ -44,7 +45,8 @@ class Stc(Codec):
 
     def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:
         """Sparse; keeps to the budget."""
-        indices = select(values, float(self.options["density"]), request.budget_bytes, _cost)
+        most = None if request.budget_bytes is None else _best_count(values)
+        indices = select(values, float(self.options["density"]), request.budget_bytes, _cost, most)
         if not len(indices):
             return Encoded(b"", Update(np.empty(0, np.float32), indices, layout.size), state)
         chosen = values[indices]
@@ -67,6 +69,14 @@ class Stc(Codec):
         magnitude = np.frombuffer(payload[at:signs], "<f4")[0].astype(np.float32)
         indices = unpack_positions(payload[end:], count, layout.size)
         return Update(_rebuild(magnitude, negative), indices, layout.size)
+
+
+def _best_count(values: Vector) -> int:
+    """How many of the largest values one magnitude stands for best: with the sum S of k of them, S^2 / k is kept."""
+    if not values.size:
+        return 0
+    sums = np.cumsum(np.sort(np.abs(values))[::-1], dtype=np.float64)
+    return int(np.argmax(np.square(sums) / np.arange(1, len(sums) + 1))) + 1
 
 
 def _cost(count: int) -> int:

@@ -70,7 +70,9 @@ def check_density(density: Value) -> None:
         raise CodecError(f"option 'density' is {density}; it must be above 0 and at most 1")
 
 
-def select(values: Vector, density: float, budget: int | None, cost: Callable[[int], int]) -> NDArray[np.int64]:
+def select(
+    values: Vector, density: float, budget: int | None, cost: Callable[[int], int], most: int | None = None
+) -> NDArray[np.int64]:
     """Positions of the largest values that are not zero: a fraction of all, or as many as the budget pays for.
 
     Args:
@@ -78,6 +80,7 @@ def select(values: Vector, density: float, budget: int | None, cost: Callable[[i
         density: of ``n``; at least one is chosen. Not used with a budget.
         budget: bytes of positions and all else.
         cost: bytes of all but the positions, for a number of values; must not fall.
+        most: values to send at most; None: all that are not zero.
 
     Returns:
         int64, sorted.
@@ -85,7 +88,8 @@ def select(values: Vector, density: float, budget: int | None, cost: Callable[[i
     Raises:
         CodecError: the budget does not pay for one value.
     """
-    size, most = len(values), int(np.count_nonzero(values))
+    size, nonzero = len(values), int(np.count_nonzero(values))
+    most = nonzero if most is None else min(most, nonzero)
     if budget is None:
         return largest(values, min(most, math.ceil(density * size)))
     # The bound holds for any positions, so this many fit; most often some more do.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from edge_runtime.compression.base import State, Update, Vector
 
+_LARGEST = np.finfo(np.float32).max
+
 
 class Transform:
     """Base; passes everything through. ``layout`` plays no part: transforms see vectors without buffers."""
@@ -65,7 +67,8 @@ class Momentum(Transform):
     def apply(self, values: Vector, state: State) -> tuple[Vector, State]:
         """``momentum * velocity + values``, which is the new velocity."""
         velocity = state.get("velocity")
-        out = values if velocity is None else (velocity * self._momentum + values).astype(np.float32)
+        with np.errstate(over="ignore"):
+            out = values if velocity is None else (velocity * self._momentum + values).astype(np.float32)
         return out, {"velocity": out}
 
     def sent(self, values: Vector, update: Update, state: State) -> State:  # noqa: ARG002
@@ -87,13 +90,16 @@ class Feedback(Transform):
     name: ClassVar[str] = "feedback"
 
     def apply(self, values: Vector, state: State) -> tuple[Vector, State]:
-        """``values + residual``."""
+        """``values + residual``; a sum beyond float32 is infinite, and refused by the pipeline."""
         residual = state.get("residual")
-        return (values if residual is None else (values + residual).astype(np.float32)), state
+        with np.errstate(over="ignore"):
+            return (values if residual is None else (values + residual).astype(np.float32)), state
 
     def sent(self, values: Vector, update: Update, state: State) -> State:  # noqa: ARG002
-        """The new residual."""
-        residual = update.subtracted_from(values)
+        """The new residual; what is beyond float32 saturates, so that one absurd round does not end all others."""
+        with np.errstate(over="ignore"):
+            residual = update.subtracted_from(values)
+        np.clip(residual, -_LARGEST, _LARGEST, out=residual)
         return {"residual": residual} if residual.any() else {}
 
 

@@ -144,11 +144,19 @@ class Update:
         return float(np.sqrt(np.square(self.values, dtype=np.float64).sum()))
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of one encoding: bytes of payload it may take (None: the codec's own choice), seed of its dice."""
+class Request(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """What is asked of one encoding.
+
+    Attributes:
+        budget_bytes: of the payload; None: the codec's own choice.
+        seed: of stochastic codecs.
+        reference: the model that the values are relative to, float32 of their size, which the receiver holds bit for
+            bit; a codec may predict from it. None: there is none.
+    """
 
     budget_bytes: int | None = None
     seed: int = 0
+    reference: Vector | None = None
 
 
 class Encoded(NamedTuple):
@@ -214,6 +222,10 @@ class Codec:
                 ArithmeticError and MemoryError become one.)
         """
         raise NotImplementedError
+
+    def decode_against(self, payload: memoryview, layout: Layout, reference: Vector | None) -> Update:  # noqa: ARG002
+        """Like :meth:`decode`, for codecs that predict from ``Request.reference``, which must be the encoder's."""
+        return self.decode(payload, layout)
 
 
 def check_options(owner: str, given: Mapping[str, Value], defaults: Mapping[str, Value]) -> dict[str, Value]:

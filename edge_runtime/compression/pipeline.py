@@ -59,6 +59,7 @@ def encode(
     seed: int = 0,
     base_version: int = 0,
     tag: int = 0,
+    reference: Vector | None = None,
 ) -> EncodedUpdate:
     """Container of the vectors (float32 ``[layout.size]`` by channel).
 
@@ -71,6 +72,8 @@ def encode(
         seed: of stochastic codecs.
         base_version: model version that the values are relative to.
         tag: of the update (:func:`~edge_runtime.compression.container.update_tag`), 0 for a model.
+        reference: model of ``base_version``, as the receiver holds it bit for bit, for channels of its size; None: the
+            receiver has none.
 
     Raises:
         CodecError: unknown codec or option, other channels than ``layouts``, a wrong size, a value that is not finite,
@@ -92,7 +95,8 @@ def encode(
         check_finite(f"channel {name!r}", vector, layout)
         share = None if left is None else left * layout.size // max(1, total)
         channel = _Channel(name, layout, codec, transforms)
-        section, updates[name] = channel.encode(vector, state or {}, new_state, share, seed)
+        request = Request(budget_bytes=share, seed=seed, reference=reference)
+        section, updates[name] = channel.encode(vector, state or {}, new_state, request)
         sections.append(section)
     data = pack(header, layouts, sections, codec.alignment)
     if budget_bytes is not None and len(data) > budget_bytes:
@@ -110,6 +114,7 @@ def decode(
     base_version: int | None = None,
     tag: int | None = None,
     max_norm: float = math.inf,
+    reference: Vector | None = None,
 ) -> dict[str, Update]:
     """Updates by channel, possibly views of ``data``.
 
@@ -119,6 +124,7 @@ def decode(
         base_version: refuse values relative to another model version; None: any.
         tag: refuse another update; None: any.
         max_norm: refuse a larger L2 norm of a channel.
+        reference: what ``encode`` was given.
 
     Raises:
         CodecError: damaged, hostile, of an unknown codec, made for other tensors, another version or another update,
@@ -137,7 +143,7 @@ def decode(
     for name, (start, end) in sections.items():
         channel = _Channel(name, layouts[name], codec, [])
         try:
-            update = channel.decode(view, start, end)
+            update = channel.decode(view[start:end], reference)
         except CodecError as error:
             raise CodecError(f"channel {name!r}: {error}") from error
         except (ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
@@ -145,6 +151,33 @@ def decode(
         _check(name, update, layouts[name], max_norm)
         updates[name] = update
     return updates
+
+
+def keeps_residual(spec: CodecSpec) -> bool:
+    """Whether what is not sent is kept and added the next time; raises CodecError as :func:`check_spec` does."""
+    return any(transform.name == "feedback" for transform in _build(spec)[1])
+
+
+def give_back(
+    spec: CodecSpec, updates: Mapping[str, Update], layouts: Mapping[str, Layout], state: State | None = None
+) -> State:
+    """The state with a refused update added to its residual, so that the next encoding sends it again.
+
+    Args:
+        spec: codec and options that encoded the update; without error feedback the state stays as it is.
+        updates: by channel, as :func:`decode` gave them.
+        layouts: of the channels.
+        state: what the latest encoding gave.
+
+    Raises:
+        CodecError: unknown codec or option, or a state of another model.
+    """
+    codec, transforms = _build(spec)
+    new_state = dict(state or {})
+    if keeps_residual(spec):
+        for name, update in updates.items():
+            _Channel(name, layouts[name], codec, transforms).give_back(update.vector(), new_state)
+    return new_state
 
 
 def encode_model(vector: Vector, layout: Layout) -> bytes:
@@ -193,11 +226,11 @@ class _Channel:
         self._trained = layout.only(buffers=False) if self._split else layout
 
     def encode(
-        self, vector: Vector, before: State, after: State, budget: int | None, seed: int
+        self, vector: Vector, before: State, after: State, request: Request
     ) -> tuple[list[bytes | memoryview], Update]:
         """The parts of the section and what they decode to; puts the new state into ``after``."""
         section: list[bytes | memoryview] = []
-        values, buffers = vector, None
+        values, buffers, budget = vector, None, request.budget_bytes
         if self._split:
             trained, rows = self._rows()
             values, buffers = vector[trained], self._encode_buffers(vector[rows], before, after, section)
@@ -209,25 +242,44 @@ class _Channel:
             check_finite(f"channel {self._name!r} after {transform.name!r}", values, self._trained)
             states.append((transform, values, state))
         own = self._take(before, "codec", None) or self._codec.init(self._trained)
-        payload, update, own = self._codec.encode(
-            values, self._trained, own, Request(budget_bytes=None if budget is None else max(0, budget), seed=seed)
+        asked = Request(
+            budget_bytes=None if budget is None else max(0, budget),
+            seed=request.seed,
+            reference=self._reference(request.reference),
         )
+        payload, update, own = self._codec.encode(values, self._trained, own, asked)
         self._put(after, "codec", own)
         for transform, given, state in states:
             self._put(after, transform.name, transform.sent(given, update, state))
         section.append(payload)
         return section, self._joined(update, buffers)
 
-    def decode(self, view: memoryview, start: int, end: int) -> Update:
-        """The inverse of ``encode``, for the bytes from ``start`` to ``end``."""
-        buffers = None
+    def decode(self, section: memoryview, reference: Vector | None) -> Update:
+        """The inverse of ``encode``."""
+        start, buffers = 0, None
         if self._split:
-            buffers, start = self._decode_buffers(view, start, end)
-        update = self._codec.decode(view[start:end], self._trained)
+            buffers, start = self._decode_buffers(section)
+        update = self._codec.decode_against(section[start:], self._trained, self._reference(reference))
         count = self._trained.size if update.indices is None else len(update.indices)
         if update.size != self._trained.size or update.values.shape != (count,) or update.values.dtype != np.float32:
             raise CodecError(f"codec {self._codec.name!r} gave {update.values.dtype} {update.values.shape}")
         return self._joined(update, buffers)
+
+    def _reference(self, reference: Vector | None) -> Vector | None:
+        """Without buffers; None for a channel of another size."""
+        if reference is None or reference.shape != (self._layout.size,):
+            return None
+        return reference[self._rows()[0]] if self._split else reference
+
+    def give_back(self, vector: Vector, state: State) -> None:
+        """Adds ``vector``, float32 ``[layout.size]``, to the residual in ``state``."""
+        parts = [("feedback", vector)]
+        if self._split:
+            trained, rows = self._rows()
+            parts = [("feedback", vector[trained]), ("buffers", vector[rows])]
+        for owner, part in parts:
+            kept = self._take(state, owner, part.size)
+            self._put(state, owner, {"residual": kept["residual"] + part if kept else part.copy()})
 
     def _encode_buffers(
         self, buffers: Vector, before: State, after: State, section: list[bytes | memoryview]
@@ -245,15 +297,15 @@ class _Channel:
             self._put(after, "buffers", {"residual": buffers - sent})
         return sent
 
-    def _decode_buffers(self, view: memoryview, start: int, end: int) -> tuple[Vector, int]:
+    def _decode_buffers(self, section: memoryview) -> tuple[Vector, int]:
         count = self._layout.size - self._trained.size
-        if start >= end or view[start] not in (_F16, _F32):
+        if not section or section[0] not in (_F16, _F32):
             raise CodecError("buffers are damaged")
-        dtype = np.dtype("<f2" if view[start] == _F16 else "<f4")
-        stop = start + 1 + count * dtype.itemsize
-        if stop > end:
+        dtype = np.dtype("<f2" if section[0] == _F16 else "<f4")
+        stop = 1 + count * dtype.itemsize
+        if stop > len(section):
             raise CodecError("buffers are cut off")
-        return np.frombuffer(view[start + 1 : stop], dtype).astype(np.float32), stop
+        return np.frombuffer(section[1:stop], dtype).astype(np.float32), stop
 
     def _joined(self, update: Update, buffers: Vector | None) -> Update:
         if buffers is None:

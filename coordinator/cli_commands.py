@@ -122,13 +122,19 @@ def verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(store.blobs.path(stored.row.bundle.sha256))
     rounds = ((row, store.counted_updates(options.run, row.round)) for row in store.rounds(options.run))
     different, count = [], 0
-    for row, sha256 in recompute(store.blobs, stored.plan, stored.row, rounds, bundle.layout()):
+    for made in recompute(store.blobs, stored.plan, stored.row, rounds, bundle.layout()):
+        row = made.round
         count += 1
         if sys.stderr.isatty():
             print(f"\rversion {row.version} of {stored.row.version}", end="", file=sys.stderr, flush=True)
-        if sha256 != row.model.sha256:
+        if not made.same:
             different.append(row.version)
-            print(f"version {row.version}: {sha256[:12]} computed, {row.model.sha256[:12]} stored", file=sys.stderr)
+            pairs = ((made.model_sha256, row.model.sha256), (made.vector_sha256, row.vector_sha256))
+            computed, there = next((mine, theirs) for mine, theirs in pairs if mine != theirs)
+            print(
+                f"version {row.version}: {(computed or 'nothing')[:12]} computed, {(there or 'nothing')[:12]} stored",
+                file=sys.stderr,
+            )
     if count and sys.stderr.isatty():
         print(file=sys.stderr)
     if options.json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coordinator.cli_commands import open_store, print_json
 from coordinator.errors import UnknownRunError
 from coordinator.report import device_report, failures, round_progress, run_summary
-from coordinator.wording import NO_SERVER, counted, percent, size
+from coordinator.wording import NO_SERVER, counted, percent, saving, size
 
 if TYPE_CHECKING:
     import argparse
@@ -148,6 +148,11 @@ def _page(store: Store, run: str) -> list[str]:
     lives = store.server_running(now)
     if stored.row.status == "running":
         lines.append(_phase(store, run) if lives else f"{NO_SERVER}; the run waits for one")
+    if summary["encode_cpu_ms"] is not None:
+        lines.append(
+            f"per update: {summary['encode_cpu_ms']:.1f} ms of CPU to encode, {size(summary['written_bytes'])} written "
+            "to the device's storage; savings are against float32, packets included, bundles not"
+        )
     failed = failures(store, stored)
     lines += [f"  {entry['device']} failed: {entry['reason']}" for entry in failed[-_SHOWN_FAILURES:]]
     history = summary["history"][-_SHOWN_ROUNDS:]
@@ -183,7 +188,8 @@ def _headline(summary: dict[str, Any]) -> str:
     reason = f" ({summary['reason']})" if summary["reason"] else ""
     return (
         f"{summary['run']}: {summary['status']}{reason}, {rounds}, accuracy {accuracy}, "
-        f"{up} up, {down} down, {counted(summary['devices'], 'device')}, {summary['seconds']:.1f} s"
+        f"{up} up{saving(summary['ratio_up'])}, {down} down{saving(summary['ratio_down'])}, "
+        f"{counted(summary['devices'], 'device')}, {summary['seconds']:.1f} s"
     )
 
 

@@ -22,9 +22,12 @@ AssignmentStatus: TypeAlias = Literal["open", "received", "failed", "cancelled"]
 class RunRow(msgspec.Struct, kw_only=True):
     """One run. ``version`` counts model versions: 0 is the initial model, round r makes version r + 1.
 
-    ``phase`` "done" with ``status`` "running" waits for the last evaluation. ``down`` is what devices download where
-    that is not ``model`` itself (a lossy downlink codec); ``method_state`` is the server method's own state.
-    ``opened_unix_s`` is when the current round began, ``short_since_unix_s`` since when too few devices were there.
+    ``phase`` "done" with ``status`` "running" waits for the last evaluation. ``down`` is the whole model for devices
+    where that is not ``model`` itself; with a lossy downlink it is the snapshot of the shared model (none of version 0,
+    which every device can make), and ``vector_sha256`` the hash of that model's numbers. ``method_state`` is the server
+    method's own state. ``opened_unix_s`` is when the current round began, ``short_since_unix_s`` since when too few
+    devices were there. ``elements`` are the model's numbers; ``bytes_up`` and ``bytes_down`` are packets after the last
+    closed round.
     """
 
     run: str
@@ -40,10 +43,14 @@ class RunRow(msgspec.Struct, kw_only=True):
     initial_model: BlobRef
     initial_method_state: BlobRef | None = None
     down: BlobRef | None = None
+    vector_sha256: str | None = None
     method_state: BlobRef | None = None
     test_set: BlobRef | None = None
     initial_test: Evaluation | None = None
     next_assignment: int = 0
+    elements: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
     submitted_unix_s: float = 0.0
     opened_unix_s: float = 0.0
     ended_unix_s: float | None = None
@@ -53,6 +60,8 @@ class RunRow(msgspec.Struct, kw_only=True):
 class AssignmentRow(msgspec.Struct, kw_only=True):
     """What one device was asked to do. ``assignment`` is unique in its run.
 
+    ``model`` is the whole model of ``version``. With a lossy downlink ``vector_sha256`` is set, and the device starts
+    from its ``base_version`` and applies the changes that follow, or takes the whole model if that is None.
     ``away``: the device went offline while it was open, so another one may be asked in its place; its update still
     counts.
     """
@@ -64,6 +73,8 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     attempt: int = 0
     version: int
     model: BlobRef
+    vector_sha256: str | None = None
+    base_version: int | None = None
     epochs: int | None = None
     steps: int | None = None
     variant: str | None = None
@@ -94,8 +105,22 @@ class UpdateRow(msgspec.Struct, kw_only=True):
     weight: float | None = None
 
 
+class HoldingRow(msgspec.Struct, kw_only=True):
+    """The version of the shared model that a device holds, as far as is known; None: none. For a lossy downlink."""
+
+    run: str
+    device: str
+    version: int | None = None
+
+
 class RoundRow(msgspec.Struct, kw_only=True):
-    """One closed round: the model it made, what it took, and what was measured on that model."""
+    """One closed round: the model it made, what it took, and what was measured on that model.
+
+    ``down`` and ``vector_sha256`` are as in :class:`RunRow`; ``change`` leads from the shared model of the version
+    before to that of this one. ``bytes_up`` and ``bytes_down`` are MQTT packets of this run since the round before,
+    ``bytes_bundle`` that part of ``bytes_down`` that was the bundle. ``encode_cpu_ms`` and ``written_bytes`` are sums
+    over the updates, of what the devices reported.
+    """
 
     run: str
     round: int
@@ -106,9 +131,15 @@ class RoundRow(msgspec.Struct, kw_only=True):
     updates: int
     late_updates: int
     samples: int
+    down: BlobRef | None = None
+    change: BlobRef | None = None
+    vector_sha256: str | None = None
     method_state: BlobRef | None = None
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_bundle: int = 0
+    encode_cpu_ms: int = 0
+    written_bytes: int = 0
     train_loss: float | None = None
     test: Evaluation | None = None
     devices: Evaluation | None = None  # hold-outs of the devices, measured on the version this round started from
@@ -125,7 +156,7 @@ class DeviceRow(msgspec.Struct, kw_only=True):
     telemetry: Telemetry | None = None
 
 
-Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | RoundRow | DeviceRow
+Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | HoldingRow | RoundRow | DeviceRow
 
 
 # Events
@@ -178,28 +209,32 @@ class UpdateDamaged(msgspec.Struct, frozen=True):
 
 
 class JobReported(msgspec.Struct, frozen=True):
-    """A device says that an assignment failed or was rejected."""
+    """A device says that an assignment failed, or that it was ``rejected`` and never begun."""
 
     now: float
     device: str
     assignment: str
     reason: str
+    rejected: bool = False
 
 
 class Aggregated(msgspec.Struct, frozen=True):
     """The new model of a round is durable.
 
-    ``down`` is what devices download where it differs from the model; ``bytes_up`` and ``bytes_down`` are the payload
-    bytes since the last round of this run.
+    ``down``, ``change`` and ``vector_sha256`` are as in :class:`RoundRow`; the bytes are those of this run's packets
+    since the round before.
     """
 
     now: float
     round: int
     model: BlobRef
     down: BlobRef | None = None
+    change: BlobRef | None = None
+    vector_sha256: str | None = None
     method_state: BlobRef | None = None
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_bundle: int = 0
 
 
 class Evaluated(msgspec.Struct, frozen=True):
@@ -289,13 +324,18 @@ class AnswerFromStore(msgspec.Struct, frozen=True):
 
 
 class Aggregate(msgspec.Struct, frozen=True):
-    """Make the next model from these updates, in this order, with these weights; answer with Aggregated."""
+    """Make the next model from these updates, in this order, with these weights; answer with Aggregated.
+
+    ``shared`` is the snapshot of the shared model of ``version``; None with a lossless downlink, and of version 0.
+    """
 
     run: str
     round: int
+    version: int
     base: BlobRef
     updates: list[UpdateRow]
     method_state: BlobRef | None = None
+    shared: BlobRef | None = None
 
 
 class Evaluate(msgspec.Struct, frozen=True):

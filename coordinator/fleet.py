@@ -35,7 +35,7 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
 
 def requirement(plan: Plan, blob_bytes: int = 0) -> Requirement:
     """What a plan asks of a device."""
-    codecs = tuple(sorted({plan.codec, plan.downlink_codec}))
+    codecs = tuple(sorted({plan.uplink.codec, plan.downlink.codec}))
     return Requirement(dataset=plan.dataset, codecs=codecs, method=plan.method, blob_bytes=blob_bytes)
 
 

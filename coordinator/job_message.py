@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from coordinator.transfers import with_chunk_size
 from edge_runtime import messages
 
 if TYPE_CHECKING:
     from coordinator import events as e
     from coordinator.plan import Plan
+    from edge_runtime.store.blobs import BlobStore
+
+INLINE_BYTES = 8 * 1024  # a last blob up to this size travels inside the job, and needs no request
+_ENVELOPE_BYTES = 2048  # of the smallest packet that is left to the rest of the job
 
 
-def make_job(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, now: float, chunk_bytes: int) -> messages.Job:
-    """The message that tells a device its assignment."""
+def make_job(
+    plan: Plan,
+    run: e.RunRow,
+    assignment: e.AssignmentRow,
+    model: messages.ModelRef,
+    *,
+    now: float,
+    chunk_bytes: int,
+    inline: bytes = b"",
+) -> messages.Job:
+    """The message that tells a device its assignment; blobs are cut into chunks of ``chunk_bytes``."""
     training = plan.training
+    planned = assignment.codec == plan.uplink.codec
     return messages.Job(
         run=run.run,
         assignment=assignment.assignment,
         round=assignment.round,
         model_version=assignment.version,
         bundle=with_chunk_size(run.bundle, chunk_bytes),
-        model=with_chunk_size(assignment.model, chunk_bytes),
+        model=msgspec.structs.replace(model, blobs=[with_chunk_size(blob, chunk_bytes) for blob in model.blobs]),
+        inline=inline,
         dataset=plan.dataset,
         deadline_s=min(max(1.0, assignment.deadline_unix_s - now), plan.participation.deadline_s),
         epochs=assignment.epochs,
@@ -34,6 +51,7 @@ def make_job(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, now: float,
         variant=assignment.variant,
         cut=assignment.cut,
         codec=assignment.codec,
+        codec_options=plan.uplink.options if planned else {},
         byte_budget=assignment.byte_budget,
         evaluate=plan.evaluate_on_devices,
         holdout_fraction=training.holdout_fraction,
@@ -42,3 +60,13 @@ def make_job(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, now: float,
         priority=plan.priority,
         seed=plan.seed,
     )
+
+
+def inline_bytes(blobs: BlobStore, model: messages.ModelRef, chunk_bytes: int) -> bytes:
+    """The bytes of the model's last blob if they fit into the job; else none, and the device asks for them."""
+    if not model.blobs or model.blobs[-1].size_bytes > min(INLINE_BYTES, chunk_bytes - _ENVELOPE_BYTES):
+        return b""
+    try:
+        return blobs.path(model.blobs[-1].sha256).read_bytes()
+    except OSError:
+        return b""

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import CodecError, ConfigError
 from edge_runtime.files import load_toml
 from edge_runtime.messages import Name
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+DEFAULT_CODEC = "zstd"  # both ways, where a plan names none
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,6 +48,39 @@ class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     staleness_exponent: Annotated[float, msgspec.Meta(ge=0.0)] = 0.5
 
 
+class Uplink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How updates are encoded, and the bytes that one may take.
+
+    ``target_ratio`` (float32 bytes over encoded bytes) or ``budget_bytes`` of an update; neither: the codec's own
+    choice. ``by_samples`` gives a device bytes in proportion to its samples, the mean of the fleet getting the budget.
+    Over the first ``warmup_rounds`` rounds the ratio grows exponentially (Lin et al., "Deep Gradient Compression",
+    ICLR 2018, section 3.3). An update with an L2 norm above ``max_norm`` is refused. ``options`` are the codec's, and
+    ``clip_norm``, ``momentum`` and ``error_feedback``.
+    """
+
+    codec: str = DEFAULT_CODEC
+    target_ratio: Annotated[float, msgspec.Meta(ge=1.0)] | None = None
+    budget_bytes: Annotated[int, msgspec.Meta(ge=64)] | None = None
+    options: dict[str, bool | int | float | str] = {}
+    by_samples: bool = False
+    warmup_rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_norm: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+
+
+class Downlink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How models reach devices: whole with a lossless codec, else as a chain of changes of a shared model.
+
+    ``target_ratio`` or ``budget_bytes`` are those of one change. The last ``chain`` changes are kept for devices that
+    missed some.
+    """
+
+    codec: str = DEFAULT_CODEC
+    target_ratio: Annotated[float, msgspec.Meta(ge=1.0)] | None = None
+    budget_bytes: Annotated[int, msgspec.Meta(ge=64)] | None = None
+    options: dict[str, bool | int | float | str] = {}
+    chain: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run. ``bundle`` and ``test_set`` are paths on the machine that submits; both are copied into the store."""
 
@@ -61,8 +96,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     options: dict[str, float] = {}
     server_method: str = "fedavg"
     server_options: dict[str, float] = {}
-    codec: str = "raw"
-    downlink_codec: str = "raw"
+    uplink: Uplink = Uplink()
+    downlink: Downlink = Downlink()
     variant: str | None = None
     evaluate_on_devices: bool = True
     test_set: str | None = None
@@ -74,16 +109,58 @@ def load_plan(path: Path) -> Plan:
     """Reads a plan; relative paths inside count from the plan's folder.
 
     Raises:
-        ConfigError: unreadable, no TOML, an unknown key, a value of the wrong type or range, or contradictory values.
+        ConfigError: unreadable, no TOML, an unknown key or codec, a value of the wrong type or range, or contradictory
+            values.
     """
     plan = load_toml(path, Plan)
     if (plan.training.epochs is None) == (plan.training.steps is None):
         raise ConfigError(f"{path}: set exactly one of training.epochs and training.steps")
     if plan.participation.minimum > plan.participation.target:
         raise ConfigError(f"{path}: participation.minimum is above participation.target")
+    try:
+        check_codecs(plan)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     folder = path.parent
     return msgspec.structs.replace(
         plan,
         bundle=str(folder / plan.bundle),
         test_set=None if plan.test_set is None else str(folder / plan.test_set),
     )
+
+
+def check_codecs(plan: Plan) -> None:
+    """Whether codecs, their options and budgets can be used.
+
+    Raises:
+        ConfigError: an unknown codec or option, or values that contradict one another.
+    """
+    from edge_runtime.compression.pipeline import CodecSpec, check_spec
+    from edge_runtime.compression.registry import codec_class
+
+    for table, part in (("uplink", plan.uplink), ("downlink", plan.downlink)):
+        try:
+            check_spec(CodecSpec(part.codec, part.options))
+        except CodecError as error:
+            raise ConfigError(f"{table}: {error}") from error
+        if part.target_ratio is not None and part.budget_bytes is not None:
+            raise ConfigError(f"{table}: set one of target_ratio and budget_bytes, or neither")
+        limited = part.target_ratio is not None or part.budget_bytes is not None
+        if limited and codec_class(part.codec).lossless:
+            raise ConfigError(
+                f"{table}: codec {part.codec!r} loses nothing, so it keeps no target_ratio or budget_bytes"
+            )
+    if (plan.uplink.by_samples or plan.uplink.warmup_rounds) and not (
+        plan.uplink.target_ratio is not None or plan.uplink.budget_bytes is not None
+    ):
+        raise ConfigError("uplink: by_samples and warmup_rounds need target_ratio or budget_bytes")
+    stateful = sorted({"error_feedback", "momentum"} & set(plan.downlink.options))
+    if stateful:
+        raise ConfigError(f"downlink: no option {stateful[0]!r}; what was not sent stays in the server's model anyway")
+
+
+def is_lossless(codec: str) -> bool:
+    """Whether a codec gives every bit back."""
+    from edge_runtime.compression.registry import codec_class
+
+    return codec_class(codec).lossless

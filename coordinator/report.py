@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coordinator.budget import FLOAT_BYTES
 from coordinator.evaluation_numbers import accuracy, mean_loss
 from coordinator.fleet import requirement, unfit_row
 
@@ -18,16 +19,18 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
 
     Keys: ``accuracy`` and ``test_loss`` (latest on the test set), ``best_accuracy``, ``initial_accuracy``,
     ``device_accuracy`` (latest on the devices' hold-outs), ``rounds`` (closed) of ``rounds_planned``, ``bytes_up`` and
-    ``bytes_down`` (payload), ``seconds`` (to the end, to ``now`` for a running run if given, else to the last round),
-    ``devices`` (that were asked), ``updates`` by verdict, and ``history`` with one entry per round. What was not
-    measured is None.
+    ``bytes_down`` (MQTT packets of this run), ``bytes_bundle`` (of ``bytes_down``), ``ratio_up`` and ``ratio_down``
+    (bytes of the same updates, or of a model for each of them, in float32 alone, over those bytes; without bundles),
+    ``encode_cpu_ms`` and ``written_bytes`` (means per update, as devices reported them), ``elements`` (of the model),
+    ``seconds`` (to the end, to ``now`` for a running run if given, else to the last round), ``devices`` (that were
+    asked), ``updates`` by verdict, and ``history`` with one entry per round. What was not measured is None.
 
     Raises:
         UnknownRunError: no such run.
     """
     stored = store.run(run)
     row, rounds = stored.row, store.rounds(run)
-    history = [_round(entry) for entry in rounds]
+    history = [_round(entry, row.elements) for entry in rounds]
     measured = [entry["accuracy"] for entry in history if entry["accuracy"] is not None]
     initial = accuracy(row.initial_test)
     last = rounds[-1].closed_unix_s if rounds else row.submitted_unix_s
@@ -47,8 +50,8 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
         "test_loss": _latest(history, "test_loss") if history else mean_loss(row.initial_test),
         "device_accuracy": _latest(history, "device_accuracy"),
         "train_loss": _latest(history, "train_loss"),
-        "bytes_up": sum(entry.bytes_up for entry in rounds),
-        "bytes_down": sum(entry.bytes_down for entry in rounds),
+        "elements": row.elements,
+        **_costs(rounds, row.elements, row.bytes_up, row.bytes_down),
         "seconds": end - row.submitted_unix_s,
         "samples": sum(entry.samples for entry in rounds),
         "devices": store.participants(run),
@@ -99,7 +102,25 @@ def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:
     }
 
 
-def _round(row: RoundRow) -> dict[str, Any]:
+def _costs(rounds: list[RoundRow], elements: int, bytes_up: int = 0, bytes_down: int = 0) -> dict[str, Any]:
+    """Bytes of rounds, with those given, their ratio to float32, and what devices said about their updates."""
+    bytes_up += sum(row.bytes_up for row in rounds)
+    bytes_down += sum(row.bytes_down for row in rounds)
+    bundle = sum(row.bytes_bundle for row in rounds)
+    updates = sum(row.updates for row in rounds)
+    dense = FLOAT_BYTES * elements * updates
+    return {
+        "bytes_up": bytes_up,
+        "bytes_down": bytes_down,
+        "bytes_bundle": bundle,
+        "ratio_up": round(dense / bytes_up, 2) if dense and bytes_up else None,
+        "ratio_down": round(dense / (bytes_down - bundle), 2) if dense and bytes_down > bundle else None,
+        "encode_cpu_ms": round(sum(row.encode_cpu_ms for row in rounds) / updates, 2) if updates else None,
+        "written_bytes": round(sum(row.written_bytes for row in rounds) / updates) if updates else None,
+    }
+
+
+def _round(row: RoundRow, elements: int) -> dict[str, Any]:
     return {
         "round": row.round,
         "version": row.version,
@@ -107,8 +128,7 @@ def _round(row: RoundRow) -> dict[str, Any]:
         "updates": row.updates,
         "late_updates": row.late_updates,
         "samples": row.samples,
-        "bytes_up": row.bytes_up,
-        "bytes_down": row.bytes_down,
+        **_costs([row], elements),
         "train_loss": row.train_loss,
         "test_loss": mean_loss(row.test),
         "accuracy": accuracy(row.test),

@@ -8,6 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from coordinator import events as e
+from coordinator.budget import update_budget
 from coordinator.selection import RoundRequest
 from coordinator.wording import counted
 from edge_runtime.messages import Evaluation
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from coordinator.fleet import FleetView
     from coordinator.run_state import RunState
+    from coordinator.selection import Choice
 
 
 class Work:
@@ -140,6 +142,7 @@ def _ask(state: RunState, work: Work, fleet: FleetView, candidates: list[str], c
     )
     free = set(candidates)
     asked = 0
+    mean = _mean_samples(state, fleet)
     for choice in state.selector.select(work.now, fleet, request)[: request.count]:
         if choice.device not in free:
             continue  # a selector cannot ask a device twice, nor one that is not eligible
@@ -152,12 +155,14 @@ def _ask(state: RunState, work: Work, fleet: FleetView, candidates: list[str], c
             attempt=run.attempt,
             version=run.version,
             model=run.down or run.model,
+            vector_sha256=run.vector_sha256,
+            base_version=state.base_for(choice.device),
             epochs=choice.epochs,
             steps=choice.steps,
             variant=choice.variant,
             cut=choice.cut,
             codec=choice.codec,
-            byte_budget=choice.byte_budget,
+            byte_budget=_budget(state, fleet, choice, mean),
             assigned_unix_s=work.now,
             deadline_unix_s=work.now + choice.deadline_s,
         )
@@ -167,6 +172,30 @@ def _ask(state: RunState, work: Work, fleet: FleetView, candidates: list[str], c
         work.out.append(e.SendJob(copy.copy(row)))
         asked += 1
     return asked
+
+
+def _budget(state: RunState, fleet: FleetView, choice: Choice, mean_samples: float | None) -> int | None:
+    """The selector's own budget, else the plan's; none for a codec that the plan knows nothing of."""
+    uplink = state.plan.uplink
+    if choice.byte_budget is not None or choice.codec != uplink.codec:
+        return choice.byte_budget
+    elements = state.run.elements * len(state.method.channels)
+    samples = _samples(state, fleet, choice.device) if uplink.by_samples else None
+    return update_budget(uplink, state.run.round, elements, samples, mean_samples)
+
+
+def _mean_samples(state: RunState, fleet: FleetView) -> float | None:
+    if not state.plan.uplink.by_samples:
+        return None
+    known = [_samples(state, fleet, device) for device in sorted(fleet.eligible(state.need))]
+    counts = [count for count in known if count is not None]
+    return sum(counts) / len(counts) if counts else None
+
+
+def _samples(state: RunState, fleet: FleetView, device: str) -> int | None:
+    found = fleet.get(device)
+    dataset = None if found is None else found.dataset(state.plan.dataset)
+    return None if dataset is None else dataset.samples
 
 
 def _close(state: RunState, work: Work) -> None:
@@ -180,7 +209,15 @@ def aggregate_effect(state: RunState) -> e.Aggregate:
     run = state.run
     chosen = [row for row in state.pending.values() if row.counted_round == run.round]
     chosen.sort(key=lambda row: row.update)
-    return e.Aggregate(run.run, run.round, run.model, [copy.copy(row) for row in chosen], run.method_state)
+    return e.Aggregate(
+        run.run,
+        run.round,
+        run.version,
+        run.model,
+        [copy.copy(row) for row in chosen],
+        run.method_state,
+        None if run.vector_sha256 is None else run.down,
+    )
 
 
 def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
@@ -198,6 +235,9 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
         round=run.round,
         version=run.version + 1,
         model=event.model,
+        down=event.down,
+        change=event.change,
+        vector_sha256=event.vector_sha256,
         method_state=event.method_state,
         opened_unix_s=run.opened_unix_s,
         closed_unix_s=work.now,
@@ -206,6 +246,9 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
         samples=sum(row.meta.samples for row in chosen),
         bytes_up=event.bytes_up,
         bytes_down=event.bytes_down,
+        bytes_bundle=event.bytes_bundle,
+        encode_cpu_ms=sum(row.meta.encode_cpu_ms for row in chosen),
+        written_bytes=sum(row.meta.written_bytes for row in chosen),
         train_loss=_train_loss(chosen),
         devices=_combine(row.meta.evaluation for row in fresh),
     )
@@ -213,6 +256,9 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
     run.round += 1
     run.attempt = 0
     run.model, run.down, run.method_state = event.model, event.down, event.method_state
+    run.vector_sha256 = event.vector_sha256
+    if event.change is not None:
+        state.changes[run.version] = event.change
     run.opened_unix_s = work.now
     run.phase = "selecting" if run.round < state.plan.rounds else "done"
     work.save(*chosen, record, run)
@@ -251,6 +297,13 @@ def finish(state: RunState, work: Work, status: e.RunStatus, reason: str) -> Non
     state.recount()
 
 
+def note_holding(state: RunState, work: Work, row: e.AssignmentRow, version: int | None) -> None:
+    """What the device of an assignment holds after it, where it matters."""
+    holding = None if state.ended else state.hold(row, version)
+    if holding is not None:
+        work.save(holding)
+
+
 def start_evaluations(state: RunState, out: list[e.Effect]) -> None:
     """Asks for all evaluations that are due."""
     out.extend(e.Evaluate(version, model) for version, model in state.evaluations_due().items())
@@ -265,6 +318,7 @@ def _cancel_open(state: RunState, work: Work, reason: str) -> None:
 def _cancel(state: RunState, work: Work, row: e.AssignmentRow, reason: str) -> None:
     state.close_assignment(row, "cancelled", reason)
     work.save(row)
+    note_holding(state, work, row, None)  # it may have taken this model, or kept the one before
     work.out.append(e.SendCancel(row.device, row.assignment, reason))
 
 

@@ -20,7 +20,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from coordinator import events as e
-from coordinator.round_flow import Work, advance, aggregate_effect, finish, progress, start_evaluations
+from coordinator.round_flow import Work, advance, aggregate_effect, finish, note_holding, progress, start_evaluations
 from coordinator.selection import Outcome
 from coordinator.wording import counted
 
@@ -124,6 +124,8 @@ def _answered(state: RunState, work: Work, name: UpdateId, blob: BlobRef, meta: 
     if reason:
         row = e.UpdateRow(update=name, blob=blob, meta=meta, received_unix_s=work.now)
         _refuse(state, work, row, reason)
+        if assignment.status == "cancelled" and meta.model_version == assignment.version and not state.ended:
+            note_holding(state, work, assignment, assignment.version)  # too late to count, but this it trained on
         return True
     return False
 
@@ -164,6 +166,7 @@ def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
     state.close_assignment(assignment, "received")
     state.add_update(row)
     work.save(row, assignment)
+    note_holding(state, work, assignment, assignment.version)
     work.out.append(e.SendDone(event.update))
     state.selector.observe(assignment.device, state.outcome(assignment, row))
 
@@ -188,8 +191,16 @@ def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, r
 
 def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
     assignment = state.assignments.get(event.assignment)
-    if assignment is not None and assignment.device == event.device:
-        _failed(state, work, assignment, event.reason)
+    if assignment is None or assignment.device != event.device:
+        return
+    if event.rejected and assignment.status == "open" and assignment.base_version:
+        # Most likely it no longer holds what the coordinator thought: it gets the same job without that, once.
+        note_holding(state, work, assignment, None)
+        assignment.base_version = state.base_without_held(assignment)
+        work.save(assignment)
+        work.out.append(e.SendJob(copy.copy(assignment)))
+        return
+    _failed(state, work, assignment, event.reason)
 
 
 def _failed(state: RunState, work: Work, assignment: e.AssignmentRow, reason: str) -> None:
@@ -197,6 +208,7 @@ def _failed(state: RunState, work: Work, assignment: e.AssignmentRow, reason: st
     if assignment.status == "open":
         state.close_assignment(assignment, "failed", reason)
         work.save(assignment)
+        note_holding(state, work, assignment, None)
         state.selector.observe(assignment.device, Outcome(assignment=assignment, reason=reason))
 
 

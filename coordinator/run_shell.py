@@ -11,14 +11,15 @@ from coordinator import events as e
 from coordinator.background import DISK_RETRY_S, Background
 from coordinator.errors import StoreError
 from coordinator.evaluation_numbers import accuracy
-from coordinator.job_message import make_job
+from coordinator.job_message import inline_bytes, make_job
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.runner import RunFiles
-from coordinator.transfers import Downlink, Uplink, with_chunk_size
+from coordinator.traffic import Traffic
+from coordinator.transfers import Downlink, Uplink, named, with_chunk_size
 from coordinator.wording import counted, percent, size
 from edge_runtime import messages, topics
-from edge_runtime.errors import EdgeError, MessageError, StorageError
+from edge_runtime.errors import EdgeError, MessageError, StorageError, TransferError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ POLL_S = 0.25  # how soon a submission or a stop request of another process is n
 TICK_S = 1.0
 LARGEST_NUMBER = 1 << 53  # of samples or a sequence: what a float64 weight and every database still hold exactly
 LARGEST_LOSS = 1e100
+LARGEST_COST = 1 << 45  # milliseconds or bytes of one update; sums of many fit a database
 
 
 class RunShell:
@@ -48,8 +50,9 @@ class RunShell:
         self.store, self.fleet, self.loop, self.link, self.clock = store, fleet, loop, link, clock
         self.runs: dict[str, RunState] = {}
         self.files: dict[str, RunFiles] = {}
-        self.downlink = Downlink(loop, link, self._find_blob)
-        self.uplink = Uplink(loop, link, arrived=self._on_arrived, refused=self._on_refused)
+        self.traffic = Traffic()
+        self.downlink = Downlink(loop, link, self._find_blob, self._on_chunk_sent)
+        self.uplink = Uplink(loop, link, arrived=self._on_arrived, refused=self._on_refused, traffic=self.traffic)
         self._background = Background(loop)
         self._offer: messages.UpdateOffer | None = None
         self._ticks: dict[str, Timer] = {}
@@ -81,11 +84,26 @@ class RunShell:
         for run in list(self.runs):
             self._step(run, e.DeviceLeft(now, device))
 
+    def heard(self, device: str, message: messages.FromDevice, payload_bytes: int) -> None:
+        """Counts a message of a device for the run that it is about."""
+        match message:
+            case messages.UpdateOffer(update=update):
+                run: str | None = update.run
+            case messages.JobStatus(run=run):
+                pass
+            case messages.Need(sha256=sha256):
+                run = self._run_that_sent(device, sha256)
+            case _:
+                return
+        if run is not None and run in self.runs:
+            self.traffic.up(run, topics.from_device(device, "message"), payload_bytes)
+
     def on_job_failed(self, now: float, device: str, status: messages.JobStatus) -> None:
         """A device rejected a job, or failed at it."""
         self.downlink.unexpect(device)
         log.warning("%s: job %s/%s %s: %s", device, status.run, status.assignment, status.status, status.reason)
-        self._step(status.run, e.JobReported(now, device, status.assignment, status.reason))
+        rejected = status.status == "rejected"
+        self._step(status.run, e.JobReported(now, device, status.assignment, status.reason, rejected))
 
     def on_offer(self, now: float, device: str, offer: messages.UpdateOffer) -> None:
         """A device offers an update.
@@ -103,6 +121,11 @@ class RunShell:
         if update.run not in self.runs:
             self._carry_out(update.run, e.AnswerFromStore(update))
             return
+        try:
+            offer = named(offer)
+        except TransferError as error:
+            raise MessageError(str(error)) from error
+        assert offer.blob is not None
         known = self.runs[update.run].assignments.get(update.assignment)
         if known is not None and known.device != device:
             log.warning("update %s refused: this assignment belongs to device %s", update, known.device)
@@ -115,8 +138,10 @@ class RunShell:
         self._step(update.run, e.UpdateOffered(now, update, offer.blob, offer.meta))
         self._offer = None
 
-    def _send(self, device: str, message: messages.FromCoordinator) -> None:
-        self.link.publish(topics.to_device(device, "message"), messages.encode(message))
+    def _send(self, run: str, device: str, message: messages.FromCoordinator) -> None:
+        topic, data = topics.to_device(device, "message"), messages.encode(message)
+        if self.link.publish(topic, data) and run in self.runs:
+            self.traffic.down(run, topic, len(data))
 
     def _poll(self) -> None:
         """Takes up new runs and stop requests of other processes."""
@@ -205,14 +230,14 @@ class RunShell:
             case e.SendJob(assignment):
                 self._send_job(run, assignment)
             case e.SendCancel(device, assignment, reason):
-                self._send(device, messages.Cancel(run=run, assignment=assignment, reason=reason))
+                self._send(run, device, messages.Cancel(run=run, assignment=assignment, reason=reason))
             case e.Fetch(update, blob, meta):
                 offer = self._offer or messages.UpdateOffer(update=update, blob=blob, meta=meta)
                 self._fetch(run, offer)
             case e.SendDone(update):
-                self._send(update.device, messages.Done(update=update))
+                self._send(run, update.device, messages.Done(update=update))
             case e.SendVerdict(update, counted, reason):
-                self._send(update.device, messages.Verdict(update=update, counted=counted, reason=reason))
+                self._send(run, update.device, messages.Verdict(update=update, counted=counted, reason=reason))
             case e.AnswerFromStore(update):
                 self._answer_from_store(update)
             case e.Aggregate():
@@ -253,13 +278,19 @@ class RunShell:
         if device is None or not device.online or not self.link.is_up:
             return  # DeviceJoined repeats it
         state = self.runs[run]
-        job = make_job(state.plan, state.run, assignment, self.clock(), self.link.chunk_bytes)
-        self.files[run].sends(job.model)
-        self.downlink.expect(assignment.device, job.bundle, job.model)
-        self._send(assignment.device, job)
+        model, chunk_bytes = state.model_of(assignment), self.link.chunk_bytes
+        inline = inline_bytes(self.store.blobs, model, chunk_bytes)
+        job = make_job(
+            state.plan, state.run, assignment, model, now=self.clock(), chunk_bytes=chunk_bytes, inline=inline
+        )
+        self.files[run].sends(*job.model.blobs)
+        wanted = job.model.blobs[:-1] if inline else job.model.blobs
+        self.downlink.expect(assignment.device, job.bundle, *wanted)
+        self._send(run, assignment.device, job)
 
     def _fetch(self, run: str, offer: messages.UpdateOffer) -> None:
         files = self.files[run]
+        assert offer.blob is not None
         reason = files.unfit(offer.blob)
         if reason:
             self._step(run, e.UpdateDamaged(self.clock(), offer.update, offer.blob, offer.meta, reason))
@@ -270,7 +301,7 @@ class RunShell:
         files = self.files.get(update.run)
         if files is None:
             return
-        reason = files.damage(blob)
+        reason = files.damage(blob, update, meta)
         if reason:
             self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
         else:
@@ -286,25 +317,25 @@ class RunShell:
         if row is None:
             reason = "the coordinator knows no such run or assignment"
             log.warning("update %s refused: %s", update, reason)
-            self._send(update.device, messages.Verdict(update=update, counted=False, reason=reason))
+            self._send(update.run, update.device, messages.Verdict(update=update, counted=False, reason=reason))
         elif row.verdict == "pending":
-            self._send(update.device, messages.Done(update=update))
+            self._send(update.run, update.device, messages.Done(update=update))
         else:
             counted = row.verdict == "counted"
-            self._send(update.device, messages.Verdict(update=update, counted=counted, reason=row.reason))
+            self._send(update.run, update.device, messages.Verdict(update=update, counted=counted, reason=row.reason))
 
     def _aggregate(self, run: str, effect: e.Aggregate) -> None:
         files = self.files[run]
 
         def done(made: Made) -> None:
+            moved = self.traffic.take(run)
             event = e.Aggregated(
                 self.clock(),
                 effect.round,
-                made.model,
-                down=made.down,
-                method_state=made.method_state,
-                bytes_up=self.uplink.take_received_bytes(run),
-                bytes_down=self.downlink.take_sent_bytes(files.sent_blobs),
+                **made._asdict(),
+                bytes_up=moved.up,
+                bytes_down=moved.down,
+                bytes_bundle=moved.bundle,
             )
             self._step(run, event)
             self._clean(run)
@@ -331,7 +362,7 @@ class RunShell:
     def _clean(self, run: str) -> None:
         files, state = self.files.get(run), self.runs.get(run)
         if files is not None and state is not None:
-            _delete(lambda: files.clean(state))
+            _tidy(lambda: files.clean(state))
 
     def _finished(self, run: str, status: str, reason: str) -> None:
         log.info("run %s %s%s", run, status, f": {reason}" if reason else "")
@@ -341,14 +372,32 @@ class RunShell:
             others = {sha256 for other in self.files.values() for sha256 in other.sent_blobs}
             for sha256 in files.sent_blobs.keys() - others:
                 self.downlink.forget(sha256)
-        state = self.runs.pop(run, None)
+        state, moved = self.runs.pop(run, None), self.traffic.take(run)
         if state is not None:
+            state.run.bytes_up, state.run.bytes_down = moved.up, moved.down
+            _tidy(lambda: self.store.save([state.run]))
             self.fleet.forget(state.need)
             if files is not None:
-                _delete(lambda: files.clean_up(state))
+                _tidy(lambda: files.clean_up(state))
         timer = self._ticks.pop(run, None)
         if timer is not None:
             timer.cancel()
+
+    def _on_chunk_sent(self, device: str, sha256: str, topic: str, payload_bytes: int) -> None:
+        run = self._run_that_sent(device, sha256)
+        if run is not None:
+            bundle = sha256 == self.runs[run].run.bundle.sha256
+            self.traffic.down(run, topic, payload_bytes, bundle=bundle)
+
+    def _run_that_sent(self, device: str, sha256: str) -> str | None:
+        """The run for which a device asks for a blob; one where it has work, if several send it."""
+        found = None
+        for run, files in self.files.items():
+            if sha256 in files.sent_blobs and run in self.runs:
+                if device in self.runs[run].busy:
+                    return run
+                found = found or run
+        return found
 
     def _find_blob(self, sha256: str) -> tuple[Path, BlobRef] | None:
         for files in self.files.values():
@@ -358,12 +407,12 @@ class RunShell:
         return None
 
 
-def _delete(action: Callable[[], None]) -> None:
-    """Deleting what is no longer needed may fail without harm; the next round tries again."""
+def _tidy(action: Callable[[], None]) -> None:
+    """Deleting what is no longer needed, or noting the last bytes, may fail without harm."""
     try:
         action()
     except (StorageError, StoreError) as error:
-        log.error("%s; it is tried again later", error)  # noqa: TRY400 - one line for the operator
+        log.error("%s; the run goes on", error)  # noqa: TRY400 - one line for the operator
 
 
 def implausible(meta: UpdateMeta) -> str:
@@ -371,10 +420,13 @@ def implausible(meta: UpdateMeta) -> str:
     if meta.samples > LARGEST_NUMBER:
         return f"claims {meta.samples} samples"
     evaluation = meta.evaluation
-    losses = [meta.loss, meta.train_s] + ([] if evaluation is None else [evaluation.loss_sum])
+    losses = [meta.loss] + ([] if evaluation is None else [evaluation.loss_sum])
     wrong = [value for value in losses if value is not None and not abs(value) <= LARGEST_LOSS]
     if wrong:
-        return f"reports a loss or time of {wrong[0]}"
+        return f"reports a loss of {wrong[0]}"
+    costs = max(meta.train_ms, meta.encode_cpu_ms, meta.written_bytes)
+    if costs > LARGEST_COST:
+        return f"reports {costs} milliseconds or written bytes"
     if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_NUMBER:
         return f"claims an evaluation of {evaluation.samples} samples"
     return ""

@@ -10,10 +10,12 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from coordinator.events import AssignmentRow, RoundRow, RunRow, UpdateRow
+from coordinator.chain import cheapest_base
+from coordinator.events import AssignmentRow, HoldingRow, RoundRow, RunRow, UpdateRow
 from coordinator.fleet import requirement
 from coordinator.methods import create_method
 from coordinator.selection import SELECTORS, Outcome
+from edge_runtime.messages import ModelRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +40,8 @@ class RunState:
     assignments: dict[str, AssignmentRow] = field(default_factory=dict)
     updates: dict[UpdateId, UpdateRow] = field(default_factory=dict)
     unevaluated: dict[int, RoundRow] = field(default_factory=dict)  # by version, those that are to be evaluated
+    changes: dict[int, BlobRef] = field(default_factory=dict)  # of the shared model, by the version that they make
+    held: dict[str, int] = field(default_factory=dict)  # version of the shared model, by device that has one
     # Derived from the rows:
     by_device: dict[str, list[str]] = field(default_factory=dict)  # assignments, oldest first
     by_assignment: dict[str, list[UpdateId]] = field(default_factory=dict)  # sorted
@@ -60,7 +64,9 @@ class RunState:
         now: float = 0.0,
         test_set: BlobRef | None = None,
         down: BlobRef | None = None,
+        vector_sha256: str | None = None,
         method_state: BlobRef | None = None,
+        elements: int = 0,
     ) -> RunState:
         """A new run; store ``state.run``, then carry out :func:`coordinator.rounds.resume`.
 
@@ -75,7 +81,9 @@ class RunState:
             initial_method_state=method_state,
             test_set=test_set,
             down=down,
+            vector_sha256=vector_sha256,
             method_state=method_state,
+            elements=elements,
             submitted_unix_s=now,
             opened_unix_s=now,
         )
@@ -105,8 +113,13 @@ class RunState:
             if isinstance(update, UpdateRow) and update.update.assignment in state.assignments:
                 state.add_update(update)
         for row in rows:
-            if isinstance(row, RoundRow) and row.test is None and state.is_evaluated(row.version):
-                state.unevaluated[row.version] = row
+            if isinstance(row, RoundRow):
+                if row.test is None and state.is_evaluated(row.version):
+                    state.unevaluated[row.version] = row
+                if row.change is not None and row.version > state.oldest_change:
+                    state.changes[row.version] = row.change
+            elif isinstance(row, HoldingRow) and row.version is not None:
+                state.held[row.device] = row.version
         for outcome in state.outcomes():
             state.selector.observe(outcome.assignment.device, outcome)
         return state
@@ -115,6 +128,11 @@ class RunState:
     def oldest_version(self) -> int:
         """The oldest version whose assignments are remembered: one more than may count, to repeat its verdicts."""
         return self.run.version - self.plan.participation.max_staleness - 1
+
+    @property
+    def oldest_change(self) -> int:
+        """Changes up to this version are forgotten: no assignment remembered can name them."""
+        return self.oldest_version - self.plan.downlink.chain
 
     @property
     def ended(self) -> bool:
@@ -137,6 +155,54 @@ class RunState:
         if self.is_evaluated(0) and self.run.initial_test is None:
             due = {0: self.run.initial_model, **due}
         return due
+
+    def base_for(self, device: str) -> int | None:
+        """The version from which a device comes to the current one with the fewest bytes; None: by the whole model."""
+        run = self.run
+        if run.vector_sha256 is None:
+            return None
+        return self._cheapest_base(run.version, self.held.get(device), run.down or run.model)
+
+    def base_without_held(self, row: AssignmentRow) -> int | None:
+        """Where the device of an assignment starts if it holds nothing: 0, or None for the whole model."""
+        return self._cheapest_base(row.version, None, row.model)
+
+    def _cheapest_base(self, version: int, held: int | None, whole: BlobRef) -> int | None:
+        oldest = self.run.version - self.plan.downlink.chain
+        sizes = {made: change.size_bytes for made, change in self.changes.items() if made > oldest}
+        return cheapest_base(version, held, sizes, whole.size_bytes)
+
+    def model_of(self, row: AssignmentRow) -> ModelRef:
+        """How the device of an assignment comes to its model."""
+        if row.base_version is None:
+            return ModelRef(blobs=[row.model], vector_sha256=row.vector_sha256)
+        versions = range(row.base_version + 1, row.version + 1)
+        blobs = [self.changes[version] for version in versions]
+        return ModelRef(base=row.base_version, blobs=blobs, vector_sha256=row.vector_sha256)
+
+    def needs_change(self, version: int) -> bool:
+        """Whether the change that makes this version may still be asked for."""
+        if version > self.run.version - self.plan.downlink.chain:
+            return not self.ended
+        return any(
+            row.status == "open" and row.base_version is not None and row.base_version < version <= row.version
+            for row in self.assignments.values()
+        )
+
+    def hold(self, row: AssignmentRow, version: int | None) -> HoldingRow | None:
+        """Notes which version the device of an assignment holds after it (None: nobody knows); the row, if it is news.
+
+        An assignment that was followed by another one of this device says nothing any more.
+        """
+        if row.vector_sha256 is None or self.by_device[row.device][-1] != row.assignment:
+            return None
+        if self.held.get(row.device) == version:
+            return None
+        if version is None:
+            del self.held[row.device]
+        else:
+            self.held[row.device] = version
+        return HoldingRow(run=row.run, device=row.device, version=version)
 
     def outcomes(self) -> Iterable[Outcome]:
         """What the selector would have observed, in the order of assignment."""
@@ -239,6 +305,8 @@ class RunState:
             names.remove(name)
             if not names:
                 del self.by_device[row.device]
+        for version in [version for version in self.changes if version <= self.oldest_change]:
+            del self.changes[version]
 
 
 def _number(assignment: str) -> int:

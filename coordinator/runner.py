@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 from coordinator.aggregation import decode_update, make_model
 from coordinator.methods import create_method
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression.frame import frame_limit
+from edge_runtime.compression.container import size_limit
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from coordinator.aggregation import Made
-    from coordinator.events import Aggregate, RunRow
+    from coordinator.events import Aggregate, RoundRow, RunRow
     from coordinator.plan import Plan
     from coordinator.run_state import RunState
     from coordinator.store import Store
-    from edge_runtime.messages import BlobRef, Evaluation
+    from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
 
 
 class RunFiles:
@@ -32,12 +34,12 @@ class RunFiles:
         self.bundle = Bundle.open(self._blobs.path(run.bundle.sha256))
         self._layout = self.bundle.layout()
         self._method = create_method(plan)
-        self._update_limit = frame_limit(dict.fromkeys(self._method.channels, self._layout))
+        self._update_limit = size_limit(dict.fromkeys(self._method.channels, self._layout))
         self.sent_blobs: dict[str, BlobRef] = {run.bundle.sha256: run.bundle}
 
-    def sends(self, blob: BlobRef) -> None:
-        """A device was told of this blob and may ask for it."""
-        self.sent_blobs[blob.sha256] = blob
+    def sends(self, *blobs: BlobRef) -> None:
+        """A device was told of these blobs and may ask for them."""
+        self.sent_blobs.update({blob.sha256: blob for blob in blobs})
 
     def unfit(self, blob: BlobRef) -> str:
         """Why an offered update is not even received; empty if it is."""
@@ -45,10 +47,11 @@ class RunFiles:
             return f"update of {blob.size_bytes} bytes refused: for this model {self._update_limit} is the most"
         return ""
 
-    def damage(self, blob: BlobRef) -> str:
-        """Why a received update cannot be used (undecodable, wrong size, NaN); empty if it can."""
+    def damage(self, blob: BlobRef, update: UpdateId, meta: UpdateMeta) -> str:
+        """Why a received update cannot be used (undecodable, wrong size, NaN, too large a norm); empty if it can."""
+        path, limit = self._blobs.path(blob.sha256), self._plan.uplink.max_norm
         try:
-            decode_update(self._blobs.path(blob.sha256), self._method, self._layout)
+            decode_update(path, self._method, self._layout, update=update, version=meta.model_version, max_norm=limit)
         except (CodecError, OSError) as error:
             if not self._store.is_named(blob.sha256):  # what was offered may be no update, but a model or bundle
                 self._blobs.delete(blob.sha256)
@@ -71,20 +74,34 @@ class RunFiles:
         return evaluate_blob(self._blobs, self.bundle, self._run.test_set, model)
 
     def clean(self, state: RunState) -> None:
-        """Deletes the bytes of counted updates and of models that no open assignment can name any more."""
+        """Deletes the bytes of counted updates, and models and changes that no open assignment can name any more."""
         if self._plan.retain_updates == "all":
             return
         self._store.drop_update_blobs(state.run.run, state.run.round)
-        oldest = state.oldest_version
-        for row in self._store.rounds(state.run.run, first=max(0, oldest - 3)):  # a crash may have skipped one call
-            if row.version >= oldest or row.model.sha256 == state.run.model.sha256:
-                continue
-            # Equal runs make equal models: another one may still be where this one was.
-            if not self._store.is_named(row.model.sha256, besides=state.run.run):
-                self._blobs.delete(row.model.sha256)
-            self.sent_blobs.pop(row.model.sha256, None)
+        current = (state.run.model, state.run.down)
+        for row in self._rounds(state):
+            old = [row.model, row.down, row.method_state] if row.version < state.oldest_version else []
+            if not state.needs_change(row.version):
+                old.append(row.change)
+            self._delete(state, [blob for blob in old if blob not in current])
 
     def clean_up(self, state: RunState) -> None:
-        """The run has ended: deletes the bytes of all its updates, unless they are to be kept."""
-        if self._plan.retain_updates != "all":
-            self._store.drop_update_blobs(state.run.run, state.run.round + 1)
+        """The run has ended: deletes its updates and the ways to its models, unless they are to be kept."""
+        if self._plan.retain_updates == "all":
+            return
+        self._store.drop_update_blobs(state.run.run, state.run.round + 1)
+        for row in self._rounds(state):
+            self._delete(state, [row.down, row.change])
+
+    def _rounds(self, state: RunState) -> list[RoundRow]:
+        """The rounds whose blobs may still be here; some more, since a crash may have skipped a call."""
+        return self._store.rounds(state.run.run, first=max(0, state.oldest_change - 4))
+
+    def _delete(self, state: RunState, blobs: Iterable[BlobRef | None]) -> None:
+        for blob in blobs:
+            if blob is None:
+                continue
+            self.sent_blobs.pop(blob.sha256, None)
+            # Equal runs make equal models: another one may still be where this one was.
+            if self._blobs.has(blob.sha256) and not self._store.is_named(blob.sha256, besides=state.run.run):
+                self._blobs.delete(blob.sha256)

@@ -190,7 +190,9 @@ class Coordinator:
             if leaf == "chunk":
                 self.shell.uplink.on_chunk(device, payload)
             elif payload:  # an empty retained state only clears the topic
-                self._handle(device, messages.decode_from_device(payload))
+                message = messages.decode_from_device(payload)
+                self.shell.heard(device, message, len(payload))
+                self._handle(device, message)
         except MessageError as error:
             log.warning("%s: %s", topic, error)
         except (StorageError, StoreError) as error:  # nothing was acknowledged: the device will say it again
@@ -209,9 +211,8 @@ class Coordinator:
                     raise MessageError(f"telemetry of {device!r} holds NaN or infinite values, ignored")
                 self.fleet.measured(now, device, message)
                 self._dirty_devices.add(device)
-            case messages.JobStatus(status=status):
-                if status in ("failed", "rejected"):
-                    self.shell.on_job_failed(now, device, message)
+            case messages.JobStatus():
+                self.shell.on_job_failed(now, device, message)
             case messages.UpdateOffer():
                 self.shell.on_offer(now, device, message)
             case messages.Need():

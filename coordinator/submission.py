@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from coordinator.aggregation import make_initial
 from coordinator.methods import create_method
+from coordinator.plan import check_codecs
 from coordinator.run_state import RunState
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression import registry as codecs
-from edge_runtime.errors import BundleError, CodecError, ConfigError, DataError, TrainingError
+from edge_runtime.errors import BundleError, ConfigError, DataError, TrainingError
 from edge_runtime.messages import BlobRef
 from edge_runtime.methods import registry as client_methods
 
@@ -41,7 +41,8 @@ def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
     if plan.test_set is not None:
         check_test_set(plan, bundle)
         test_set = _reference(store.blobs.put_file(Path(plan.test_set)))
-    made = make_initial(store.blobs, plan, bundle.initial_vector(), bundle.layout())
+    layout = bundle.layout()
+    made = make_initial(store.blobs, plan, bundle.initial_vector(), layout)
     state = RunState.start(
         plan.name,
         plan,
@@ -50,7 +51,9 @@ def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
         now=time.time() if now is None else now,
         test_set=test_set,
         down=made.down,
+        vector_sha256=made.vector_sha256,
         method_state=made.method_state,
+        elements=layout.size,
     )
     return store.submit(plan, state.run)
 
@@ -87,9 +90,8 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
     server = create_method(plan)
     try:
         client = client_methods.create_method(plan.method, plan.options)
-        codecs.stages(plan.codec)
-        codecs.stages(plan.downlink_codec)
-    except (TrainingError, CodecError) as error:
+        check_codecs(plan)
+    except (TrainingError, ConfigError) as error:
         raise ConfigError(f"plan {plan.name!r}: {error}") from error
     if sorted(client.channels) != sorted(server.channels):
         raise ConfigError(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from coordinator.traffic import Traffic
 from edge_runtime import messages, topics
 from edge_runtime.errors import StorageError, TransferError
+from edge_runtime.store.blobs import indexes
 from edge_runtime.transport.transfer import (
+    CHUNK_HEADER_BYTES,
     RANGES_LIMIT,
     WRONG_LIMIT,
     ChunkPump,
@@ -51,11 +56,17 @@ class Downlink:
 
     Args:
         find: path and reference of a blob by hash, None if it is not here.
+        sent: called with (device, hash, topic, bytes of payload) for every chunk that a device asked for, when it goes.
     """
 
-    def __init__(self, loop: Loop, link: Link, find: Callable[[str], tuple[Path, BlobRef] | None]) -> None:
-        self.sent_bytes: dict[str, int] = {}  # by blob, of payload, summed over the devices that asked
-        self._loop, self._link, self._find = loop, link, find
+    def __init__(
+        self,
+        loop: Loop,
+        link: Link,
+        find: Callable[[str], tuple[Path, BlobRef] | None],
+        sent: Callable[[str, str, str, int], None] | None = None,
+    ) -> None:
+        self._loop, self._link, self._find, self._sent = loop, link, find, sent
         self._pump = ChunkPump(link)
         self._expected: dict[str, set[str]] = {}
         self._gathering: dict[str, _Gathering] = {}
@@ -66,9 +77,8 @@ class Downlink:
             self._expected.setdefault(blob.sha256, set()).add(device)
 
     def forget(self, sha256: str) -> None:
-        """The blob is no longer wanted by anyone; what was sent of it and not taken yet is no later run's."""
+        """The blob is no longer wanted by anyone."""
         self._expected.pop(sha256, None)
-        self.sent_bytes.pop(sha256, None)
         self._pump.forget(sha256)
 
     def unexpect(self, device: str) -> None:
@@ -90,10 +100,6 @@ class Downlink:
         gathering.ranges[device] = need.ranges[:RANGES_LIMIT]
         self._flush_if_complete(need.sha256)
 
-    def take_sent_bytes(self, blobs: Iterable[str]) -> int:
-        """Payload bytes sent of these blobs since the last call."""
-        return sum(self.sent_bytes.pop(sha256, 0) for sha256 in blobs)
-
     def reset(self) -> None:
         """The connection ended: devices will ask again."""
         self._pump.reset()
@@ -114,20 +120,25 @@ class Downlink:
             return
         path, blob = found
         expected = self._expected.get(sha256, set())
+        expected.difference_update(gathering.ranges)
+        shared = topics.blob(sha256) if len(gathering.ranges) > 1 else None
         for device, ranges in gathering.ranges.items():
-            expected.discard(device)
-            wanted = sum(min(count, -(-blob.size_bytes // blob.chunk_bytes) - first) for first, count in ranges)
-            size = min(blob.size_bytes, max(0, wanted) * blob.chunk_bytes)
-            self.sent_bytes[sha256] = self.sent_bytes.get(sha256, 0) + size
-        try:
-            if len(gathering.ranges) == 1:
-                ((device, ranges),) = gathering.ranges.items()
-                self._pump.send(topics.to_device(device, "chunk"), path, blob, ranges)
-            else:
-                for ranges in gathering.ranges.values():
-                    self._pump.send(topics.blob(sha256), path, blob, ranges)
-        except StorageError as error:
-            log.error("%s", error)  # noqa: TRY400 - one line for the operator
+            topic = shared or topics.to_device(device, "chunk")
+            try:
+                self._pump.send(topic, path, blob, ranges)
+            except StorageError as error:
+                log.error("%s", error)  # noqa: TRY400 - one line for the operator
+                return
+            if self._sent is not None:
+                for size in chunk_payloads(blob, ranges):
+                    self._sent(device, sha256, topic, size)
+
+
+def chunk_payloads(blob: BlobRef, ranges: Iterable[tuple[int, int]]) -> Iterable[int]:
+    """Bytes of payload of each chunk packet in ``ranges`` of (first, count)."""
+    chunks = -(-blob.size_bytes // blob.chunk_bytes)
+    for index in indexes(ranges, chunks):
+        yield CHUNK_HEADER_BYTES + min(blob.chunk_bytes, blob.size_bytes - index * blob.chunk_bytes)
 
 
 @dataclass
@@ -142,6 +153,7 @@ class Uplink:
     Args:
         arrived: called with (update, blob, meta) when the bytes are durable.
         refused: called with (update, blob, meta, reason) when they cannot be taken.
+        traffic: counts chunks that come and requests that go.
     """
 
     def __init__(
@@ -151,14 +163,16 @@ class Uplink:
         *,
         arrived: Callable[[UpdateId, BlobRef, UpdateMeta], None],
         refused: Callable[[UpdateId, BlobRef, UpdateMeta, str], None],
+        traffic: Traffic | None = None,
     ) -> None:
-        self.received_bytes: dict[str, int] = {}  # by run, of payload
         self._loop, self._link = loop, link
+        self._traffic = traffic or Traffic()
         self._arrived, self._refused = arrived, refused
         self._uploads: dict[str, _Upload] = {}  # by half hash
 
     def fetch(self, store: BlobStore, offer: UpdateOffer) -> None:
-        """Starts or goes on receiving an offered update."""
+        """Starts or goes on receiving an offered update; the offer names its blob (:func:`named`)."""
+        assert offer.blob is not None
         blob, half = offer.blob, offer.blob.sha256[:32]
         upload = self._uploads.get(half)
         if upload is not None and upload.incoming.partial.blob != blob:  # cut anew, for a link with other packets
@@ -199,15 +213,11 @@ class Uplink:
         upload = self._uploads.get(half)
         run = None if upload is None else next((name.run for name in upload.updates if name.device == device), None)
         if upload is not None and run is not None:
-            self._add(upload, run, index, (crc, data))
-
-    def take_received_bytes(self, run: str) -> int:
-        """Payload bytes received for a run since the last call."""
-        return self.received_bytes.pop(run, 0)
+            self._traffic.up(run, topics.from_device(device, "chunk"), len(payload))
+            self._add(upload, index, (crc, data))
 
     def stop_run(self, run: str) -> None:
-        """Stops receiving updates of a run, and forgets what it received."""
-        self.received_bytes.pop(run, None)
+        """Stops receiving updates of a run."""
         for half, upload in list(self._uploads.items()):
             if all(update.run == run for update in upload.updates):
                 del self._uploads[half]
@@ -227,15 +237,16 @@ class Uplink:
             upload.incoming.close()
 
     def _add_first(self, upload: _Upload, offer: UpdateOffer) -> None:
+        assert offer.blob is not None
         try:
             first = check_first_chunk(offer.blob, offer.first)
         except TransferError as error:
             log.warning("%s", error)
             return
         if first is not None:
-            self._add(upload, offer.update.run, 0, first)
+            self._add(upload, 0, first)
 
-    def _add(self, upload: _Upload, run: str, index: int, chunk: tuple[int, memoryview]) -> None:
+    def _add(self, upload: _Upload, index: int, chunk: tuple[int, memoryview]) -> None:
         try:
             upload.incoming.add(index, *chunk)
         except TransferError as error:
@@ -243,8 +254,6 @@ class Uplink:
         except StorageError as error:
             log.error("%s; updates stay on their devices, which offer them again", error)  # noqa: TRY400
             self._stop(upload.incoming.half_hash)
-        else:
-            self.received_bytes[run] = self.received_bytes.get(run, 0) + len(chunk[1])
 
     def _need(self, half: str, ranges: list[tuple[int, int]]) -> None:
         upload = self._uploads[half]
@@ -253,8 +262,10 @@ class Uplink:
             self._stop(half)
             return
         need = messages.encode(messages.Need(sha256=upload.incoming.partial.blob.sha256, ranges=ranges))
-        for device in {update.device for update in upload.updates}:
-            self._link.publish(topics.to_device(device, "message"), need)
+        for device, run in {update.device: update.run for update in upload.updates}.items():
+            topic = topics.to_device(device, "message")
+            if self._link.publish(topic, need):
+                self._traffic.down(run, topic, len(need))
 
     def _complete(self, half: str) -> None:
         upload = self._uploads[half]
@@ -279,6 +290,23 @@ class Uplink:
         upload.incoming.close()
         for update, meta in upload.updates.items():
             self._arrived(update, upload.incoming.partial.blob, meta)
+
+
+def named(offer: UpdateOffer) -> UpdateOffer:
+    """The offer with the reference of its blob, which is made from chunk 0 where that is all of it.
+
+    Raises:
+        TransferError: neither a blob nor all of it, or the chunk is damaged.
+    """
+    if offer.blob is not None:
+        return offer
+    if len(offer.first) < 4 or zlib.crc32(memoryview(offer.first)[4:]) != int.from_bytes(offer.first[:4], "little"):
+        raise TransferError(f"the offer of update {offer.update} carries a damaged chunk; it will be offered again")
+    data = memoryview(offer.first)[4:]
+    blob = messages.BlobRef(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+    if len(data) > blob.chunk_bytes:
+        blob = with_chunk_size(blob, len(data))
+    return msgspec.structs.replace(offer, blob=blob)
 
 
 def with_chunk_size(blob: BlobRef, chunk_bytes: int) -> BlobRef:

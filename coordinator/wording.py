@@ -23,3 +23,8 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def saving(ratio: float | None) -> str:
+    """How many times fewer bytes than float32; empty if it was not measured."""
+    return "" if ratio is None else f" ({ratio:.1f}x fewer)" if ratio >= 1 else f" ({1 / ratio:.1f}x more)"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_runtime.compression import Update
     from edge_runtime.messages import UpdateMeta
 
 Vector: TypeAlias = "npt.NDArray[np.float32]"
@@ -38,7 +39,10 @@ class ServerMethod(Protocol):
         ...
 
     def down(self, model: Vector, state: State) -> dict[str, Vector]:
-        """What devices receive, float32 ``[size]`` by channel; ``{"model": model}`` for most methods."""
+        """What devices receive, float32 ``[size]`` by channel; ``{"model": model}`` for most methods.
+
+        A method that sends anything else needs a lossless downlink.
+        """
         ...
 
     def accept(self, meta: UpdateMeta, staleness: int) -> str:
@@ -49,8 +53,11 @@ class ServerMethod(Protocol):
         """Weight > 0 of an update that is ``staleness`` versions old."""
         ...
 
-    def aggregate(self, totals: Totals, update: Mapping[str, Vector], weight: float) -> None:
-        """Adds one update to ``totals`` (float64 ``[size]`` by channel, zeros at the start); in update id order."""
+    def aggregate(self, totals: Totals, update: Mapping[str, Update], weight: float) -> None:
+        """Adds one update to ``totals`` (float64 ``[size]`` by channel, zeros at the start); in update id order.
+
+        Updates may be sparse: :meth:`~edge_runtime.compression.Update.add_to` touches no more than they hold.
+        """
         ...
 
     def apply(self, base: Vector, totals: Totals, weight_sum: float, state: State) -> tuple[Vector, State]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from coordinator.methods.base import State, Totals, Vector
+    from edge_runtime.compression import Update
     from edge_runtime.messages import UpdateMeta
 
 
@@ -47,14 +48,8 @@ class FedAvg:
     def weight(self, meta: UpdateMeta, staleness: int) -> float:
         return float(meta.samples * (1.0 + staleness) ** -self.staleness_exponent)
 
-    def aggregate(self, totals: Totals, update: Mapping[str, Vector], weight: float) -> None:
-        import numpy as np
-
-        total = totals["delta"]
-        block = 1 << 16  # blocks stay in the cache, and no temporary of the model's size is made
-        for start in range(0, total.size, block):
-            part = update["delta"][start : start + block]
-            total[start : start + block] += np.multiply(part, weight, dtype=np.float64)
+    def aggregate(self, totals: Totals, update: Mapping[str, Update], weight: float) -> None:
+        update["delta"].add_to(totals["delta"], weight)
 
     def apply(self, base: Vector, totals: Totals, weight_sum: float, state: State) -> tuple[Vector, State]:
         import numpy as np

@@ -45,13 +45,16 @@ class RoundRequest:
             epochs=training.epochs,
             steps=training.steps,
             variant=self.plan.variant,
-            codec=self.plan.codec,
+            codec=self.plan.uplink.codec,
             deadline_s=self.plan.participation.deadline_s,
         )
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One device and its work. ``deadline_s`` counts from now; ``byte_budget`` is for the encoded update."""
+    """One device and its work. ``deadline_s`` counts from now.
+
+    ``byte_budget`` is for the encoded update; None: what the plan says, if ``codec`` is the plan's.
+    """
 
     device: str
     epochs: int | None = None

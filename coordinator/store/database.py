@@ -27,7 +27,7 @@ def open_database(url: str, synchronous: Literal["FULL", "NORMAL", "OFF"] = "FUL
     tells other processes' changes from its own. ``synchronous`` FULL survives a power cut, OFF is for tests.
 
     Raises:
-        StoreError: not reachable, damaged, or written by newer software.
+        StoreError: not reachable, damaged, or written by newer or older software.
     """
     try:
         address = sa.make_url(url)
@@ -82,6 +82,11 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
         raise StoreError(
             f"{where}: has schema version {found}, this software knows up to {tables.SCHEMA_VERSION}; update "
             "edge-training-runtime on this machine, or use the state folder of the older version"
+        )
+    if found < tables.SCHEMA_VERSION:
+        raise StoreError(
+            f"{where}: has schema version {found}, of an older edge-training-runtime than this one (which has "
+            f"{tables.SCHEMA_VERSION}); start with another state folder, and read this one with the older version"
         )
 
 

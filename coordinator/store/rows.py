@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 import msgspec
 
 from coordinator import events
-from coordinator.events import AssignmentRow, DeviceRow, RoundRow, RunRow, UpdateRow
+from coordinator.events import AssignmentRow, DeviceRow, HoldingRow, RoundRow, RunRow, UpdateRow
 from coordinator.store import tables
 from edge_runtime.messages import UpdateId
 
@@ -76,6 +76,9 @@ def _is_plain(hint: Any) -> bool:
 RUNS = Converter(RunRow, tables.runs)
 ASSIGNMENTS = Converter(AssignmentRow, tables.assignments)
 UPDATES = Converter(UpdateRow, tables.updates)
+HOLDINGS = Converter(HoldingRow, tables.holdings)
 ROUNDS = Converter(RoundRow, tables.rounds)
 DEVICES = Converter(DeviceRow, tables.devices)
-BY_KIND: dict[type, Converter[Any]] = {entry.kind: entry for entry in (RUNS, ASSIGNMENTS, UPDATES, ROUNDS, DEVICES)}
+BY_KIND: dict[type, Converter[Any]] = {
+    entry.kind: entry for entry in (RUNS, ASSIGNMENTS, UPDATES, HOLDINGS, ROUNDS, DEVICES)
+}

@@ -50,7 +50,7 @@ class Store:
         create: false for commands that only look.
 
     Raises:
-        StoreError: no state there (``create`` false), not usable, or written by newer software.
+        StoreError: no state there (``create`` false), not usable, or written by newer or older software.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Store:
         """
         stored = self.run(run)
         oldest = stored.row.version - stored.plan.participation.max_staleness - 1
-        a, u = tables.assignments, tables.updates
+        a, u, held = tables.assignments, tables.updates, tables.holdings
         recent = (a.c.run == run) & (a.c.version >= oldest)
         names = sa.select(a.c.assignment).where(recent)
         assignments = self._select(sa.select(a).where(recent))
@@ -153,6 +153,7 @@ class Store:
             stored.row,
             *(convert.ASSIGNMENTS.row(entry) for entry in assignments),
             *(convert.UPDATES.row(entry) for entry in updates),
+            *(convert.HOLDINGS.row(entry) for entry in self._select(sa.select(held).where(held.c.run == run))),
             *self.rounds(run),
         ]
 
@@ -195,17 +196,20 @@ class Store:
     def is_named(self, sha256: str, *, besides: str = "") -> bool:
         """Whether a blob is needed: by an undecided update, or by a run other than ``besides``.
 
-        A run needs its bundle, its test set and its recent models.
+        A run needs its bundle, its test set, its recent models, and the changes that lead to them.
         """
         u = tables.updates
         waiting = sa.select(u.c.sha256).where(u.c.sha256 == sha256, u.c.verdict == "pending").limit(1)
         if self._select(waiting) or self._is_named_by_runs(sha256, besides):
             return True
         for stored in self.active():
-            oldest = stored.row.version - stored.plan.participation.max_staleness - 1
-            recent = self.rounds(stored.row.run, first=max(0, oldest - 1)) if stored.row.run != besides else []
-            if any(sha256 in (row.model.sha256, row.method_state and row.method_state.sha256) for row in recent):
-                return True
+            if stored.row.run == besides:
+                continue
+            kept = stored.plan.participation.max_staleness + 2 + stored.plan.downlink.chain
+            for row in self.rounds(stored.row.run, first=max(0, stored.row.version - kept)):
+                blobs = (row.model, row.down, row.change, row.method_state)
+                if any(blob is not None and blob.sha256 == sha256 for blob in blobs):
+                    return True
         return False
 
     def _is_named_by_runs(self, sha256: str, besides: str = "") -> bool:

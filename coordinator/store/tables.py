@@ -18,7 +18,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -33,6 +33,10 @@ def _integer(column: str, *, key: bool = False, nullable: bool = False) -> Colum
 
 def _time(column: str, *, nullable: bool = False) -> Column[Any]:
     return Column(column, Float(53), nullable=nullable)
+
+
+def _count(column: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(column, BigInteger, nullable=nullable)
 
 
 def _text(column: str, *, nullable: bool = False) -> Column[Any]:
@@ -59,10 +63,14 @@ runs = Table(
     _text("initial_model"),
     _text("initial_method_state", nullable=True),
     _text("down", nullable=True),
+    _text("vector_sha256", nullable=True),
     _text("method_state", nullable=True),
     _text("test_set", nullable=True),
     _text("initial_test", nullable=True),
     _integer("next_assignment"),
+    _count("elements"),
+    _count("bytes_up"),
+    _count("bytes_down"),
     _time("submitted_unix_s"),
     _time("opened_unix_s"),
     _time("ended_unix_s", nullable=True),
@@ -79,12 +87,14 @@ assignments = Table(
     _integer("attempt"),
     _integer("version"),
     _text("model"),
+    _text("vector_sha256", nullable=True),
+    _integer("base_version", nullable=True),
     _integer("epochs", nullable=True),
     _integer("steps", nullable=True),
     _text("variant", nullable=True),
     _text("cut", nullable=True),
     _text("codec"),
-    Column("byte_budget", BigInteger, nullable=True),
+    _count("byte_budget", nullable=True),
     _time("deadline_unix_s"),
     _time("assigned_unix_s"),
     _name("status"),
@@ -113,6 +123,14 @@ updates = Table(
     Index("updates_by_sha256", "sha256"),
 )
 
+holdings = Table(  # which version of the shared model a device holds
+    "holdings",
+    metadata,
+    _name("run", key=True),
+    _name("device", key=True),
+    _integer("version", nullable=True),
+)
+
 rounds = Table(
     "rounds",
     metadata,
@@ -124,10 +142,16 @@ rounds = Table(
     _time("closed_unix_s"),
     _integer("updates"),
     _integer("late_updates"),
-    Column("samples", BigInteger, nullable=False),
+    _count("samples"),
+    _text("down", nullable=True),
+    _text("change", nullable=True),
+    _text("vector_sha256", nullable=True),
     _text("method_state", nullable=True),
-    Column("bytes_up", BigInteger, nullable=False),
-    Column("bytes_down", BigInteger, nullable=False),
+    _count("bytes_up"),
+    _count("bytes_down"),
+    _count("bytes_bundle"),
+    _count("encode_cpu_ms"),
+    _count("written_bytes"),
     Column("train_loss", Float(53), nullable=True),
     _text("test", nullable=True),
     _text("devices", nullable=True),

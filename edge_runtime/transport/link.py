@@ -41,6 +41,12 @@ STABLE_S = 20.0  # a connection that lived this long resets the back-off
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
+def packet_bytes(topic: str, payload_bytes: int) -> int:
+    """Size of the MQTT 5 packet that carries a payload at QoS 1: header, topic, packet id, no properties."""
+    rest = 2 + len(topic) + 2 + 1 + payload_bytes
+    return 1 + (rest > 127) + (rest > 16383) + (rest > 2097151) + 1 + rest
+
+
 class LinkSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How to reach the broker. ``password`` is called at every attempt, so that a new secret is picked up."""
 
@@ -211,7 +217,7 @@ class Link:
         """
         if not self.is_up or self._client is None:
             return False
-        size = len(payload) + len(topic) + 16
+        size = packet_bytes(topic, len(payload))
         if size > self.max_packet_bytes:
             raise MessageError(f"packet of {size} bytes for {topic} is over the broker's limit {self.max_packet_bytes}")
         info = self._client.publish(topic, payload, qos=1, retain=retain)
@@ -367,7 +373,7 @@ class Link:
 
     def _received(self, client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
         if client is self._client:
-            self.received_bytes += len(message.payload) + len(message.topic) + 16
+            self.received_bytes += packet_bytes(message.topic, len(message.payload))
             self._receiving = True
             try:
                 self._on_message(message.topic, bytes(message.payload))

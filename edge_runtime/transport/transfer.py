@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.transfer")
 
 _CHUNK = struct.Struct("<16sII")  # first half of the blob's SHA-256, chunk number, CRC-32 of the data
+CHUNK_HEADER_BYTES = _CHUNK.size
 WINDOW = 16
 STALL_FIRST_S = 1.0
 STALL_LIMIT_S = 60.0

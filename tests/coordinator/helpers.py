@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator import events as e
 from coordinator.fleet import Fleet
-from coordinator.plan import Participation, Plan, Training
+from coordinator.plan import Downlink, Participation, Plan, Training, Uplink
 from coordinator.run_state import RunState
 from edge_runtime.messages import BlobRef, DatasetInfo, DeviceState, UpdateId, UpdateMeta
 
@@ -23,6 +23,8 @@ def plan(**changes) -> Plan:
         "rounds": 2,
         "participation": Participation(**participation),
         "training": Training(epochs=1),
+        "uplink": Uplink(codec="raw"),
+        "downlink": Downlink(codec="raw"),
     }
     return Plan(**{**values, **changes})
 

@@ -25,11 +25,11 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 class Eden(Codec):
     """Signs of the values after a randomised Hadamard transform, with a scale that makes the mean right.
 
-    Vargaftik et al., "DRIVE: one-bit distributed mean estimation", NeurIPS 2021, sections 3 and 4.2 (unbiased scale
-    ``|x|^2 / |Rx|_1``) and 5 (Hadamard); EDEN (ICML 2022) with one bit is the same. The rotation is drawn per encoding
-    from ``Request.seed``, so devices must have different seeds; averaging many updates then averages the error away,
-    and error feedback is off unless asked for. The vector is rotated in blocks of 8192, its tail in smaller powers of
-    two.
+    Vargaftik et al., "DRIVE: one-bit distributed mean estimation", NeurIPS 2021: the unbiased scale ``|x|^2 / |Rx|_1``
+    with the structured (Hadamard) rotation; their EDEN (ICML 2022) with one bit is the same. The rotation is drawn per
+    encoding from ``Request.seed``, so devices must have different seeds; averaging many updates then averages the error
+    away, and error feedback is off unless asked for. The vector is rotated in blocks of 8192, its tail in smaller
+    powers of two.
 
     The receiver's rotation is of signs, so it is a sum of whole numbers, exact in int16, and each result is one
     float32 product: every machine gets the same bits.

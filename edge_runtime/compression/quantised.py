@@ -28,9 +28,9 @@ class Quantised(Codec):
     """Whole multiples of a step per bucket, each value rounded up or down by chance so that its mean is kept.
 
     Alistarh et al., "QSGD: communication-efficient SGD via gradient quantization and encoding", NeurIPS 2017, section
-    3.1, with buckets and the largest magnitude in place of the L2 norm as the scale, as in their experiments (section
-    5), and integer rANS or Zstandard, whichever is smaller, in place of Elias codes. Unbiased, so error feedback is off
-    unless asked for. Chance comes from ``Request.seed`` alone.
+    3.1, with buckets and the largest magnitude in place of the L2 norm as the scale, as in their experiments, and
+    integer rANS or Zstandard, whichever is smaller, in place of Elias codes. Unbiased, so error feedback is off unless
+    asked for. Chance comes from ``Request.seed`` alone.
 
     Payload: float32 step per bucket; then a byte for the coder with its bytes, unless there are no elements. rANS has
     one table for all tensors, a byte per symbol.

@@ -34,10 +34,10 @@ class RandomK(Codec):
     Options:
         density: fraction of the values; under a budget as many are sent as fit, whatever the density.
         half: values as float16 with one power of two, else as float32.
-        unbiased: values times n/k, which makes the mean right (Wangni et al., NeurIPS 2018, section 3.1) at k/n times
-            the variance of the rest. Error feedback is on without this option and off with it: what is sent is then
-            larger than what was there, and a residual would grow without end. What was sent as float16 is rounded,
-            which is not unbiased.
+        unbiased: values times n/k, which makes the mean right (Konecny et al., "Federated learning: strategies for
+            improving communication efficiency", arXiv 1610.05492, section 3, subsampling). Error feedback is on without
+            this option and off with it: what is sent is then larger than what was there, and a residual would grow
+            without end.
 
     Payload: u32 seed, a byte (0: float32, 1: float16), varint k, int8 exponent if float16, k values; nothing if k is 0.
     """
@@ -95,9 +95,10 @@ class RandomK(Codec):
         if count == 0 or len(payload) != _cost(count, half):
             raise CodecError(f"{len(payload)} bytes for {count} values")
         if half:
-            values = from_half(np.frombuffer(payload[at : at + 1], np.int8)[0].item(), _view(payload[at + 1 :], "<f2"))
+            exponent = int.from_bytes(payload[at : at + 1], "little", signed=True)
+            values = from_half(exponent, np.frombuffer(payload[at + 1 :], "<f2"))
         else:
-            values = _view(payload[at:], "<f4").astype(np.float32)
+            values = np.frombuffer(payload[at:], "<f4").astype(np.float32)
         seed = int.from_bytes(payload[:4], "little")
         return Update(values, random_positions(seed, count, layout.size), layout.size)
 
@@ -109,7 +110,7 @@ def random_positions(seed: int, count: int, size: int) -> NDArray[np.int64]:
     with every version of NumPy.
     """
     if count >= size:
-        return np.arange(size)
+        return np.arange(size, dtype=np.int64)
     words = random_words(seed, size)
     threshold = np.partition(words, count - 1)[count - 1]
     return np.flatnonzero(words <= threshold)[:count].astype(np.int64, copy=False)
@@ -117,7 +118,3 @@ def random_positions(seed: int, count: int, size: int) -> NDArray[np.int64]:
 
 def _cost(count: int, half: bool) -> int:
     return 5 + len(varint(count)) + (1 + 2 * count if half else 4 * count)
-
-
-def _view(payload: memoryview, dtype: str) -> Vector:
-    return np.frombuffer(payload, dtype)

@@ -20,7 +20,7 @@ class Sign(Codec):
     """Signs, and the L1 norm over the size of each tensor; zero counts as positive.
 
     Karimireddy et al., "Error feedback fixes SignSGD and other gradient compression schemes", ICML 2019, algorithm 1
-    (EF-SignSGD), layer by layer as in their experiments. Biased: it needs its error feedback.
+    (EF-SignSGD), for each tensor apart. Biased: it needs its error feedback.
     Payload: float32 per tensor, then the bits.
     """
 

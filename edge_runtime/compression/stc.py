@@ -24,9 +24,9 @@ class Stc(Codec):
     """Signs of the ``density`` largest values, their mean magnitude, and Golomb-coded positions.
 
     Sattler et al., "Robust and communication-efficient federated learning from non-IID data", IEEE TNNLS 2019,
-    section V and algorithms 1 and 3; the density of 1/400 is theirs. Their Golomb parameter is a power of two computed
-    from the density, here it is the best one for the positions at hand. Under a budget as many values are sent as fit and
-    as a single magnitude serves.
+    algorithms 1 (compression) and 3 (positions); the density of 1/400 is theirs. Their Golomb parameter is a power of
+    two computed from the density, here it is the best one for the positions at hand. Under a budget as many values are
+    sent as fit, but no more than a single magnitude serves.
     Payload: varint k, float32 magnitude, k sign bits, positions; nothing if k is 0.
     """
 

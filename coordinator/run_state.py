@@ -102,7 +102,7 @@ class RunState:
         state = cls(
             plan=plan,
             run=run,
-            need=requirement(plan, max(run.bundle.size_bytes, run.model.size_bytes)),
+            need=requirement(plan, max(run.bundle.size_bytes, run.initial_model.size_bytes)),
             method=create_method(plan),
             selector=SELECTORS.create(plan.participation.selector, plan.participation.selector_options),
         )

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from random import Random
 
+import msgspec
+
 from coordinator import events as e
 from coordinator.fleet import Fleet
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
-from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
+from edge_runtime.messages import BlobRef, Evaluation, ModelRef, UpdateId, UpdateMeta
 from tests.coordinator import helpers as h
 
 
@@ -24,18 +26,25 @@ class CrashError(Exception):
 
 @dataclass
 class Device:
+    """``holds`` is the shared model that it has: version and hash; ``lost``: it had another one, and forgot it."""
+
     name: str
     online: bool = True
     session: int = 0
-    jobs: dict[str, e.AssignmentRow] = field(default_factory=dict)
+    holds: tuple[int, str] | None = None
+    lost: bool = False
+    jobs: dict[str, tuple[e.AssignmentRow, ModelRef]] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)  # assignments trained, failed or cancelled
     spool: dict[UpdateId, tuple[BlobRef, UpdateMeta]] = field(default_factory=dict)
 
 
 class World:
-    """One run and its surroundings. ``rows`` is the database, ``wire`` what is on its way to the server."""
+    """One run and its surroundings. ``rows`` is the database, ``wire`` what is on its way to the server.
 
-    def __init__(self, plan, names) -> None:
+    With ``lossy`` devices hold versions of a shared model; ``changes`` are the blobs that lead from one to the next.
+    """
+
+    def __init__(self, plan, names, *, lossy: bool = False) -> None:
         self.plan = plan
         self.now = 0.0
         self.devices = {name: Device(name) for name in names}
@@ -52,7 +61,12 @@ class World:
         self.verdicts: dict[UpdateId, bool] = {}
         self.finished: list[e.Finished] = []
         self.failed_steps = 0
-        self.state = RunState.start("run", plan, h.blob(1), h.blob(2))
+        self.start_vector = sha256(b"start").hexdigest()
+        self.changes: dict[str, tuple[str, str]] = {}  # hash of the blob -> hashes of the models before and after
+        self.deleted: set[str] = set()
+        self.ways: list[tuple[int | None, int]] = []  # base and version of the jobs that devices began
+        vector = self.start_vector if lossy else None
+        self.state = RunState.start("run", plan, h.blob(1), h.blob(2, 5000), vector_sha256=vector, elements=1000)
         self.save([self.state.run])
         for device in self.devices.values():
             self.fleet.announce(self.now, self.announcement(device))
@@ -72,6 +86,13 @@ class World:
             self.restart()
         if self.crash_after is None:
             self.check_rebuilt()
+            self.clean()
+
+    def clean(self) -> None:
+        """What the server does after a round: changes that nobody needs any more go."""
+        for key, row in self.rows.items():
+            if key[0] is e.RoundRow and row.change is not None and not self.state.needs_change(row.version):
+                self.deleted.add(row.change.sha256)
 
     def restart(self) -> None:
         """A new server process: nothing is left but the rows; work in flight is lost."""
@@ -98,6 +119,7 @@ class World:
                 e.RunRow: lambda row: (row.run,),
                 e.AssignmentRow: lambda row: (row.run, row.assignment),
                 e.UpdateRow: lambda row: (row.update,),
+                e.HoldingRow: lambda row: (row.run, row.device),
                 e.RoundRow: lambda row: (row.run, row.round),
             }[type(row)](row)
             before = self.rows.get((type(row), *key))
@@ -124,8 +146,39 @@ class World:
         row = effect.assignment
         stored = self.rows[e.AssignmentRow, row.run, row.assignment]
         assert (stored.device, stored.version, stored.model) == (row.device, row.version, row.model)
-        if self.reaches(row.device) and row.assignment not in self.devices[row.device].finished:
-            self.devices[row.device].jobs[row.assignment] = row
+        model = self.state.model_of(row)
+        assert not self.deleted & {blob.sha256 for blob in model.blobs}, "a job names a change that was deleted"
+        if not self.reaches(row.device):
+            return
+        device = self.devices[row.device]
+        if row.assignment in device.finished:
+            return
+        if model.base and not device.lost and row.assignment not in device.jobs:
+            assert device.holds is not None, "the coordinator thought that a device holds what it never had"
+            assert device.holds[0] == model.base
+        if self.vector_of(device, model) is None:
+            device.jobs.pop(row.assignment, None)
+            self.wire.append(e.JobReported(self.now, row.device, row.assignment, "lacks the base", rejected=True))
+        else:
+            device.jobs[row.assignment] = (row, model)
+
+    def vector_of(self, device, model):
+        """What comes out on the device (checked against what must); None if it lacks the version to start from."""
+        if model.vector_sha256 is None or model.base is None:
+            assert len(model.blobs) == 1
+            return model.vector_sha256 or ""
+        if model.base == 0:
+            vector = self.start_vector
+        elif device.holds is not None and device.holds[0] == model.base:
+            vector = device.holds[1]
+        else:
+            return None
+        for blob in model.blobs:
+            before, after = self.changes[blob.sha256]
+            assert before == vector, "a change for another version"
+            vector = after
+        assert vector == model.vector_sha256
+        return vector
 
     def on_SendCancel(self, effect):  # noqa: N802
         if self.reaches(effect.device):
@@ -164,7 +217,19 @@ class World:
         assert len(content) >= self.plan.participation.minimum
         assert self.aggregates.setdefault(effect.round, content) == content, "an aggregate changed"
         digest = sha256(repr((effect.base.sha256, content)).encode()).hexdigest()
-        self.work.append(e.Aggregated(self.now, effect.round, BlobRef(sha256=digest, size_bytes=1)))
+        event = e.Aggregated(self.now, effect.round, BlobRef(sha256=digest, size_bytes=5000))
+        before = self.state.run.vector_sha256
+        if before is not None:
+            assert (effect.shared is None) == (effect.version == 0)
+            change, vector, down = (sha256(f"{kind}{digest}".encode()).hexdigest() for kind in ("c", "v", "d"))
+            self.changes[change] = (before, vector)
+            event = msgspec.structs.replace(
+                event,
+                down=BlobRef(sha256=down, size_bytes=2000),
+                change=BlobRef(sha256=change, size_bytes=int(digest[:2], 16) * 4),
+                vector_sha256=vector,
+            )
+        self.work.append(event)
 
     def on_Evaluate(self, effect):  # noqa: N802
         self.work.append(e.Evaluated(self.now, effect.version, Evaluation(samples=4, loss_sum=1.0, correct=2)))
@@ -188,9 +253,16 @@ class World:
         """Finishes the oldest job: mostly well, sometimes not."""
         if not device.jobs:
             return
-        name, row = next(iter(device.jobs.items()))
+        name, (row, model) = next(iter(device.jobs.items()))
         del device.jobs[name]
+        vector = self.vector_of(device, model)
+        if vector is None:  # another job came in between
+            self.wire.append(e.JobReported(self.now, device.name, name, "lacks the base", rejected=True))
+            return
         device.finished.add(name)
+        self.ways.append((model.base, row.version))
+        if model.vector_sha256 is not None:
+            device.holds, device.lost = (row.version, vector), False
         if flavour % 7 == 5:
             self.wire.append(e.JobReported(self.now, device.name, name, "too hot"))
             return
@@ -221,6 +293,8 @@ class World:
             case 2:
                 self.leave(device) if device.online else self.join(device)
             case 3:
+                if pick % 3 == 0:  # its storage was wiped
+                    device.holds, device.lost = None, True
                 self.join(device)
             case 4 | 5 | 6:
                 self.train(device, pick)

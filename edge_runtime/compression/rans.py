@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge_runtime.compression.bits import pack_fields, unpack_fields
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Encoder:
 
     def raws(self, values: ArrayLike, widths: ArrayLike) -> None:
         """Many raw fields at a fraction of the time: ``values[i] < 2**widths[i]``, widths up to 56, ``[n]``."""
-        words, rest, width = _pack_fields(np.asarray(values, np.uint64), np.asarray(widths, np.int64))
+        words, rest, width = _words(np.asarray(values, np.uint64), np.asarray(widths, np.int64))
         if words:
             self._steps = []
             self._parts.append((words, self._steps))
@@ -213,6 +214,24 @@ class Decoder:
         self._state = state
         return out
 
+    def chain(self, models: Sequence[Model], count: int) -> list[int]:
+        """The next ``count`` symbols, each of the model that the symbol before it names; before the first is 0."""
+        tables = [model.slots for model in models]
+        state, words = self._state, self._words
+        pop = words.pop
+        out: list[int] = []
+        append = out.append
+        symbol = 0
+        for _ in repeat(None, count):
+            low = state & MASK
+            symbol, freq, start = tables[symbol][low]
+            append(symbol)
+            state = freq * (state >> BITS) + low - start
+            if state < LOW and words:
+                state = state << 16 | pop()
+        self._state = state
+        return out
+
     def raw(self, width: int) -> int:
         """The next ``width`` bits."""
         value = 0
@@ -238,7 +257,7 @@ class Decoder:
                 del self._words[-run:]
             taken += [self.raw(16) for _ in range(count - run)]
         taken.append(self.raw(total - 16 * count))
-        return _unpack_fields(taken, fields)
+        return unpack_fields(np.array(taken, "<u2").tobytes(), fields)
 
     def finish(self) -> None:
         """Raises CodecError unless the stream ends exactly here."""
@@ -253,29 +272,9 @@ def _listed(numbers: ArrayLike) -> list[int]:
     return listed
 
 
-def _pack_fields(values: NDArray[np.uint64], widths: NDArray[np.int64]) -> tuple[list[int], int, int]:
-    """Fields laid end to end, lowest bit first: 16-bit words, the bits that fill none, and their number."""
-    ends = np.cumsum(widths)
-    total = int(ends[-1]) if ends.size else 0
-    starts = ends - widths
-    word, shift = starts >> 6, (starts & 63).astype(np.uint64)
-    packed = np.zeros(total // 64 + 2, np.uint64)
-    if values.size:
-        first = np.flatnonzero(np.diff(word, prepend=-1))
-        packed[word[first]] = np.bitwise_or.reduceat(values << shift, first)
-        over = np.flatnonzero((starts & 63) + widths > 64)
-        packed[word[over] + 1] |= values[over] >> (np.uint64(64) - shift[over])
-    listed: list[int] = packed.astype("<u8").view("<u2")[: total // 16 + 1].tolist()
-    return listed[:-1], listed[-1], total % 16
-
-
-def _unpack_fields(words: list[int], widths: NDArray[np.int64]) -> NDArray[np.uint64]:
-    ends = np.cumsum(widths)
-    starts = ends - widths
-    padded = np.zeros(len(words) // 4 * 4 + 8, "<u2")
-    padded[: len(words)] = words
-    packed = padded.view("<u8").astype(np.uint64)
-    word, shift = starts >> 6, (starts & 63).astype(np.uint64)
-    joined = packed[word] >> shift | packed[word + 1] << np.uint64(1) << (np.uint64(63) - shift)
-    fields: NDArray[np.uint64] = joined & ((np.uint64(1) << widths.astype(np.uint64)) - np.uint64(1))
-    return fields
+def _words(values: NDArray[np.uint64], widths: NDArray[np.int64]) -> tuple[list[int], int, int]:
+    """Fields laid end to end: 16-bit words, the bits that fill none, and their number."""
+    total = int(widths.sum())
+    packed = pack_fields(values, widths)
+    words: list[int] = np.frombuffer(packed + bytes(2 + len(packed) % 2), "<u2").tolist()
+    return words[: total // 16], words[total // 16], total % 16

@@ -21,6 +21,7 @@ _HERE = "edge_runtime.compression"
 _BUILT_IN: dict[str, tuple[int, str]] = {  # numbers are part of the format: never change or reuse one
     "raw": (1, "raw:Raw"),
     "zstd": (2, "zstd:Zstd"),
+    "sparse": (5, "sparse:Sparse"),
     "topk": (7, "topk:TopK"),
     "int8": (8, "quantised:Int8"),
     "int4": (9, "quantised:Int4"),

@@ -1,0 +1,160 @@
+"""Positions of the entries of a sparse vector, tensor by tensor.
+
+Of each tensor: the number of its entries, then the gaps between them in the order of memory or, where that is cheaper,
+of the transposed matrix (the first axis runs fastest): entries gather in the rows and columns of active units. The
+class of a gap is coded by :mod:`edge_runtime.compression.sequences`, its low bits as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edge_runtime.compression import sequences
+from edge_runtime.errors import CodecError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edge_runtime.compression.base import Layout
+    from edge_runtime.compression.rans import Decoder, Encoder
+
+
+class _Tensor(NamedTuple):
+    """Entries of one tensor, ready to be written; ``turned`` is None where there is no choice of order."""
+
+    size: int
+    entries: int
+    turned: bool | None = None
+    classes: NDArray[np.int64] | None = None
+    plan: sequences.Plan | None = None
+
+
+class Positions(NamedTuple):
+    """A plan of writing positions.
+
+    Attributes:
+        bits: what it will cost.
+        order: int64 ``[k]``: the entries, by their place in the given indices, in the order in which they travel.
+    """
+
+    bits: float
+    order: NDArray[np.int64]
+    tensors: list[_Tensor]
+    low: NDArray[np.int64]
+    widths: NDArray[np.int64]
+
+    def write(self, encoder: Encoder) -> None:
+        """All positions."""
+        for tensor in self.tensors:
+            _write_count(encoder, tensor.entries, tensor.size)
+            if tensor.plan is None or tensor.classes is None:
+                continue
+            if tensor.turned is not None:
+                encoder.raw(int(tensor.turned), 1)
+            alphabet = sequences.class_count(tensor.size)
+            derived = sequences.expected_gaps(tensor.entries, tensor.size)
+            sequences.write(encoder, tensor.plan, tensor.classes, alphabet, derived)
+        encoder.raws(self.low, self.widths)
+
+
+def plan(indices: NDArray[np.int64], layout: Layout) -> Positions:
+    """The cheapest way to write ``indices``, int64 ``[k]``, ascending and unique, all below ``layout.size``."""
+    bits = 0.0
+    tensors: list[_Tensor] = []
+    orders: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    lows: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    widths: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    spans = list(layout.spans())
+    bounds = np.searchsorted(indices, [0, *(end for *_, end in spans)]).tolist()
+    for (_, shape, start, end), first, last in zip(spans, bounds, bounds[1:], strict=False):
+        size, count = end - start, last - first
+        bits += math.log2(size.bit_length() + 1) + max(0, count.bit_length() - 1)
+        if not count:
+            tensors.append(_Tensor(size, 0))
+            continue
+        local = indices[first:last] - start
+        order = np.arange(count)
+        gaps = _gaps(local)
+        turned = None
+        if _is_matrix(shape):
+            bits += 1
+            turned = False
+            rows, columns = shape[0], size // shape[0]
+            other = local % columns * rows + local // columns
+            order_other = np.argsort(other, kind="stable")
+            gaps_other = _gaps(other[order_other])
+            if _rough_cost(gaps_other) < _rough_cost(gaps):
+                gaps, order, turned = gaps_other, order_other, True
+        classes, width = sequences.to_classes(gaps)
+        alphabet = sequences.class_count(size)
+        best = sequences.plan(classes, alphabet, sequences.expected_gaps(count, size))
+        tensors.append(_Tensor(size, count, turned, classes, best))
+        bits += best.bits + int(width.sum())
+        orders.append(order + first)
+        lows.append(gaps - sequences.class_base(classes)[0])
+        widths.append(width)
+    return Positions(bits, np.concatenate(orders), tensors, np.concatenate(lows), np.concatenate(widths))
+
+
+def read(decoder: Decoder, layout: Layout) -> NDArray[np.int64]:
+    """The positions, int64 ``[k]``, unique and below ``layout.size``, in the order in which they travelled.
+
+    Raises:
+        CodecError: damaged.
+    """
+    found = []
+    classes: list[int] = []
+    for _, shape, start, end in layout.spans():
+        size = end - start
+        count = _read_count(decoder, size)
+        if count:
+            turned = bool(decoder.raw(1)) if _is_matrix(shape) else False
+            expected = sequences.expected_gaps(count, size)
+            classes += sequences.read(decoder, count, sequences.class_count(size), expected)
+            found.append((count, turned, shape[0] if turned else 1, start, size))
+    base, widths = sequences.class_base(np.array(classes, np.int64))
+    steps = base + decoder.raws(widths).astype(np.int64) + 1
+    parts = [np.empty(0, np.int64)]
+    at = 0
+    for count, turned, rows, start, size in found:
+        local = np.cumsum(steps[at : at + count]) - 1
+        at += count
+        if local[-1] >= size:
+            raise CodecError("a position lies outside its tensor")
+        parts.append((local % rows * (size // rows) + local // rows if turned else local) + start)
+    return np.concatenate(parts)
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and shape[0] > 1 and any(length > 1 for length in shape[1:])
+
+
+def _gaps(ascending: NDArray[np.int64]) -> NDArray[np.int64]:
+    gaps: NDArray[np.int64] = ascending.copy()
+    gaps[1:] -= ascending[:-1] + 1
+    return gaps
+
+
+def _rough_cost(gaps: NDArray[np.int64]) -> float:
+    """Bits of the gaps at the entropy of their classes."""
+    classes, widths = sequences.to_classes(gaps)
+    counts = np.bincount(classes)
+    counts = counts[counts > 0]
+    return float(counts @ np.log2(gaps.size / counts)) + float(widths.sum())
+
+
+def _write_count(encoder: Encoder, count: int, size: int) -> None:
+    length = count.bit_length()
+    sequences.write_uniform(encoder, length, size.bit_length() + 1)
+    encoder.raw(count, max(0, length - 1))
+
+
+def _read_count(decoder: Decoder, size: int) -> int:
+    length = sequences.read_uniform(decoder, size.bit_length() + 1)
+    count = (1 << length - 1) + decoder.raw(length - 1) if length else 0
+    if count > size:
+        raise CodecError(f"{count} entries in a tensor of {size}")
+    return count

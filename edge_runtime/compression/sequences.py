@@ -1,0 +1,291 @@
+"""Short sequences of small symbols, coded with the model that costs least, its own description included.
+
+The model of a sequence is one of these, for the whole of it or one for each range of the symbol before:
+
+* *derived*: what the caller expects, without any description;
+* *bank*: a Weibull law of gaps, two parameters in 9 bits (gaps between hits in clusters have a heavy tail);
+* *table*: the frequencies themselves, their logarithms to base 2 in half steps, as differences.
+
+All weights are computed in integers, so both ends have the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edge_runtime.compression.rans import Model
+from edge_runtime.errors import CodecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from edge_runtime.compression.rans import Decoder, Encoder
+
+MANTISSA_BITS = 2
+CLASSES = 200
+"""Classes of gaps: values below 4 are their own class, above it each octave has four."""
+
+_DERIVED, _BANK, _TABLE = 0, 1, 3  # bank of 1 or 2 ranges, table of 1 to 4
+_KINDS = 7
+_SHAPES = (16, 12, 10, 8, 6, 4, 3)  # Weibull exponents in sixteenths
+_SCALES = 44  # of the Weibull laws: half octaves, the first at a quarter
+_LEAST_FOR_TABLE = 6
+_MAX_LEVEL = 64
+
+
+def class_base(classes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Smallest value of each class, and how many raw bits choose among its values."""
+    width = np.maximum((classes >> MANTISSA_BITS) - 1, 0)
+    mantissa = (classes & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
+    return np.where(classes >= 1 << MANTISSA_BITS, mantissa << width, classes), width
+
+
+def to_classes(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Class of each value >= 0 (exponential-Golomb with two bits of mantissa), and its number of raw bits."""
+    exponent = np.frexp(np.maximum(values, 1).astype(np.float64))[1].astype(np.int64) - 1  # exact below 2**53
+    width = np.maximum(exponent - MANTISSA_BITS, 0)
+    step = (width + 1 << MANTISSA_BITS) + (values >> width) - (1 << MANTISSA_BITS)
+    return np.where(values >= 1 << MANTISSA_BITS, step, values), width
+
+
+def class_count(size: int) -> int:
+    """Classes of values below ``size``."""
+    return int(to_classes(np.array([max(size - 1, 0)], np.int64))[0][0]) + 1
+
+
+def expected_gaps(count: int, size: int) -> int:
+    """Row of the bank for the gaps of ``count`` hits among ``size`` places of which no more is known."""
+    ratio = (size + 1) // (count + 1)
+    return _SCALES + min(_SCALES - 1, (ratio * ratio).bit_length() + 3)
+
+
+@lru_cache(maxsize=1)
+def bank() -> NDArray[np.int64]:
+    """Weights ``[law, class]``: differences of ``exp(-(gap / scale) ** shape)``, in 40 bits."""
+    one = 1 << 40
+    # exp(-2**(j / 16)): sixteen values near 1 by their series, squared for each further octave
+    powers = [1 << 60]
+    for _ in range(4):
+        powers = [value for low, high in pairwise([*powers, 2 * powers[0]]) for value in (low, math.isqrt(low * high))]
+    decay = []
+    for power in powers:
+        x = power >> 36  # 2**(j / 16 - 16) in 40 bits
+        decay.append(one - x + (x * x >> 41) - x * x * x // (6 << 80))
+    for at in range(40 * 16):
+        decay.append(decay[at] * decay[at] >> 40)
+    survival = np.array(decay, np.int64)
+    base = class_base(np.arange(CLASSES))[0]
+    places = np.array([((value + 1) ** 16).bit_length() - 1 for value in base.tolist()])  # floor(16 * log2(value + 1))
+    scales = 8 * (np.arange(_SCALES) - 4)
+    steps = np.array(_SHAPES)[:, None, None] * (places[None, None, :] - scales[None, :, None]) // 16
+    alive = survival[np.clip(steps + 16 * 16, 0, survival.size - 1)].reshape(-1, CLASSES)
+    return np.maximum(alive - np.append(alive[:, 1:], np.zeros((len(alive), 1), np.int64), axis=1), one >> 13)
+
+
+@lru_cache(maxsize=32)
+def _bank_costs(alphabet: int) -> NDArray[np.float64]:
+    weights = bank()[:, :alphabet].astype(np.float64)
+    costs: NDArray[np.float64] = np.log2(weights.sum(axis=1, keepdims=True)) - np.log2(weights)
+    return costs
+
+
+def bank_model(law: int, alphabet: int) -> Model:
+    """The law ``law`` for gaps in the first ``alphabet`` classes."""
+    return Model(bank()[law, :alphabet].tolist())
+
+
+@lru_cache(maxsize=256)
+def uniform(count: int) -> Model:
+    """All of ``count`` symbols alike."""
+    return Model([1] * count)
+
+
+def write_uniform(encoder: Encoder, value: int, count: int) -> None:
+    """A number below ``count``, at most 4096."""
+    encoder.symbols(uniform(count), [value])
+
+
+def read_uniform(decoder: Decoder, count: int) -> int:
+    """The inverse."""
+    return decoder.symbols(uniform(count), 1)[0]
+
+
+class Plan(NamedTuple):
+    """How a sequence will be coded. ``rows``: per range a law of the bank, or the levels of a table."""
+
+    bits: float
+    kind: int
+    splits: list[int]
+    rows: list[int] | list[list[int]]
+
+
+def plan(symbols: NDArray[np.int64], alphabet: int, derived: int | None = None) -> Plan:
+    """The cheapest model.
+
+    Args:
+        symbols: ``[n]``, n > 0, below ``alphabet``.
+        alphabet: number of symbols, at most 4096; of gaps at most ``CLASSES``.
+        derived: law of the bank that the caller expects; None: the symbols are no gaps, all alike is expected.
+    """
+    before = np.concatenate([[0], symbols[:-1]])
+    count = symbols.size
+    head = math.log2(_KINDS)
+    single = np.bincount(symbols, minlength=alphabet)
+    expected = count * math.log2(alphabet) if derived is None else float(_bank_costs(alphabet)[derived] @ single)
+    best = Plan(expected + head, _DERIVED, [], [])
+    joint: NDArray[np.int64] = single[None, :]
+    if count >= 2 * _LEAST_FOR_TABLE:
+        joint = np.bincount(before * alphabet + symbols, minlength=alphabet * alphabet).reshape(alphabet, alphabet)
+    for ranges in range(1, 5):
+        if count < _LEAST_FOR_TABLE * ranges * ranges:
+            break
+        splits = _splits(joint, ranges) if ranges > 1 else []
+        if len(splits) != ranges - 1:
+            continue
+        counts = np.add.reduceat(joint, [0, *splits], axis=0)
+        bits = head + len(splits) * math.log2(alphabet)
+        if derived is not None and ranges <= 2:
+            costs = _bank_costs(alphabet) @ counts.T
+            laws = costs.argmin(axis=0)
+            total = bits + float(costs.min(axis=0).sum()) + ranges * math.log2(len(bank()))
+            if total < best.bits:
+                best = Plan(total, _BANK + ranges - 1, splits, laws.tolist())
+        tabled = bits + sum(_table_cost(row) for row in counts)
+        if tabled < best.bits:
+            best = Plan(tabled, _TABLE + ranges - 1, splits, [_levels(row) for row in counts])
+    return best
+
+
+def write(encoder: Encoder, plan: Plan, symbols: NDArray[np.int64], alphabet: int, derived: int | None = None) -> None:
+    """The plan, and the symbols by it."""
+    write_uniform(encoder, plan.kind, _KINDS)
+    for split in plan.splits:
+        write_uniform(encoder, split, alphabet)
+    models = []
+    for row in plan.rows:
+        if isinstance(row, int):
+            write_uniform(encoder, row, len(bank()))
+            models.append(bank_model(row, alphabet))
+        else:
+            _write_table(encoder, row, alphabet)
+            models.append(_table_model(row))
+    if not models:
+        models.append(uniform(alphabet) if derived is None else bank_model(derived, alphabet))
+    if len(models) == 1:
+        encoder.symbols(models[0], symbols)
+        return
+    before = np.concatenate([[0], symbols[:-1]])
+    encoder.mixed(models, np.searchsorted(plan.splits, before, side="right"), symbols)
+
+
+def read(decoder: Decoder, count: int, alphabet: int, derived: int | None = None) -> list[int]:
+    """The symbols, ``count`` of them.
+
+    Raises:
+        CodecError: damaged.
+    """
+    kind = read_uniform(decoder, _KINDS)
+    if derived is None and _BANK <= kind < _TABLE:
+        raise CodecError("a law of gaps stands where no gaps are")
+    if kind == _DERIVED:
+        return decoder.symbols(uniform(alphabet) if derived is None else bank_model(derived, alphabet), count)
+    ranges = kind - (_BANK if kind < _TABLE else _TABLE) + 1
+    splits = [read_uniform(decoder, alphabet) for _ in range(ranges - 1)]
+    if any(high <= low for low, high in pairwise([0, *splits])):
+        raise CodecError("the ranges of a model are not in order")
+    if kind < _TABLE:
+        models = [bank_model(read_uniform(decoder, len(bank())), alphabet) for _ in range(ranges)]
+    else:
+        models = [_table_model(_read_table(decoder, alphabet)) for _ in range(ranges)]
+    if ranges == 1:
+        return decoder.symbols(models[0], count)
+    bounds = [0, *splits, alphabet]
+    after = [model for model, (low, high) in zip(models, pairwise(bounds), strict=True) for _ in range(low, high)]
+    return decoder.chain(after, count)
+
+
+def _splits(joint: NDArray[np.int64], ranges: int) -> list[int]:
+    """Where to divide the symbol before, so that the parts are about as frequent; fewer if they would be empty."""
+    below = np.cumsum(joint.sum(axis=1))
+    wanted = below[-1] * np.arange(1, ranges) / ranges
+    splits = np.unique(np.searchsorted(below, wanted) + 1)
+    return [int(split) for split in splits if split < len(joint) and below[split - 1] < below[-1]]
+
+
+def _levels(counts: NDArray[np.int64]) -> list[int]:
+    """Per symbol 0 if absent, else 1 + the logarithm of its count in half steps, up to the last one present."""
+    end = int(np.flatnonzero(counts)[-1]) + 1
+    part = counts[:end]
+    levels: list[int] = np.where(part > 0, np.rint(2 * np.log2(np.maximum(part, 1))) + 1, 0).astype(np.int64).tolist()
+    return levels
+
+
+def _table_model(levels: list[int]) -> Model:
+    return Model([(128, 181)[level - 1 & 1] << (level - 1 >> 1) if level else 0 for level in levels])
+
+
+def _delta_model(absent: int) -> Model:
+    """Symbol 0: absent; then differences to the last level that was present: 0, 1, -1, 2, -2 ..."""
+    weights = [absent]
+    weight = 1 << 14
+    for _ in range(_MAX_LEVEL):
+        weights += [weight, weight * 9 // 10]
+        weight = max(64, weight * 5 // 8)
+    return Model(weights)
+
+
+_AFTER = (_delta_model(1 << 15), _delta_model(1 << 12))  # after an absent symbol, after a present one
+_AFTER_COSTS = [model.costs for model in _AFTER]
+_FIRST_LEVEL = 9
+_BEFORE = np.array([-1])
+
+
+def _steps(levels: list[int]) -> Iterator[tuple[int, int]]:
+    """Context and symbol of each entry of a table."""
+    last, context = _FIRST_LEVEL, 1
+    for level in levels:
+        delta = level - last
+        yield context, 0 if not level else 2 * delta if delta > 0 else 1 - 2 * delta
+        last, context = level or last, int(level > 0)
+
+
+def _table_cost(counts: NDArray[np.int64]) -> float:
+    """Bits of a table and of the symbols that it codes, very nearly."""
+    present = counts.nonzero()[0]
+    logarithms = np.rint(2 * np.log2(counts[present]))
+    deltas = (logarithms - np.concatenate([_BEFORE + _FIRST_LEVEL, logarithms[:-1]])).astype(np.int64)
+    gaps = present - np.concatenate([_BEFORE, present[:-1]])
+    steps = np.where(deltas > 0, 2 * deltas, 1 - 2 * deltas)
+    table = _AFTER_COSTS[1][steps] + (gaps > 1) * (_AFTER_COSTS[0][steps] - _AFTER_COSTS[1][steps])
+    absent = (gaps > 1).sum() * _AFTER_COSTS[1][0] + np.maximum(gaps - 2, 0).sum() * _AFTER_COSTS[0][0]
+    weights = np.exp2(logarithms / 2)
+    coded = counts[present] @ (np.log2(weights.sum()) - logarithms / 2)
+    return float(table.sum() + absent + coded) + math.log2(counts.size)
+
+
+def _write_table(encoder: Encoder, levels: list[int], alphabet: int) -> None:
+    write_uniform(encoder, len(levels) - 1, alphabet)
+    contexts, symbols = zip(*_steps(levels), strict=True)
+    encoder.mixed(_AFTER, list(contexts), list(symbols))
+
+
+def _read_table(decoder: Decoder, alphabet: int) -> list[int]:
+    levels: list[int] = []
+    last, context = _FIRST_LEVEL, 1
+    for _ in range(read_uniform(decoder, alphabet) + 1):
+        symbol = decoder.symbols(_AFTER[context], 1)[0]
+        level = 0
+        if symbol:
+            level = last = last + (symbol >> 1 if symbol % 2 == 0 else -(symbol >> 1))
+            if not 0 < level <= _MAX_LEVEL:
+                raise CodecError("a frequency table is out of range")
+        levels.append(level)
+        context = int(level > 0)
+    return levels

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update
-from edge_runtime.compression.bits import SEED_MASK, pack_bits, random_bits, unpack_bits
+from edge_runtime.compression.packing import SEED_MASK, pack_bits, random_bits, unpack_bits
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:

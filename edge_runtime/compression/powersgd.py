@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update
-from edge_runtime.compression.bits import random_words
 from edge_runtime.compression.half import from_half, to_half
+from edge_runtime.compression.packing import random_words
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:

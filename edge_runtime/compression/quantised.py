@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update
-from edge_runtime.compression.bits import random_words
+from edge_runtime.compression.packing import random_words
 from edge_runtime.compression.rans import Model
 from edge_runtime.compression.rans_lanes import decode_lanes, encode_lanes
 from edge_runtime.compression.zstd import pack_planes, unpack_planes

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update
-from edge_runtime.compression.bits import SEED_MASK, random_words
 from edge_runtime.compression.container import read_varint, varint
 from edge_runtime.compression.half import from_half, to_half
+from edge_runtime.compression.packing import SEED_MASK, random_words
 from edge_runtime.compression.topk import check_density
 from edge_runtime.errors import CodecError
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update
-from edge_runtime.compression.bits import pack_bits, pack_positions, unpack_bits, unpack_positions
 from edge_runtime.compression.container import read_varint, varint
+from edge_runtime.compression.packing import pack_bits, pack_positions, unpack_bits, unpack_positions
 from edge_runtime.compression.topk import check_density, select
 from edge_runtime.errors import CodecError
 

@@ -11,50 +11,38 @@ round sends what encoding left of their difference, so what was not sent stays t
 from __future__ import annotations
 
 import math
-import mmap
+from functools import lru_cache
 from hashlib import sha256
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from coordinator.budget import change_budget
 from coordinator.errors import ModelError
 from coordinator.methods import create_method
+from coordinator.model_blobs import find, mapped, put, read_held, read_model, read_shared, read_state, store_state
 from coordinator.plan import is_lossless
-from edge_runtime.compression.container import update_tag
+from edge_runtime.compression.base import Codec
+from edge_runtime.compression.container import unpack, update_tag
 from edge_runtime.compression.grid import SharedModel
-from edge_runtime.compression.pipeline import MODEL_CHANNEL, CodecSpec, decode, decode_model, encode, encode_model
+from edge_runtime.compression.pipeline import MODEL_CHANNEL, CodecSpec, decode, encode, encode_model
+from edge_runtime.compression.registry import codec_class
 from edge_runtime.errors import CodecError, ConfigError
-from edge_runtime.messages import BlobRef
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
     import numpy.typing as npt
 
     from coordinator.events import Aggregate, RoundRow, RunRow, UpdateRow
     from coordinator.methods.base import ServerMethod, State, Vector
+    from coordinator.model_blobs import Blobs
     from coordinator.plan import Plan
     from edge_runtime.compression import Layout, Update
-    from edge_runtime.messages import UpdateId
-    from edge_runtime.store.blobs import StoredBlob
+    from edge_runtime.messages import BlobRef, UpdateId
 
-
-class Blobs(Protocol):
-    """What is needed of a :class:`~edge_runtime.store.blobs.BlobStore`."""
-
-    def path(self, sha: str) -> Path:
-        """Where a blob lies."""
-        ...
-
-    def has(self, sha: str) -> bool:
-        """Whether it is there."""
-        ...
-
-    def put(self, data: bytes | memoryview) -> StoredBlob:
-        """Stores bytes durably."""
-        ...
+HELD_IN_MEMORY = 2  # models that updates of a predicting codec are relative to; most are of one version
 
 
 class Made(NamedTuple):
@@ -73,6 +61,8 @@ def aggregate(
     method: ServerMethod,
     layout: Layout,
     state: State | None = None,
+    *,
+    held: Callable[[int], Vector] | None = None,
 ) -> tuple[Vector, State]:
     """The next model, float32 ``[layout.size]``, and the method's next state.
 
@@ -82,6 +72,7 @@ def aggregate(
         method: combines them.
         layout: of the model; every channel has it.
         state: the method's state; None: as it is before round 0.
+        held: gives the model of a version as devices hold it, for codecs that predict from it.
 
     Raises:
         CodecError: an update cannot be decoded.
@@ -97,7 +88,8 @@ def aggregate(
         last = row.update
         weights.append(row.weight)
         try:
-            decoded = decode_update(payload, method, layout, update=row.update, version=row.meta.model_version)
+            version = row.meta.model_version
+            decoded = decode_update(payload, method, layout, update=row.update, version=version, held=held)
             method.aggregate(totals, decoded, row.weight)
         except (CodecError, OSError) as error:
             raise CodecError(f"update {row.update}: {error}") from error
@@ -127,6 +119,7 @@ def decode_update(
     update: UpdateId,
     version: int,
     max_norm: float | None = None,
+    held: Callable[[int], Vector] | None = None,
 ) -> dict[str, Update]:
     """The decoded update, finite, of ``[layout.size]`` by channel.
 
@@ -137,14 +130,21 @@ def decode_update(
         update: whose bytes they must be.
         version: of the model that they must be relative to.
         max_norm: the largest L2 norm of a channel; None: any.
+        held: gives the model of a version as devices hold it; asked only where the codec predicts from it.
 
     Raises:
         CodecError: it cannot be decoded, or is not what the method wants.
+        ModelError: the model that it is relative to is not in the store.
     """
-    data = payload if isinstance(payload, bytes) else _mapped(payload)
+    data = mapped(payload) if isinstance(payload, Path) else payload
     layouts = dict.fromkeys(method.channels, layout)
     limit = math.inf if max_norm is None else max_norm
-    return decode(data, layouts, base_version=version, tag=update_tag(update), max_norm=limit)
+    reference = None
+    if held is not None:
+        codec = codec_class(unpack(data, layouts)[0].codec)
+        if codec.decode_against is not Codec.decode_against:
+            reference = held(version)
+    return decode(data, layouts, base_version=version, tag=update_tag(update), max_norm=limit, reference=reference)
 
 
 def make_initial(blobs: Blobs, plan: Plan, initial: Vector, layout: Layout) -> Made:
@@ -184,17 +184,15 @@ def make_model(blobs: Blobs, plan: Plan, effect: Aggregate, layout: Layout, *, u
     base = read_model(blobs, effect.base, layout)
     new, state = aggregate(
         base,
-        ((row, _find(updates or blobs, row.blob, f"update {row.update}")) for row in effect.updates),
+        ((row, find(updates or blobs, row.blob, f"update {row.update}")) for row in effect.updates),
         method,
         layout,
-        _read_state(blobs, effect.method_state),
+        read_state(blobs, effect.method_state),
+        held=lru_cache(HELD_IN_MEMORY)(lambda version: read_held(blobs, plan, effect.held[version], version, layout)),
     )
     if is_lossless(plan.downlink.codec):
         return _store(blobs, plan, layout, new, state)
-    if effect.shared is None:
-        before = SharedModel.start(base, layout)
-    else:
-        before = SharedModel.decode(_mapped(_find(blobs, effect.shared, "shared model")), layout)
+    before = read_shared(blobs, effect.held[effect.version], effect.version, layout)
     change, after = next_shared(plan, before, new, layout, effect.version)
     return _store(blobs, plan, layout, new, state, shared=after, change=change)
 
@@ -222,18 +220,10 @@ def next_shared(
         budget_bytes=change_budget(down.target_ratio, down.budget_bytes, layout.size),
         seed=plan.seed + version,
         base_version=version,
+        reference=before.vector,
     ).data
-    return data, before.plus(decode(data, layouts)[MODEL_CHANNEL].vector())  # what devices will decode, and no other
-
-
-def read_model(blobs: Blobs, model: BlobRef, layout: Layout) -> Vector:
-    """A stored model version, float32 ``[layout.size]``, read-only.
-
-    Raises:
-        ModelError: it is not in the store.
-        CodecError: it cannot be decoded.
-    """
-    return decode_model(_mapped(_find(blobs, model, "model")), layout)
+    sent = decode(data, layouts, reference=before.vector)[MODEL_CHANNEL]  # what devices will decode, and nothing else
+    return data, before.plus(sent.vector())
 
 
 class Recomputed(NamedTuple):
@@ -277,11 +267,14 @@ def recompute(
     """
     method = create_method(plan)
     vector = read_model(blobs, run.initial_model, layout)
-    state = _read_state(blobs, run.initial_method_state)
+    state = read_state(blobs, run.initial_method_state)
     shared = None if is_lossless(plan.downlink.codec) else SharedModel.start(vector, layout)
+    held: dict[int, Vector] = {}
     for row, counted in rounds:
-        pairs = ((update, _find(updates or blobs, update.blob, f"update {update.update}")) for update in counted)
-        vector, state = aggregate(vector, pairs, method, layout, state)
+        held[row.version - 1] = vector if shared is None else shared.vector
+        held.pop(row.version - 2 - plan.participation.max_staleness, None)
+        pairs = ((update, find(updates or blobs, update.blob, f"update {update.update}")) for update in counted)
+        vector, state = aggregate(vector, pairs, method, layout, state, held=held.__getitem__)
         if shared is not None:
             _, shared = next_shared(plan, shared, vector, layout, row.version - 1)
         digest = sha256(encode_model(vector, layout)).hexdigest()
@@ -303,50 +296,18 @@ def _store(
     shared: SharedModel | None = None,
     change: bytes | None = None,
 ) -> Made:
-    model = _put(blobs, encode_model(vector, layout))
+    model = put(blobs, encode_model(vector, layout))
     down = None
     if shared is not None:
-        down = _put(blobs, shared.encode())
+        down = put(blobs, shared.encode())
     elif is_lossless(plan.downlink.codec) and (plan.downlink.codec != "raw" or _sends_more(plan, vector, state)):
         channels = create_method(plan).down(vector, state)
         spec = CodecSpec(plan.downlink.codec, plan.downlink.options)
-        down = _put(blobs, encode(spec, channels, dict.fromkeys(channels, layout)).data)
-    kept = None
-    if state:
-        from safetensors.numpy import save
-
-        kept = _put(blobs, save(state))
+        down = put(blobs, encode(spec, channels, dict.fromkeys(channels, layout)).data)
     return Made(
         model,
         down,
-        None if change is None else _put(blobs, change),
+        None if change is None else put(blobs, change),
         None if shared is None else shared.sha256(),
-        kept,
+        store_state(blobs, state),
     )
-
-
-def _read_state(blobs: Blobs, state: BlobRef | None) -> State:
-    if state is None:
-        return {}
-    from safetensors.numpy import load
-
-    return load(_find(blobs, state, "state of the server method").read_bytes())
-
-
-def _put(blobs: Blobs, data: bytes) -> BlobRef:
-    stored = blobs.put(data)
-    return BlobRef(sha256=stored.sha256, size_bytes=stored.size_bytes)
-
-
-def _find(blobs: Blobs, blob: BlobRef, what: str) -> Path:
-    if not blobs.has(blob.sha256):
-        raise ModelError(f"{what} (blob {blob.sha256[:12]}) is not in the store; was it deleted, or never retained?")
-    return blobs.path(blob.sha256)
-
-
-def _mapped(path: Path) -> memoryview:
-    """The file's bytes without reading them at once: pages come as they are summed and may go again."""
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -72,7 +72,7 @@ def stop(options: argparse.Namespace) -> int:
 
 def model(options: argparse.Namespace) -> int:
     """Writes a model version to a file."""
-    from coordinator.aggregation import read_model
+    from coordinator.model_blobs import read_model
     from coordinator.model_export import check_suffix, write_model
     from edge_runtime.bundle import Bundle
 

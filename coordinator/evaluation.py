@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import read_model
 from coordinator.errors import ModelError
+from coordinator.model_blobs import read_model
 from edge_runtime.bundle import Bundle
 from edge_runtime.data.base import open_dataset
 from edge_runtime.data.config import DatasetConfig
@@ -16,8 +16,8 @@ from edge_runtime.training.onnx_trainer import OnnxTrainer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coordinator.aggregation import Blobs
     from coordinator.methods.base import Vector
+    from coordinator.model_blobs import Blobs
     from edge_runtime.messages import BlobRef, Evaluation
 
 BATCH_SIZE = 256

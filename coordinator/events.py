@@ -326,7 +326,8 @@ class AnswerFromStore(msgspec.Struct, frozen=True):
 class Aggregate(msgspec.Struct, frozen=True):
     """Make the next model from these updates, in this order, with these weights; answer with Aggregated.
 
-    ``shared`` is the snapshot of the shared model of ``version``; None with a lossless downlink, and of version 0.
+    ``base`` is the server's model of ``version``. ``held`` are the whole models that devices got (``down`` of
+    :class:`RunRow`, or the model itself): of this version, and of those that the updates are relative to.
     """
 
     run: str
@@ -334,8 +335,8 @@ class Aggregate(msgspec.Struct, frozen=True):
     version: int
     base: BlobRef
     updates: list[UpdateRow]
+    held: dict[int, BlobRef]
     method_state: BlobRef | None = None
-    shared: BlobRef | None = None
 
 
 class Evaluate(msgspec.Struct, frozen=True):

@@ -209,15 +209,10 @@ def aggregate_effect(state: RunState) -> e.Aggregate:
     run = state.run
     chosen = [row for row in state.pending.values() if row.counted_round == run.round]
     chosen.sort(key=lambda row: row.update)
-    return e.Aggregate(
-        run.run,
-        run.round,
-        run.version,
-        run.model,
-        [copy.copy(row) for row in chosen],
-        run.method_state,
-        None if run.vector_sha256 is None else run.down,
-    )
+    assignments = [state.assignments[row.update.assignment] for row in chosen]
+    held = {run.version: run.down or run.model, **{row.version: row.model for row in assignments}}
+    rows = [copy.copy(row) for row in chosen]
+    return e.Aggregate(run.run, run.round, run.version, run.model, rows, held, run.method_state)
 
 
 def advance(state: RunState, work: Work, event: e.Aggregated) -> None:

@@ -301,7 +301,8 @@ class RunShell:
         files = self.files.get(update.run)
         if files is None:
             return
-        reason = files.damage(blob, update, meta)
+        assignment = self.runs[update.run].assignments.get(update.assignment)
+        reason = files.damage(blob, update, meta, None if assignment is None else assignment.model)
         if reason:
             self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
         else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import decode_update, make_model
+from coordinator.aggregation import HELD_IN_MEMORY, decode_update, make_model
+from coordinator.errors import ModelError
 from coordinator.methods import create_method
+from coordinator.model_blobs import read_held
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.container import size_limit
 from edge_runtime.errors import CodecError
@@ -34,6 +37,9 @@ class RunFiles:
         self.bundle = Bundle.open(self._blobs.path(run.bundle.sha256))
         self._layout = self.bundle.layout()
         self._method = create_method(plan)
+        self._held = lru_cache(HELD_IN_MEMORY)(
+            lambda blob, version: read_held(self._blobs, plan, blob, version, self._layout)
+        )
         self._update_limit = size_limit(dict.fromkeys(self._method.channels, self._layout))
         self.sent_blobs: dict[str, BlobRef] = {run.bundle.sha256: run.bundle}
 
@@ -47,12 +53,17 @@ class RunFiles:
             return f"update of {blob.size_bytes} bytes refused: for this model {self._update_limit} is the most"
         return ""
 
-    def damage(self, blob: BlobRef, update: UpdateId, meta: UpdateMeta) -> str:
-        """Why a received update cannot be used (undecodable, wrong size, NaN, too large a norm); empty if it can."""
+    def damage(self, blob: BlobRef, update: UpdateId, meta: UpdateMeta, model: BlobRef | None) -> str:
+        """Why a received update cannot be used (undecodable, wrong size, NaN, too large a norm); empty if it can.
+
+        ``model`` is the whole model of its assignment, None if that is not known.
+        """
         path, limit = self._blobs.path(blob.sha256), self._plan.uplink.max_norm
+        held = None if model is None else partial(self._held, model)
+        version = meta.model_version
         try:
-            decode_update(path, self._method, self._layout, update=update, version=meta.model_version, max_norm=limit)
-        except (CodecError, OSError) as error:
+            decode_update(path, self._method, self._layout, update=update, version=version, max_norm=limit, held=held)
+        except (CodecError, ModelError, OSError) as error:
             if not self._store.is_named(blob.sha256):  # what was offered may be no update, but a model or bundle
                 self._blobs.delete(blob.sha256)
             return str(error)

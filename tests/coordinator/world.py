@@ -220,7 +220,8 @@ class World:
         event = e.Aggregated(self.now, effect.round, BlobRef(sha256=digest, size_bytes=5000))
         before = self.state.run.vector_sha256
         if before is not None:
-            assert (effect.shared is None) == (effect.version == 0)
+            assert effect.version in effect.held
+            assert {row.meta.model_version for row in effect.updates} <= effect.held.keys()
             change, vector, down = (sha256(f"{kind}{digest}".encode()).hexdigest() for kind in ("c", "v", "d"))
             self.changes[change] = (before, vector)
             event = msgspec.structs.replace(
@@ -238,7 +239,9 @@ class World:
         self.finished.append(effect)
 
     # The surroundings
-    def join(self, device) -> None:
+    def join(self, device, *, wiped: bool = False) -> None:
+        if wiped:
+            device.holds, device.lost = None, True
         device.online = True
         device.session += 1
         if self.fleet.announce(self.now, self.announcement(device)):
@@ -293,9 +296,7 @@ class World:
             case 2:
                 self.leave(device) if device.online else self.join(device)
             case 3:
-                if pick % 3 == 0:  # its storage was wiped
-                    device.holds, device.lost = None, True
-                self.join(device)
+                self.join(device, wiped=pick % 3 == 0)
             case 4 | 5 | 6:
                 self.train(device, pick)
             case 7 | 8 | 9:

@@ -143,7 +143,7 @@ class Codebook:
     def of(cls, centres: NDArray[np.float64]) -> Codebook:
         """The nearest codebook, fewer values where some would be alike; centres float64 ``[K]``, 0 < K <= 64."""
         largest = float(np.abs(centres).max())
-        exponent = (int(np.frexp(largest)[1]) - 14 >> 1) + _EXPONENT_BIAS if largest else 0
+        exponent = max(0, (int(np.frexp(largest)[1]) - 14 >> 1) + _EXPONENT_BIAS) if largest else 0
         drop = _dropped_bits(centres.size)
         halves = (np.abs(centres) * 4.0 ** (_EXPONENT_BIAS - exponent)).astype("<f2").view("<u2").astype(np.int64)
         limit = int(_float_max_code(exponent)) >> drop

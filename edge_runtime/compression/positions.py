@@ -1,8 +1,8 @@
 """Positions of the entries of a sparse vector, tensor by tensor.
 
-Of each tensor: the number of its entries, then the gaps between them in the order of memory or, where that is cheaper,
-of the transposed matrix (the first axis runs fastest): entries gather in the rows and columns of active units. The
-class of a gap is coded by :mod:`edge_runtime.compression.sequences`, its low bits as they are.
+Of each tensor: whether it has entries, how many, then the gaps between them in the order of memory or, where that is
+cheaper, of the transposed matrix (the first axis runs fastest): entries gather in the rows and columns of active
+units. The class of a gap is coded by :mod:`edge_runtime.compression.sequences`, its low bits as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edge_runtime.compression import sequences
+from edge_runtime.compression.rans import Model
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from edge_runtime.compression.base import Layout
     from edge_runtime.compression.rans import Decoder, Encoder
+
+_PRESENCE = [Model([64 - share, share]) for share in (1, 4, 16, 32, 48, 60, 63)]
 
 
 class _Tensor(NamedTuple):
@@ -48,8 +51,10 @@ class Positions(NamedTuple):
 
     def write(self, encoder: Encoder) -> None:
         """All positions."""
+        presence = _presence(self.tensors)
+        sequences.write_uniform(encoder, presence, len(_PRESENCE))
         for tensor in self.tensors:
-            _write_count(encoder, tensor.entries, tensor.size)
+            _write_count(encoder, tensor, _PRESENCE[presence])
             if tensor.plan is None or tensor.classes is None:
                 continue
             if tensor.turned is not None:
@@ -71,10 +76,10 @@ def plan(indices: NDArray[np.int64], layout: Layout) -> Positions:
     bounds = np.searchsorted(indices, [0, *(end for *_, end in spans)]).tolist()
     for (_, shape, start, end), first, last in zip(spans, bounds, bounds[1:], strict=False):
         size, count = end - start, last - first
-        bits += math.log2(size.bit_length() + 1) + max(0, count.bit_length() - 1)
         if not count:
             tensors.append(_Tensor(size, 0))
             continue
+        bits += math.log2(size.bit_length()) + count.bit_length() - 1
         local = indices[first:last] - start
         order = np.arange(count)
         gaps = _gaps(local)
@@ -96,6 +101,10 @@ def plan(indices: NDArray[np.int64], layout: Layout) -> Positions:
         orders.append(order + first)
         lows.append(gaps - sequences.class_base(classes)[0])
         widths.append(width)
+    present = _PRESENCE[_presence(tensors)].costs
+    bits += math.log2(len(_PRESENCE)) + sum(
+        float(present[int(tensor.entries > 0)]) for tensor in tensors if tensor.size
+    )
     return Positions(bits, np.concatenate(orders), tensors, np.concatenate(lows), np.concatenate(widths))
 
 
@@ -107,9 +116,10 @@ def read(decoder: Decoder, layout: Layout) -> NDArray[np.int64]:
     """
     found = []
     classes: list[int] = []
+    presence = _PRESENCE[sequences.read_uniform(decoder, len(_PRESENCE))]
     for _, shape, start, end in layout.spans():
         size = end - start
-        count = _read_count(decoder, size)
+        count = _read_count(decoder, size, presence)
         if count:
             turned = bool(decoder.raw(1)) if _is_matrix(shape) else False
             expected = sequences.expected_gaps(count, size)
@@ -146,15 +156,29 @@ def _rough_cost(gaps: NDArray[np.int64]) -> float:
     return float(counts @ np.log2(gaps.size / counts)) + float(widths.sum())
 
 
-def _write_count(encoder: Encoder, count: int, size: int) -> None:
-    length = count.bit_length()
-    sequences.write_uniform(encoder, length, size.bit_length() + 1)
-    encoder.raw(count, max(0, length - 1))
+def _presence(tensors: list[_Tensor]) -> int:
+    """The model under which it costs least to say which tensors have entries."""
+    present = [tensor.entries > 0 for tensor in tensors if tensor.size]
+    yes = sum(present)
+    costs = [float(model.costs @ [len(present) - yes, yes]) for model in _PRESENCE]
+    return costs.index(min(costs))
 
 
-def _read_count(decoder: Decoder, size: int) -> int:
-    length = sequences.read_uniform(decoder, size.bit_length() + 1)
-    count = (1 << length - 1) + decoder.raw(length - 1) if length else 0
+def _write_count(encoder: Encoder, tensor: _Tensor, presence: Model) -> None:
+    if not tensor.size:
+        return
+    encoder.symbols(presence, [int(tensor.entries > 0)])
+    if tensor.entries:
+        length = tensor.entries.bit_length()
+        sequences.write_uniform(encoder, length - 1, tensor.size.bit_length())
+        encoder.raw(tensor.entries, length - 1)
+
+
+def _read_count(decoder: Decoder, size: int, presence: Model) -> int:
+    if not size or not decoder.symbols(presence, 1)[0]:
+        return 0
+    length = sequences.read_uniform(decoder, size.bit_length())
+    count = (1 << length) + decoder.raw(length)
     if count > size:
         raise CodecError(f"{count} entries in a tensor of {size}")
     return count

@@ -22,6 +22,7 @@ _BUILT_IN: dict[str, tuple[int, str]] = {  # numbers are part of the format: nev
     "raw": (1, "raw:Raw"),
     "zstd": (2, "zstd:Zstd"),
     "sparse": (5, "sparse:Sparse"),
+    "fedzip": (6, "fedzip:FedZip"),
     "topk": (7, "topk:TopK"),
     "int8": (8, "quantised:Int8"),
     "int4": (9, "quantised:Int4"),

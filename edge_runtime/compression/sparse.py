@@ -34,6 +34,7 @@ _AUTO_LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 13, 15)
 _DENSITY_LEVELS = 15
 _USED = 0.985  # of the budget: the search stops there
 _TRIALS = 8
+_LEAST_BUDGET = 64  # bytes, where none is given
 _SLACK_BITS = 8  # the coder's own loss
 _CONTEXT_GAIN = 0.9  # of the values' entropy is left once the value before is known
 
@@ -71,7 +72,7 @@ class Sparse(Codec):
         else:
             budget = request.budget_bytes
             if budget is None:
-                budget = int(4 * values.size / (self._ratio or DEFAULT_RATIO))
+                budget = max(_LEAST_BUDGET, int(4 * values.size / (self._ratio or DEFAULT_RATIO)))
             draft = within(values, layout, budget, self._levels)
         return Encoded(draft.write(), draft.update(), state)
 

@@ -1,0 +1,100 @@
+"""How the low-rank codec divides a layout: matrices with biases, pairs of dense layers, and chunks of the rest."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edge_runtime.compression.lowrank_pair import MAX_OUTPUTS
+from edge_runtime.errors import CodecError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edge_runtime.compression.base import Layout, Vector
+
+MAX_RANK = 63
+CHUNK = 4096  # elements of a tensor without factors that share a table
+_MIN_ELEMENTS = 256
+_MAX_ELEMENTS = 1 << 31
+
+
+class Matrix(NamedTuple):
+    """A tensor coded by factors: first element, rows, columns, first element of its bias ``[rows]`` or -1."""
+
+    start: int
+    rows: int
+    columns: int
+    bias: int
+
+    @property
+    def width(self) -> int:
+        """Columns with the bias."""
+        return self.columns + (self.bias >= 0)
+
+    @property
+    def rank(self) -> int:
+        """Most components it may have."""
+        return min(self.rows, self.width, MAX_RANK)
+
+    def view(self, vector: Vector) -> NDArray[np.float32]:
+        """The matrix without its bias, ``[rows, columns]``."""
+        return vector[self.start : self.start + self.rows * self.columns].reshape(self.rows, self.columns)
+
+    def take(self, vector: Vector) -> NDArray[np.float32]:
+        """The matrix with its bias as last column, ``[rows, width]``."""
+        if self.bias < 0:
+            return self.view(vector)
+        return np.concatenate([self.view(vector), vector[self.bias : self.bias + self.rows, None]], 1)
+
+
+class Parts(NamedTuple):
+    """Matrices, pairs (index of the first of two matrices that follow each other), and chunks (start, size)."""
+
+    matrices: tuple[Matrix, ...]
+    pairs: tuple[int, ...]
+    chunks: tuple[tuple[int, int], ...]
+
+
+def parts(layout: Layout) -> Parts:
+    """Both ends derive it from the layout alone.
+
+    A tensor of at least 256 elements and two dimensions is a matrix of its first dimension times the rest; the tensor
+    after it is its bias if the shape fits. Of dense layers in a row the last two make a pair.
+
+    Raises:
+        CodecError: more than 2**31 elements.
+    """
+    return _parts(layout.shapes)
+
+
+@lru_cache(maxsize=8)
+def _parts(shapes: tuple[tuple[int, ...], ...]) -> Parts:
+    sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) > _MAX_ELEMENTS:
+        raise CodecError(f"{sum(sizes)} parameters are more than the low-rank codec takes")
+    matrices: list[Matrix] = []
+    dense: list[bool] = []
+    chunks: list[tuple[int, int]] = []
+    start = 0
+    taken = False
+    for index, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+        if taken:
+            taken = False
+        elif len(shape) > 1 and size >= _MIN_ELEMENTS and 1 < shape[0] < size:
+            taken = index + 1 < len(shapes) and shapes[index + 1] == shape[:1]
+            matrices.append(Matrix(start, shape[0], size // shape[0], start + size if taken else -1))
+            dense.append(len(shape) == 2)
+        else:
+            chunks += [(at, min(CHUNK, start + size - at)) for at in range(start, start + size, CHUNK)]
+        start += size
+    pairs: list[int] = []
+    for index, (one, two) in reversed(list(enumerate(pairwise(matrices)))):
+        fits = two.columns == one.rows and 1 < two.rows <= MAX_OUTPUTS and min(one.bias, two.bias) >= 0
+        if fits and dense[index] and dense[index + 1] and (not pairs or index < pairs[-1] - 1):
+            pairs.append(index)
+    return Parts(tuple(matrices), tuple(reversed(pairs)), tuple(chunks))

@@ -1,0 +1,347 @@
+"""The sender's side of the low-rank codec: factors, their quantisation, and the step that uses up the bytes."""
+
+from __future__ import annotations
+
+import math
+from itertools import repeat
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edge_runtime.compression.lowrank_coefficients import LIMIT, best_tables
+from edge_runtime.compression.lowrank_format import (
+    EXPONENT_BITS,
+    GAIN_BITS,
+    MANTISSA_BITS,
+    PAIR_GAIN_BITS,
+    PAIR_RANK_BITS,
+    PAIR_SHIFT_BITS,
+    RANK_BITS,
+    CodedPair,
+    Component,
+    Content,
+    split_outputs,
+)
+from edge_runtime.compression.lowrank_pair import BUCKETS, LEVEL_BITS
+from edge_runtime.compression.lowrank_pair_fit import fit_pair, quantise
+from edge_runtime.compression.lowrank_parts import parts
+from edge_runtime.compression.lowrank_product import GAIN_CENTRE, NORM_BITS, pair_gain, unit_scale
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edge_runtime.compression.base import Layout, Vector
+    from edge_runtime.compression.lowrank_pair import Integers
+    from edge_runtime.compression.lowrank_pair_fit import FittedPair
+
+    Array = NDArray[np.float32]
+    Weights = list[tuple[Integers, Integers]]
+
+PRICE = 0.12  # squared steps a bit must save: 2 ln 2 / 12 at high rate
+ROUNDING = 0.4
+_STEP = (0.0055, 4120.0, 0.7)  # first guess: relative to the norm at that many bytes, and the power of the bytes
+_BITS_PER_ROW = 1.2  # of a component that pays, about
+_TRIALS, _REFINEMENTS = 4, 5
+_SLOPE = 2.2  # bits grow with this power of 1 / step, about
+_EXCESS, _MOST = 1.4, 1.7  # bits of all that pays, relative to those there are: aim and most
+_LARGE = 0.2  # share of all bits from which a component may be worth a larger step
+_AIM, _WINDOW = 0.997, 0.993  # share of the bits that is aimed at, and that ends the search
+_RIDGE = 1e-7
+_PAIR_SAVES = 2.0  # squared error a pair must save, relative to the price of its bits
+
+
+class _Factored(NamedTuple):
+    """What is left of a matrix, ``[rows, width]``, and ``U s`` as rows ``[k, rows]``."""
+
+    rest: Array
+    left: Array
+
+
+class _Coded(NamedTuple):
+    """Quantised components ``[k, rows]`` and ``[k, width]``, tables, rest times left; bits, squared error saved."""
+
+    left: Array
+    right: Array
+    left_tables: NDArray[np.int64]
+    right_tables: NDArray[np.int64]
+    product: Array
+    bits: NDArray[np.float64]
+    saved: NDArray[np.float64]
+
+
+class _Chunks(NamedTuple):
+    """Quantised chunks with their tables, bits and squared error saved."""
+
+    numbers: list[Array]
+    tables: list[int]
+    bits: NDArray[np.float64]
+    saved: NDArray[np.float64]
+
+
+class _Trial(NamedTuple):
+    """All that could be sent with one step: bits and saved squared errors of components and chunks, end to end."""
+
+    step: float
+    matrices: list[_Coded]
+    chunks: _Chunks
+    bits: NDArray[np.float64]
+    saved: NDArray[np.float64]
+
+    def spends(self, chosen: NDArray[np.bool_]) -> float:
+        return float(self.bits[chosen & (self.saved > 0)].sum())
+
+
+def search(values: Vector, layout: Layout, budget_bits: float, weights: Weights) -> Content | None:
+    """The content that spends ``budget_bits`` best, or None if nothing fits.
+
+    Args:
+        values: finite, of magnitude about 1, not all 0.
+        layout: names and shapes.
+        budget_bits: most bits of the payload, about.
+        weights: what both ends know of each pair of layers; nothing: no pairs.
+    """
+    norm = math.sqrt(float(np.dot(values, values)))
+    share, at, power = _STEP
+    step = norm * share * (8 * at / max(budget_bits, 8.0)) ** power
+    found = _search(values, layout, budget_bits, weights, step)
+    if found is not None and any(found.pairs) and not 2 / 3 < found.step / step < 1.5:
+        found = _search(values, layout, budget_bits, weights, found.step)
+    return found
+
+
+def _search(values: Vector, layout: Layout, budget_bits: float, weights: Weights, step: float) -> Content | None:
+    plan = parts(layout)
+    rests = [matrix.take(values) for matrix in plan.matrices]
+    pairs: list[CodedPair | None] = []
+    bits = 1.0 + EXPONENT_BITS + MANTISSA_BITS + RANK_BITS * len(rests) + len(plan.chunks)
+    for index, known in zip(plan.pairs, weights or repeat(None), strict=False):
+        pair, spent = (None, 0.0) if known is None else _pair(rests, index, known, step)
+        pairs.append(pair)
+        bits += spent + PAIR_RANK_BITS
+    ranks = [min(m.rank, 4 + int(budget_bits / (_BITS_PER_ROW * (m.rows + m.width)))) for m in plan.matrices]
+    factored = [_Factored(rest, left_factor(rest, rank)) for rest, rank in zip(rests, ranks, strict=True)]
+    chunks = [values[start : start + size] for start, size in plan.chunks]
+    if budget_bits <= bits:
+        return None
+    best, chosen = _fill(factored, chunks, budget_bits - bits, step)
+    if not chosen.any() and not any(pairs):
+        return None
+    components = []
+    start = 0
+    for coded in best.matrices:
+        end = start + len(coded.bits)
+        components.append(_components(coded, np.flatnonzero(chosen[start:end]), best.step))
+        start = end
+    sent = zip(chosen[start:].tolist(), best.chunks.numbers, best.chunks.tables, strict=True)
+    listed = [(numbers.astype(np.float64), table) if used else None for used, numbers, table in sent]
+    return Content(best.step, pairs, components, listed)
+
+
+def _pair(
+    rests: list[Array], index: int, weights: tuple[Integers, Integers], step: float
+) -> tuple[CodedPair | None, float]:
+    """Code of a pair with its bits; takes what it predicts out of ``rests``. None and 0 if it does not pay."""
+    price = PRICE * step * step
+    both = rests[index : index + 2]
+    fitted = fit_pair(both[0], both[1], weights, step, price)
+    if fitted is None:
+        return None, 0.0
+    first, second = (pair_gain(gain, step) for gain in fitted.gains)
+    if first is None or second is None:
+        return None, 0.0
+    tables, bits = _pair_tables(fitted)
+    left_over = [
+        rest - (left.astype(np.float32) * np.float32(gain)) @ right.T.astype(np.float32)
+        for rest, (left, right), gain in zip(both, fitted.factors, fitted.gains, strict=True)
+    ]
+    saved = sum(
+        float(np.vdot(before, before)) - float(np.vdot(after, after))
+        for before, after in zip(both, left_over, strict=True)
+    )
+    if saved < _PAIR_SAVES * price * bits:
+        return None, 0.0
+    rests[index : index + 2] = left_over
+    return CodedPair(fitted.code, tables, (first, second)), bits
+
+
+def _pair_tables(fitted: FittedPair) -> tuple[tuple[int, ...], float]:
+    """Tables of the code's vectors, and bits of the code."""
+    code = fitted.code
+    vectors = [*code.inputs.T, code.errors.reshape(-1), *split_outputs(code.outputs)]
+    costs = [best_tables(vector[None].astype(np.float32)) for vector in vectors]
+    bits = sum(float(cost[0]) for cost, _ in costs)
+    bits += LEVEL_BITS * BUCKETS + 2 * (PAIR_GAIN_BITS + PAIR_SHIFT_BITS)
+    return tuple(int(table[0]) for _, table in costs), bits
+
+
+def left_factor(matrix: Array, rank: int) -> Array:
+    """Left singular vectors times singular values, as rows ``[k, rows]``, k up to ``rank``.
+
+    Narrow matrices by the eigenvectors of the smaller Gram matrix; others by randomised subspace iteration (Halko,
+    Martinsson, Tropp, "Finding structure with randomness", arXiv 0909.4061, algorithm 4.4), with a fixed seed.
+    """
+    rows, columns = matrix.shape
+    if rows <= 96:
+        values, vectors = np.linalg.eigh((matrix @ matrix.T).astype(np.float64))
+        scales = np.sqrt(np.maximum(values[::-1][:rank], 0.0))
+        return np.ascontiguousarray((vectors[:, ::-1][:, :rank] * scales).T, np.float32)
+    if columns <= 96:
+        basis = np.eye(columns, dtype=np.float32)
+    else:
+        start = np.random.default_rng(0).standard_normal((columns, min(rank + 4, columns, rows)))
+        basis = start.astype(np.float32)
+        for _ in range(2):
+            basis = np.linalg.qr(matrix.T @ (matrix @ basis))[0]
+    image = matrix @ basis
+    _, vectors = np.linalg.eigh((image.T @ image).astype(np.float64))
+    return np.ascontiguousarray((image @ vectors[:, ::-1][:, :rank].astype(np.float32)).T)
+
+
+def _fill(
+    factored: list[_Factored], chunks: list[Array], target: float, step: float
+) -> tuple[_Trial, NDArray[np.bool_]]:
+    """The trial that uses up the bits, and what of it to send.
+
+    First a step at which somewhat more pays than fits, then the best of that, then the step for just these bits.
+    """
+    first = _more_than_fits(factored, chunks, target, step)
+    found = []
+    for chosen in _choices(first, target):
+        trial = _refine(factored, chunks, target, first, chosen)
+        used = chosen & (trial.saved > 0)
+        if trial.spends(used) <= target:
+            found.append((float(trial.saved[used].sum()), trial, used))
+    if not found:
+        return first, np.zeros(first.bits.size, np.bool_)
+    _, trial, used = max(found, key=lambda entry: entry[0])
+    return trial, used
+
+
+def _refine(
+    factored: list[_Factored], chunks: list[Array], target: float, trial: _Trial, chosen: NDArray[np.bool_]
+) -> _Trial:
+    """The trial whose step makes the chosen components use up the bits, or the last one that was tried."""
+    over: tuple[float, float] | None = None
+    under: tuple[float, float] | None = None
+    best: _Trial | None = None
+    slope = _SLOPE
+    aim = math.log(_AIM * target)
+    for _ in range(_REFINEMENTS):
+        used = trial.spends(chosen)
+        point = (math.log(trial.step), math.log(max(used, 1.0)))
+        before = under if used <= target else over
+        if before is not None and point[0] != before[0]:
+            slope = min(max((point[1] - before[1]) / (before[0] - point[0]), 0.3), 4.0)
+        if used <= target:
+            under = point
+            best = trial
+            if used >= _WINDOW * target or not used:
+                break
+        else:
+            over = point
+        at = point[0] + (point[1] - aim) / slope
+        if over is not None and under is not None:
+            share = (aim - under[1]) / (over[1] - under[1])
+            at = under[0] + (over[0] - under[0]) * min(max(share, 0.08), 0.92)
+        trial = _try(factored, chunks, math.exp(min(max(at, point[0] - 2.0), point[0] + 2.0)))
+    else:
+        if trial.spends(chosen) <= target and (best is None or trial.step < best.step):
+            best = trial
+    return best or trial
+
+
+def _more_than_fits(factored: list[_Factored], chunks: list[Array], target: float, step: float) -> _Trial:
+    """A trial in which what pays needs a little more than the bits there are."""
+    over: _Trial | None = None
+    ends = [0.0, math.inf]  # steps that need too many bits and too few
+    for _ in range(_TRIALS):
+        trial = _try(factored, chunks, step)
+        bits = trial.spends(_pays(trial))
+        if bits >= target:
+            over = trial
+            ends[0] = max(ends[0], step)
+            if bits <= _MOST * target:
+                break
+        else:
+            ends[1] = min(ends[1], step)
+        step *= (max(bits, 0.05 * target) / (_EXCESS * max(target, 1.0))) ** (1 / _SLOPE)
+        if not ends[0] < step < ends[1]:
+            step = math.sqrt(ends[0] * ends[1])
+    return over or trial
+
+
+def _pays(trial: _Trial) -> NDArray[np.bool_]:
+    return trial.saved > PRICE * trial.step**2 * trial.bits
+
+
+def _choices(trial: _Trial, target: float) -> list[NDArray[np.bool_]]:
+    """What saves most squared error per bit, as far as the bits go; a second choice has the first that did not fit."""
+    chosen = np.zeros(trial.bits.size, np.bool_)
+    choices = [chosen]
+    left = target
+    for index in np.argsort(-trial.saved / trial.bits, kind="stable").tolist():
+        if trial.saved[index] <= 0:
+            break
+        if trial.bits[index] <= left:
+            chosen[index] = True
+            left -= float(trial.bits[index])
+        elif len(choices) == 1 and trial.bits[index] > _LARGE * target:
+            choices.append(chosen.copy())
+            choices[1][index] = True
+    return choices
+
+
+def _try(factored: list[_Factored], chunks: list[Array], step: float) -> _Trial:
+    matrices = [_code(matrix, step) for matrix in factored]
+    coded = _code_chunks(chunks, step)
+    bits = np.concatenate([*(matrix.bits for matrix in matrices), coded.bits])
+    return _Trial(step, matrices, coded, bits, np.concatenate([*(matrix.saved for matrix in matrices), coded.saved]))
+
+
+def _code_chunks(chunks: list[Array], step: float) -> _Chunks:
+    out = _Chunks([], [], np.ones(len(chunks)), np.zeros(len(chunks)))
+    for index, chunk in enumerate(chunks):
+        numbers = np.clip(quantise(chunk, step, ROUNDING), -LIMIT, LIMIT)
+        out.numbers.append(numbers)
+        out.tables.append(0)
+        if numbers.any():
+            bits, tables = best_tables(numbers[None])
+            out.tables[-1], out.bits[index] = int(tables[0]), bits[0]
+            out.saved[index] = step * float(np.dot(numbers, 2 * chunk - np.float32(step) * numbers))
+    return out
+
+
+def _code(matrix: _Factored, step: float) -> _Coded:
+    """Rounds U s, then V s as the least-squares answer to the rounded U."""
+    left = np.clip(quantise(matrix.left, step, ROUNDING), -LIMIT, LIMIT)
+    product = left @ matrix.rest
+    gram = (left @ left.T).astype(np.float64)
+    sizes = np.diag(gram).copy()
+    gram[np.diag_indices_from(gram)] += np.where(sizes > 0, sizes * _RIDGE, 1.0)
+    right = np.linalg.solve(gram, product.astype(np.float64)) * np.sqrt(sizes)[:, None]
+    right = np.clip(quantise(right.astype(np.float32), step, ROUNDING), -LIMIT, LIMIT)
+    left_bits, left_tables = best_tables(left)
+    right_bits, right_tables = best_tables(right)
+    overlap = np.einsum("ij,ij->i", product, right, dtype=np.float64)
+    power = sizes * np.einsum("ij,ij->i", right, right, dtype=np.float64)
+    saved = overlap * np.abs(overlap) / np.maximum(power, 1e-300)
+    return _Coded(left, right, left_tables, right_tables, product, left_bits + right_bits + GAIN_BITS, saved)
+
+
+def _components(coded: _Coded, chosen: NDArray[np.int64], step: float) -> list[Component]:
+    """What is sent of a matrix, with least-squares gains."""
+    if not chosen.size:
+        return []
+    left, right = coded.left[chosen].astype(np.float64), coded.right[chosen].astype(np.float64)
+    gram = (left @ left.T) * (right @ right.T)
+    aim = np.einsum("ij,ij->i", coded.product[chosen], right, dtype=np.float64)
+    gram[np.diag_indices_from(gram)] *= 1 + _RIDGE
+    gains = np.linalg.solve(gram, aim)
+    out = []
+    for index, u, v, gain in zip(chosen.tolist(), left, right, gains, strict=True):
+        nominal = step * math.ldexp(unit_scale(u), -NORM_BITS)
+        number = round(GAIN_CENTRE * gain / nominal) - GAIN_CENTRE
+        limit = 1 << (GAIN_BITS - 1)
+        number = min(max(number, -limit), limit - 1)
+        out.append(Component(u, v, int(coded.left_tables[index]), int(coded.right_tables[index]), number))
+    return out

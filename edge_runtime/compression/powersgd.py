@@ -153,7 +153,7 @@ def _payload_bytes(layout: Layout, rank: int) -> int:
 
 
 def _warm(before: NDArray[np.float32] | None, piece: _Piece) -> NDArray[np.float32]:
-    """Start of the iteration, float32 ``[columns, rank]``: the last Q, with noise for columns that it lacks."""
+    """Start of the iteration, float32 ``[columns, rank]``: the last Q, with noise for columns it lacks or has empty."""
     words = random_words(piece.tensor, piece.columns * piece.rank)
     noise = np.empty((piece.columns, piece.rank), np.float32)
     noise[:] = (words >> np.uint64(40)).reshape(noise.shape)
@@ -162,8 +162,8 @@ def _warm(before: NDArray[np.float32] | None, piece: _Piece) -> NDArray[np.float
     if before is not None:
         if before.ndim != 2 or len(before) != piece.columns:
             raise CodecError("the state of 'powersgd' is of another model; a change of bundle starts without state")
-        known = min(piece.rank, before.shape[1])
-        noise[:, :known] = before[:, :known]
+        used = np.flatnonzero(before[:, : piece.rank].any(axis=0))
+        noise[:, used] = before[:, used]
     return noise
 
 

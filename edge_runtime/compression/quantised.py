@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update
 from edge_runtime.compression.packing import random_words
-from edge_runtime.compression.rans import Model
+from edge_runtime.compression.rans import Decoder, Encoder, Model
 from edge_runtime.compression.rans_lanes import decode_lanes, encode_lanes
 from edge_runtime.compression.zstd import pack_planes, unpack_planes
 from edge_runtime.errors import CodecError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout, Request, State, Vector
 
 _ZSTD, _RANS = 0, 1
+_MANY = 1 << 17  # symbols from which on the coder in lanes is the faster one
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_LEAST = 2.0**-149
 
@@ -95,7 +96,7 @@ class Quantised(Codec):
         if not symbols.size:
             return b""
         table = _table(np.bincount(symbols, minlength=2 * self.levels + 1).tolist())
-        coded = table + encode_lanes(symbols, Model(_weights(table)))
+        coded = table + _encode(symbols, Model(_weights(table)))
         planes = pack_planes(symbols)
         return bytes([_ZSTD]) + planes if len(planes) <= len(coded) else bytes([_RANS]) + coded
 
@@ -113,7 +114,7 @@ class Quantised(Codec):
         if payload[0] != _RANS or len(payload) < 1 + kinds:
             raise CodecError("unknown coder, or its table is cut off")
         model = Model(_weights(bytes(payload[1 : 1 + kinds])))
-        return decode_lanes(payload[1 + kinds :], model, count).astype(np.uint8)
+        return _decode(payload[1 + kinds :], model, count).astype(np.uint8)
 
     def _rebuild(
         self, steps: NDArray[np.float32], symbols: NDArray[np.uint8], buckets: list[tuple[int, int]]
@@ -141,6 +142,23 @@ class Int4(Quantised):
     number: ClassVar[int] = 9
     levels: ClassVar[int] = 7
     bucket: ClassVar[int] = 2048
+
+
+def _encode(symbols: NDArray[np.uint8], model: Model) -> bytes:
+    if symbols.size >= _MANY:
+        return encode_lanes(symbols, model)
+    encoder = Encoder()
+    encoder.symbols(model, symbols)
+    return encoder.finish()
+
+
+def _decode(payload: memoryview, model: Model, count: int) -> NDArray[np.integer[Any]]:
+    if count >= _MANY:
+        return decode_lanes(payload, model, count)
+    decoder = Decoder(payload)
+    symbols = np.array(decoder.symbols(model, count))
+    decoder.finish()
+    return symbols
 
 
 def _table(counts: list[int]) -> bytes:

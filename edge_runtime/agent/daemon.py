@@ -14,12 +14,14 @@ import edge_runtime
 from edge_runtime import compression, messages, methods, telemetry, topics
 from edge_runtime.agent import jobs, pipe
 from edge_runtime.agent.config import MB, check_agent_config, link_settings
+from edge_runtime.agent.health import unhealthy
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
 from edge_runtime.errors import EdgeError, StorageError
 from edge_runtime.files import lock_folder, storage_error, write_durably
 from edge_runtime.store.blobs import BlobStore
-from edge_runtime.store.spool import Spool, SpooledUpdate
+from edge_runtime.store.models import HeldModels
+from edge_runtime.store.spool import RunChange, Spool
 from edge_runtime.transport.link import CHUNK_BYTES, Link, check_tls
 from edge_runtime.transport.loop import Loop
 from edge_runtime.transport.transfer import ChunkPump
@@ -71,8 +73,7 @@ class Agent:
         self.spool = Spool(folder)
         self.cache = BlobStore(folder / "cache", int(limits.blob_mb * MB))
         self.cache.sweep()
-        self._state_folder = folder / "methods"
-        self._state_folder.mkdir(exist_ok=True)
+        self.models = HeldModels(folder / "models")
         capabilities = jobs.Capabilities(
             datasets=frozenset(data.name for data in config.data),
             codecs=frozenset(compression.codec_names()),
@@ -219,7 +220,9 @@ class Agent:
                 update = messages.UpdateId(message.run, self.config.device, message.assignment, 0)
                 known = self.spool.get(update)
                 crashes = self.spool.crashes(message.bundle.sha256)
-                self._step(jobs.JobArrived(now, message, known.state if known else None, crashes))
+                base = message.model.base
+                held = base is None or self.models.has(message.run, base)
+                self._step(jobs.JobArrived(now, message, known.state if known else None, crashes, held))
             case messages.Cancel(run=run, assignment=assignment):
                 self._step(jobs.JobCancelled(run, assignment))
             case messages.Need():
@@ -230,7 +233,7 @@ class Agent:
             case messages.Done(update=update):
                 self._step(jobs.DoneArrived(update))
             case messages.Verdict(update=update, counted=counted, reason=reason):
-                self._step(jobs.VerdictArrived(update, counted, reason))
+                self._step(jobs.VerdictArrived(now, update, counted, reason))
             case messages.CoordinatorState(online=online, session=session):
                 if online and session != self._coordinator_session:
                     known_before, self._coordinator_session = self._coordinator_session, session
@@ -248,17 +251,19 @@ class Agent:
 
     def _carry_out(self, effect: jobs.Effect) -> None:  # noqa: C901 - one arm per effect
         match effect:
-            case jobs.FetchBlob(blob):
+            case jobs.FetchBlob(blob, inline):
                 self._make_room(blob)
-                self.downloads.fetch(blob)
+                self.downloads.fetch(blob, inline)
             case jobs.StopFetch(sha256):
                 self.downloads.stop(sha256)
             case jobs.StartTraining(job):
                 self._start_training(job)
             case jobs.StopTraining(reason):
                 self.supervisor.kill(reason)
-            case jobs.SpoolUpdate(update, file, blob, meta):
-                self._add_to_spool(SpooledUpdate(update=update, file=file, blob=blob, meta=meta))
+            case jobs.SpoolUpdate(spooled, change):
+                self._until_written(
+                    lambda: self.spool.add(spooled, change), lambda: self.uploads.offer(spooled.update, push=True)
+                )
             case jobs.Offer(update, push):
                 self.uploads.offer(update, push=push)
             case jobs.CloseUpdate(update, state, reason):
@@ -266,7 +271,7 @@ class Agent:
                 if state != "delivered":
                     self.uploads.close(update)
                     log.info("update %s: %s%s", update, state, f": {reason}" if reason else "")
-                self.spool.set_state(update, state, reason)
+                self._until_written(lambda: self.spool.set_state(update, state, reason))
             case jobs.Report(status):
                 if status.reason:
                     log.warning("job %s/%s %s: %s", status.run, status.assignment, status.status, status.reason)
@@ -276,21 +281,28 @@ class Agent:
             case jobs.ForgiveCrashes(bundle):
                 self.spool.forgive(bundle)
 
-    def _add_to_spool(self, update: SpooledUpdate, *, offer: bool = False) -> None:
-        """A full disk must not lose a finished update: the row is tried until it can be written."""
+    def _until_written(self, write: Callable[[], None], then: Callable[[], None] | None = None) -> None:
+        """A full disk must not lose a finished update or a verdict: it is tried until it is written.
+
+        ``then`` follows only where the first attempt failed; else the next effect does that.
+        """
         try:
-            self.spool.add(update)
-            if offer:
-                self.uploads.offer(update.update, push=True)
+            write()
         except StorageError as error:
             log.error("%s; trying again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line, the user's disk is full
-            self.loop.call_later(DISK_RETRY_S, lambda: self._add_to_spool(update, offer=True))
+            self.loop.call_later(DISK_RETRY_S, lambda: self._until_written(lambda: self._both(write, then)))
+
+    @staticmethod
+    def _both(write: Callable[[], None], then: Callable[[], None] | None) -> None:
+        write()
+        if then is not None:
+            then()
 
     def _make_room(self, blob: BlobRef) -> None:
         quota = int(self.config.limits.cache_mb * MB)
         if not self.cache.has(blob.sha256):
             needed = {entry.job.bundle.sha256 for entry in self.state.jobs.values()}
-            needed |= {entry.job.model.sha256 for entry in self.state.jobs.values()}
+            needed |= {part.sha256 for entry in self.state.jobs.values() for part in entry.job.model.blobs}
             try:
                 self.cache.evict(max(0, quota - blob.size_bytes), needed)
             except OSError as error:
@@ -307,37 +319,52 @@ class Agent:
                 job=job,
                 device=self.config.device,
                 bundle_path=str(self.cache.path(job.bundle.sha256)),
-                model_path=str(self.cache.path(job.model.sha256)),
+                model_paths=[str(self.cache.path(blob.sha256)) for blob in job.model.blobs],
                 output_folder=str(self.spool.folder),
                 dataset=next(data for data in self.config.data if data.name == job.dataset),
-                state_folder=str(self._state_folder),
+                models_folder=str(self.models.folder),
+                state_path=str(self.spool.run_state(job.run) or ""),
+                refused=[
+                    pipe.RefusedUpdate(update=refused.update, path=str(self.spool.path(refused)), key=refused.key)
+                    for refused in self.spool.refused(job.run)
+                ],
                 threads=limits.worker_threads,
                 code_dir=self.config.code_dir,
             )
         )
 
     def _on_reply(self, reply: pipe.FromWorker) -> None:
-        now = self.loop.now()
         match reply:
-            case pipe.Trained(path=path, sha256=sha256, size_bytes=size, meta=meta, dataset_samples=samples):
-                running = self.state.running
-                if running is not None:
-                    self._samples[self.state.jobs[running].job.dataset] = samples
-                if not path:  # only evaluated: the result travels as an update without bytes
-                    try:
-                        path, sha256 = self._empty_update()
-                    except OSError as error:
-                        self._step(jobs.TrainingFailed(now, str(storage_error(self.spool.folder, error))))
-                        return
-                chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
-                blob = messages.BlobRef(sha256=sha256, size_bytes=size, chunk_bytes=chunk_bytes)
-                self._step(jobs.Trained(now, Path(path).name, blob, meta))
+            case pipe.Trained():
+                self._on_trained(reply)
             case pipe.Failed(reason=reason):
-                self._step(jobs.TrainingFailed(now, reason))
+                self._step(jobs.TrainingFailed(self.loop.now(), reason))
             case pipe.Progress(step=step, steps_total=total, loss=loss):
                 log.info("training step %d of %d, loss %.4f", step, total, loss)
             case pipe.Ready():
                 return
+
+    def _on_trained(self, done: pipe.Trained) -> None:
+        now, meta = self.loop.now(), done.meta
+        if self.state.running is not None:
+            run, assignment = self.state.running
+            self._samples[self.state.jobs[run, assignment].job.dataset] = done.dataset_samples
+            log.info(
+                "job %s/%s: %d samples in %.1f s, %d bytes encoded in %d ms of CPU, %d bytes written",
+                *(run, assignment, meta.samples, meta.train_ms / 1000),
+                *(done.size_bytes, meta.encode_cpu_ms, meta.written_bytes),
+            )
+        path, sha256 = done.path, done.sha256
+        change = RunChange(Path(done.state_path).name, tuple(done.returned)) if path else None
+        if not path:  # only evaluated: the result travels as an update without bytes
+            try:
+                path, sha256 = self._empty_update()
+            except OSError as error:
+                self._step(jobs.TrainingFailed(now, str(storage_error(self.spool.folder, error))))
+                return
+        chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
+        blob = messages.BlobRef(sha256=sha256, size_bytes=done.size_bytes, chunk_bytes=chunk_bytes)
+        self._step(jobs.Trained(now, Path(path).name, blob, meta, done.key, change))
 
     def _empty_update(self) -> tuple[str, str]:
         path = self.spool.folder / "empty.update"
@@ -373,21 +400,6 @@ class Agent:
         if bool(reason) != bool(self.state.paused):  # the figures in it change all the time
             log.warning("training paused: %s", reason) if reason else log.info("training may run again")
             self._step(jobs.Paused(self.loop.now(), reason))
-
-
-def unhealthy(measured: messages.Telemetry, config: AgentConfig) -> str:
-    """Why no training may run now, by the limits of the configuration; empty when it may."""
-    limits = config.limits
-    heat, battery, free = measured.temperature_c, measured.battery_percent, measured.free_memory_bytes
-    if limits.max_temperature_c is not None and heat is not None and heat > limits.max_temperature_c:
-        return f"{heat:.0f} degrees C is over limits.max_temperature_c = {limits.max_temperature_c:g}"
-    plugged = measured.on_external_power is True
-    least = limits.min_battery_percent
-    if least is not None and battery is not None and not plugged and battery < least:
-        return f"battery at {battery:.0f} % is under limits.min_battery_percent = {least:g}"
-    if limits.min_free_memory_mb is not None and free is not None and free < limits.min_free_memory_mb * MB:
-        return f"{free / MB:.0f} MB of free memory is under limits.min_free_memory_mb = {limits.min_free_memory_mb:g}"
-    return ""
 
 
 def _instance(folder: Path) -> str:

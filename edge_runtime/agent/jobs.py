@@ -3,6 +3,10 @@
 ``step(state, event)`` changes the state and gives effects; the daemon (or a simulated device) carries them out in
 order. Jobs live in memory only: a coordinator that misses an update sends its job again. Updates are durable before
 anything is said about them, so after a restart :func:`AgentState.restore` and ``Connected`` are all it takes.
+
+A run has at most one update without a verdict here: a job that would make a second one waits until the first is
+settled. Such a job makes the agent offer the first again at once, which the coordinator answers with its verdict as
+soon as there is one; so nothing waits for a verdict that was lost on its way, and the job's deadline ends the rest.
 """
 
 from __future__ import annotations
@@ -12,13 +16,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
-from edge_runtime.messages import BlobRef, Job, JobStatus, UpdateId, UpdateMeta
-from edge_runtime.store.spool import State
+from edge_runtime.messages import BlobRef, Job, JobStatus, ModelRef, UpdateId, UpdateMeta
+from edge_runtime.store.spool import RunChange, SpooledUpdate, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from edge_runtime.store.spool import SpooledUpdate
 
 CRASH_LIMIT = 3
 QUEUE_LIMIT = 64
@@ -37,12 +39,24 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct):
-    """A job and how far it is."""
+    """A job and how far it is. ``missing``: hashes of the blobs that are still to come."""
 
     job: Job
     expires_at: float
     missing: set[str]
     running: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether it makes an update with bytes; else it only evaluates."""
+        return self.job.epochs is not None or self.job.steps is not None
+
+
+class OpenUpdate(msgspec.Struct):
+    """An update without a verdict; ``trained``: it has bytes, and is not only an evaluation."""
+
+    state: State
+    trained: bool = True
 
 
 class AgentState(msgspec.Struct):
@@ -51,7 +65,7 @@ class AgentState(msgspec.Struct):
     device: str
     capabilities: Capabilities
     jobs: dict[Key, Entry] = {}
-    updates: dict[UpdateId, State] = {}  # without a verdict
+    updates: dict[UpdateId, OpenUpdate] = {}  # without a verdict
     crashes: dict[str, int] = {}  # by bundle, in a row
     running: Key | None = None
     paused: str = ""  # why no training may run now (heat, battery, memory); empty: it may
@@ -60,17 +74,25 @@ class AgentState(msgspec.Struct):
     @classmethod
     def restore(cls, device: str, capabilities: Capabilities, updates: Iterable[SpooledUpdate]) -> AgentState:
         """The state after a restart, from the open updates of the spool."""
-        return cls(device, capabilities, updates={update.update: update.state for update in updates})
+        opened = {update.update: OpenUpdate(update.state, update.blob.size_bytes > 0) for update in updates}
+        return cls(device, capabilities, updates=opened)
+
+    def unsettled(self, run: str) -> list[UpdateId]:
+        """Updates of a run, with bytes, that wait for their verdict; at most one but after faults of the disk."""
+        return [name for name, update in self.updates.items() if update.trained and name.run == run]
 
 
 # Events
 class JobArrived(msgspec.Struct, frozen=True):
-    """A job came. ``known``: state of this job's update in the spool; ``crashes``: of its bundle; both from disk."""
+    """A job came. From disk come ``known``, the state of this job's update in the spool, ``crashes`` of its bundle, and
+    ``held``: the version of the model that the job builds on is here.
+    """
 
     now: float
     job: Job
-    known: Literal["ready", "delivered", "counted", "refused"] | None
+    known: State | None
     crashes: int
+    held: bool = True
 
 
 class JobCancelled(msgspec.Struct, frozen=True):
@@ -96,12 +118,17 @@ class BlobFailed(msgspec.Struct, frozen=True):
 
 
 class Trained(msgspec.Struct, frozen=True):
-    """The worker finished the running job; the file is durable in the spool folder."""
+    """The worker finished the running job; its files are durable in the spool folder.
+
+    ``key`` is for the case that the update is refused; ``change`` is what it does to the run; None: only evaluated.
+    """
 
     now: float
     file: str
     blob: BlobRef
     meta: UpdateMeta
+    key: str = ""
+    change: RunChange | None = None
 
 
 class TrainingFailed(msgspec.Struct, frozen=True):
@@ -128,6 +155,7 @@ class DoneArrived(msgspec.Struct, frozen=True):
 class VerdictArrived(msgspec.Struct, frozen=True):
     """The coordinator's final word about an update."""
 
+    now: float
     update: UpdateId
     counted: bool
     reason: str
@@ -168,9 +196,13 @@ Event: TypeAlias = (
 
 # Effects
 class FetchBlob(msgspec.Struct, frozen=True):
-    """Have this blob on disk; answer with BlobReady or BlobFailed, at once if it is there already."""
+    """Have this blob on disk; answer with BlobReady or BlobFailed, at once if it is there already.
+
+    ``inline``: its bytes, as the job brought them; empty: they are to be asked for.
+    """
 
     blob: BlobRef
+    inline: bytes = b""
 
 
 class StopFetch(msgspec.Struct, frozen=True):
@@ -192,12 +224,10 @@ class StopTraining(msgspec.Struct, frozen=True):
 
 
 class SpoolUpdate(msgspec.Struct, frozen=True):
-    """Make a finished update durable, before any later effect."""
+    """Make a finished update and what it changes of its run durable in one, before any later effect."""
 
-    update: UpdateId
-    file: str
-    blob: BlobRef
-    meta: UpdateMeta
+    update: SpooledUpdate
+    change: RunChange | None
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -208,7 +238,7 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class CloseUpdate(msgspec.Struct, frozen=True):
-    """Note durably what the coordinator said and free the bytes; stop offering."""
+    """Note durably what the coordinator said; with a verdict, stop offering."""
 
     update: UpdateId
     state: State
@@ -216,7 +246,7 @@ class CloseUpdate(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Tell the coordinator how a job is going."""
+    """Tell the coordinator that a job ended without an update."""
 
     status: JobStatus
 
@@ -270,14 +300,15 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
         case WorkerCrashed():
             return _crashed(state, event)
         case DoneArrived(update):
-            if state.updates.get(update) != "ready":
+            known = state.updates.get(update)
+            if known is None or known.state != "ready":
                 return []
-            state.updates[update] = "delivered"
+            known.state = "delivered"
             return [CloseUpdate(update, "delivered", "")]
-        case VerdictArrived(update, counted, reason):
+        case VerdictArrived(now, update, counted, reason):
             if state.updates.pop(update, None) is None:
                 return []
-            return [CloseUpdate(update, "counted" if counted else "refused", reason)]
+            return [CloseUpdate(update, "counted" if counted else "refused", reason), *_start_next(state, now)]
         case Connected():
             return [Offer(update, push=False) for update in state.updates]
         case Paused(now, reason):
@@ -294,19 +325,56 @@ def _job_arrived(state: AgentState, event: JobArrived) -> list[Effect]:
     if event.known is not None:  # a coordinator that knows this verdict no longer waits for the job
         return [_report(job, "rejected", _closed(event.known))]
     entry = state.jobs.get(key)
-    if entry is not None:  # at work on it; the coordinator may have extended its deadline or cut its blobs anew
-        entry.expires_at = max(entry.expires_at, event.now + job.deadline_s)
-        fetch = [FetchBlob(blob) for blob in (job.bundle, job.model) if blob.sha256 in entry.missing]
-        return [_report(job, "accepted"), *fetch]
-    reason = _unfit(state, job, event.crashes)
+    if entry is not None:
+        return _job_repeated(state, entry, event)
+    reason = _unfit(state, event)
     if reason:
         return [_report(job, "rejected", reason)]
     state.crashes.pop(job.bundle.sha256, None)  # the disk knows better: a quarantine may have been lifted
     if event.crashes:
         state.crashes[job.bundle.sha256] = event.crashes
-    missing = {job.bundle.sha256, job.model.sha256}
-    state.jobs[key] = Entry(job, event.now + job.deadline_s, missing)
-    return [_report(job, "accepted"), *(FetchBlob(blob) for blob in (job.bundle, job.model))]
+    entry = Entry(_lean(job), event.now + job.deadline_s, {blob.sha256 for blob in _blobs(job)})
+    state.jobs[key] = entry
+    return [*_ask_for_verdicts(state, entry), *_fetch(job, entry.missing)]
+
+
+def _job_repeated(state: AgentState, entry: Entry, event: JobArrived) -> list[Effect]:
+    """The coordinator may have extended its deadline, cut its blobs anew, or chosen another way to the model."""
+    entry.expires_at = max(entry.expires_at, event.now + event.job.deadline_s)
+    if entry.running:
+        return []
+    effects = _ask_for_verdicts(state, entry)
+    if event.held and not _unusable(event.job.model):
+        before = entry.missing
+        entry.missing = {blob.sha256 for blob in _blobs(event.job)} - (
+            {blob.sha256 for blob in _blobs(entry.job)} - before
+        )
+        entry.job = _lean(event.job)
+        effects += [*_stop_fetch(state, before), *_fetch(event.job, entry.missing)]
+    return effects + _start_next(state, event.now)
+
+
+def _ask_for_verdicts(state: AgentState, entry: Entry) -> list[Effect]:
+    """The job has to wait for a verdict that may have been lost on its way."""
+    return [Offer(name, push=False) for name in state.unsettled(entry.job.run)] if entry.trains else []
+
+
+def _blobs(job: Job) -> list[BlobRef]:
+    return [job.bundle, *job.model.blobs]
+
+
+def _lean(job: Job) -> Job:
+    """The job without the bytes that it brought: they go into the cache."""
+    return msgspec.structs.replace(job, inline=b"") if job.inline else job
+
+
+def _fetch(job: Job, missing: set[str]) -> list[Effect]:
+    last = len(job.model.blobs)
+    return [
+        FetchBlob(blob, job.inline if number == last and number else b"")
+        for number, blob in enumerate(_blobs(job))
+        if blob.sha256 in missing
+    ]
 
 
 def _closed(verdict: str) -> str:
@@ -334,8 +402,8 @@ def _give_up_waiting(state: AgentState, now: float) -> list[Effect]:
     return effects
 
 
-def _unfit(state: AgentState, job: Job, crashes: int) -> str:  # noqa: PLR0911 - one reason each
-    can = state.capabilities
+def _unfit(state: AgentState, event: JobArrived) -> str:  # noqa: PLR0911 - one reason each
+    can, job = state.capabilities, event.job
     for kind, name, known in (
         ("dataset", job.dataset, can.datasets),
         ("codec", job.codec, can.codecs),
@@ -347,13 +415,28 @@ def _unfit(state: AgentState, job: Job, crashes: int) -> str:  # noqa: PLR0911 -
         return f"training is paused here: {state.paused}"
     if not math.isfinite(job.deadline_s):
         return f"a deadline of {job.deadline_s} s is no duration"
-    size = max(job.bundle.size_bytes, job.model.size_bytes)
+    size = max(blob.size_bytes for blob in _blobs(job))
     if size > can.blob_limit_bytes:
         return f"blob of {size} bytes is over this device's limit of {can.blob_limit_bytes}"
-    if crashes >= CRASH_LIMIT:
-        return _quarantine(job.bundle.sha256, crashes)
+    if _unusable(job.model):
+        return _unusable(job.model)
+    if not event.held:
+        return (
+            f"the job builds on model version {job.model.base} of run {job.run!r}, which this device does not hold; "
+            "send the whole model"
+        )
+    if event.crashes >= CRASH_LIMIT:
+        return _quarantine(job.bundle.sha256, event.crashes)
     if len(state.jobs) >= QUEUE_LIMIT:
         return f"the queue of this device is full ({QUEUE_LIMIT} jobs)"
+    return ""
+
+
+def _unusable(model: ModelRef) -> str:
+    if model.base is None and len(model.blobs) != 1:
+        return f"the job names {len(model.blobs)} blobs for a whole model; one is needed"
+    if model.base is not None and model.vector_sha256 is None:
+        return f"the job builds on model version {model.base}, but does not say which hash must come out"
     return ""
 
 
@@ -364,11 +447,16 @@ def _quarantine(bundle: str, crashes: int) -> str:
 def _start_next(state: AgentState, now: float) -> list[Effect]:
     effects: list[Effect] = []
     for key in [key for key, entry in state.jobs.items() if entry.expires_at <= now and not entry.running]:
-        effects += _remove(state, key, "the deadline passed before training could start")
+        cause = ""
+        if state.jobs[key].trains and state.unsettled(key[0]):
+            cause = ": an earlier update of this run still waits for its verdict"
+        effects += _remove(state, key, f"the deadline passed before training could start{cause}")
     if state.running is not None or state.paused:
         return effects
     ready = [
-        (-entry.job.priority, order, key) for order, (key, entry) in enumerate(state.jobs.items()) if not entry.missing
+        (-entry.job.priority, order, key)
+        for order, (key, entry) in enumerate(state.jobs.items())
+        if not entry.missing and not (entry.trains and state.unsettled(key[0]))
     ]
     if ready:
         key = min(ready)[2]
@@ -384,8 +472,9 @@ def _trained(state: AgentState, event: Trained) -> list[Effect]:
     entry = state.jobs.pop(state.running)
     state.running = None
     update = UpdateId(entry.job.run, state.device, entry.job.assignment, 0)
-    state.updates[update] = "ready"
-    effects: list[Effect] = [SpoolUpdate(update, event.file, event.blob, event.meta), Offer(update, push=True)]
+    state.updates[update] = OpenUpdate("ready", trained=entry.trains)
+    spooled = SpooledUpdate(update=update, file=event.file, blob=event.blob, meta=event.meta, key=event.key)
+    effects: list[Effect] = [SpoolUpdate(spooled, event.change), Offer(update, push=True)]
     if entry.job.bundle.sha256 in state.crashes:
         del state.crashes[entry.job.bundle.sha256]
         effects.append(ForgiveCrashes(entry.job.bundle.sha256))
@@ -421,10 +510,14 @@ def _remove(state: AgentState, key: Key, reason: str, *, report: bool = True) ->
     if entry.running:
         return [StopTraining(reason)]
     del state.jobs[key]
-    wanted = {sha for other in state.jobs.values() for sha in other.missing}
-    effects: list[Effect] = [StopFetch(sha) for sha in sorted(entry.missing - wanted)]
+    effects = _stop_fetch(state, entry.missing)
     return [*effects, _report(entry.job, "failed", reason)] if report else effects
 
 
-def _report(job: Job, status: Literal["accepted", "failed", "rejected"], reason: str = "") -> Report:
+def _stop_fetch(state: AgentState, missing: set[str]) -> list[Effect]:
+    wanted = {sha for other in state.jobs.values() for sha in other.missing}
+    return [StopFetch(sha) for sha in sorted(missing - wanted)]
+
+
+def _report(job: Job, status: Literal["failed", "rejected"], reason: str = "") -> Report:
     return Report(JobStatus(run=job.run, assignment=job.assignment, status=status, reason=reason))

@@ -13,7 +13,7 @@ import msgspec
 
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.errors import MessageError
-from edge_runtime.messages import Job, UpdateMeta
+from edge_runtime.messages import Job, UpdateId, UpdateMeta
 
 FRAME_LIMIT_BYTES = 1 << 20
 _LENGTH = struct.Struct("<I")
@@ -21,21 +21,32 @@ _LENGTH = struct.Struct("<I")
 FailureKind: TypeAlias = Literal["data", "bundle", "training", "codec", "storage", "internal"]
 
 
-class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="train"):
-    """Do this job. All paths are local; the daemon has verified the hashes of bundle and model.
+class RefusedUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """An update of this run that was refused. ``key`` is what :class:`Trained` said of it."""
 
-    The update is written into ``output_folder``; ``state_folder`` keeps what a run's method and codec need from round
-    to round (personal tensors, error feedback); empty: nothing is kept. ``code_dir`` is where the module of a dataset
-    factory is looked for first.
+    update: UpdateId
+    path: str
+    key: str
+
+
+class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="train"):
+    """Do this job. All paths are local; the daemon has verified the hashes of the bundle and of the model's blobs.
+
+    The update is written into ``output_folder``, and beside it the state that the run has then (personal tensors, what
+    the codec did not send). ``state_path`` is the run's state now, empty if it has none, and ``refused`` is to be sent
+    again. ``model_paths`` follow ``job.model.blobs``; ``models_folder`` holds models of earlier jobs and takes this
+    one; empty: none. ``code_dir`` is where the module of a dataset factory is looked for first.
     """
 
     job: Job
     device: str
     bundle_path: str
-    model_path: str
+    model_paths: list[str]
     output_folder: str
     dataset: DatasetConfig
-    state_folder: str = ""
+    models_folder: str = ""
+    state_path: str = ""
+    refused: list[RefusedUpdate] = []
     threads: int = 1
     code_dir: str = ""
 
@@ -57,7 +68,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="pr
 class Trained(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="trained"):
     """The job is done and its update durable at ``path``. A job that only evaluates has no update: ``path`` is empty.
 
-    ``dataset_samples`` is what the dataset holds now, before windows and hold-out.
+    ``state_path`` is the run's state after this update, durable too; empty: nothing is to be kept. The updates in
+    ``returned`` are part of it, or dropped. ``key`` names bundle and codec with which this update can be taken back if
+    it is refused; empty: it cannot. ``dataset_samples`` is what the dataset holds now, before windows and hold-out.
     """
 
     path: str
@@ -65,6 +78,9 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="tra
     size_bytes: int
     meta: UpdateMeta
     dataset_samples: int
+    state_path: str = ""
+    key: str = ""
+    returned: list[UpdateId] = []
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="failed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ log = logging.getLogger("edge.transfer")
 OFFER_FIRST_S = 5.0
 OFFER_LIMIT_S = 300.0
 DISK_RETRY_S = 30.0
+OPEN_LIMIT = 32  # blobs that are received at a time: each takes two file descriptors, and a chain may be long
 
 
 class Downloads:
@@ -49,6 +51,7 @@ class Downloads:
         self._device, self._cache, self._loop, self._link = device, cache, loop, link
         self._on_ready, self._on_failed = on_ready, on_failed
         self._incoming: dict[str, Incoming] = {}  # by half hash
+        self._queue: dict[str, BlobRef] = {}  # by half hash, those whose turn is still to come
         self._trusted: set[str] = set()  # verified by this process; what lay there before may have seen a power cut
 
     @property
@@ -56,8 +59,10 @@ class Downloads:
         """Hashes of the blobs that are being fetched."""
         return {incoming.partial.blob.sha256 for incoming in self._incoming.values()}
 
-    def fetch(self, blob: BlobRef) -> None:
-        """Starts or goes on fetching; answers at once when the blob is here."""
+    def fetch(self, blob: BlobRef, inline: bytes = b"") -> None:
+        """Starts or goes on fetching; answers at once when the blob is here, or all of it was in the message."""
+        if inline and not self._cache.has(blob.sha256):
+            self._take_inline(blob, inline)
         if self._is_cached(blob.sha256):
             self._cache.touch(blob.sha256)
             self._loop.call_soon(lambda: self._on_ready(blob.sha256))
@@ -66,7 +71,10 @@ class Downloads:
         if known is not None and known.partial.blob == blob:
             return
         if known is not None:  # cut anew, for a broker that takes smaller packets
-            self.stop(blob.sha256)
+            self._end(blob.sha256)
+        if len(self._incoming) >= OPEN_LIMIT:
+            self._queue[blob.sha256[:32]] = blob
+            return
         try:
             partial = self._cache.receive(blob)
         except EdgeError as error:
@@ -86,10 +94,10 @@ class Downloads:
 
     def stop(self, sha256: str) -> None:
         """Stops fetching; what arrived stays for the next time."""
-        incoming = self._incoming.pop(sha256[:32], None)
-        if incoming is not None:
-            self._link.unsubscribe(topics.blob(sha256))
-            incoming.close()
+        self._queue.pop(sha256[:32], None)
+        self._end(sha256)
+        while self._queue and len(self._incoming) < OPEN_LIMIT:
+            self.fetch(self._queue.pop(next(iter(self._queue))))
 
     def on_chunk(self, payload: bytes) -> None:
         """Takes a chunk packet; one that belongs to no open blob is ignored."""
@@ -119,6 +127,25 @@ class Downloads:
         for incoming in self._incoming.values():
             incoming.close()
         self._incoming.clear()
+        self._queue.clear()
+
+    def _end(self, sha256: str) -> None:
+        incoming = self._incoming.pop(sha256[:32], None)
+        if incoming is not None:
+            self._link.unsubscribe(topics.blob(sha256))
+            incoming.close()
+
+    def _take_inline(self, blob: BlobRef, data: bytes) -> None:
+        """Puts what the message brought into the cache; where that fails the blob is fetched like any other."""
+        if len(data) != blob.size_bytes or hashlib.sha256(data).hexdigest() != blob.sha256:
+            log.warning("blob %s in a job's message is damaged, fetching it", blob.sha256[:12])
+            return
+        try:
+            self._cache.put(data, durable=False)
+        except StorageError as error:
+            log.warning("%s", error)
+            return
+        self._trusted.add(blob.sha256)
 
     def _ask(self, incoming: Incoming) -> None:
         # The request follows the subscription on one connection, so no broker can answer before it is subscribed.
@@ -167,7 +194,10 @@ class Downloads:
 
 
 class Uploads:
-    """Offers updates until the coordinator has spoken, and sends the chunks it asks for."""
+    """Offers updates until the coordinator has spoken, and sends the chunks it asks for.
+
+    Where chunk 0 is all of an update, the first offer carries it and leaves hash and size to the receiver.
+    """
 
     def __init__(self, device: str, spool: Spool, loop: Loop, link: Link, *, pump: ChunkPump, random: Random) -> None:
         self._device, self._spool, self._loop, self._link = device, spool, loop, link
@@ -192,7 +222,8 @@ class Uploads:
                 reader = BlobReader(self._spool.path(spooled), blob)
                 first = pack_first_chunk(reader)
                 reader.close()
-            message = messages.UpdateOffer(update=update, blob=blob, meta=spooled.meta, first=first)
+            whole = bool(first) and blob.size_bytes <= blob.chunk_bytes
+            message = messages.UpdateOffer(update=update, blob=None if whole else blob, meta=spooled.meta, first=first)
             self._link.publish(topics.from_device(self._device, "message"), messages.encode(message))
         except EdgeError as error:
             log.error("update %s cannot be offered: %s", update, error)  # noqa: TRY400 - one line for the user
@@ -204,7 +235,7 @@ class Uploads:
         """Sends chunks of an update; False if no update has this hash."""
         for update in list(self._waiting):
             spooled = self._spool.get(update)
-            if spooled is not None and spooled.blob.sha256 == need.sha256 and spooled.state == "ready":
+            if spooled is not None and spooled.blob.sha256 == need.sha256:  # also after "done": a restored coordinator
                 self.postpone(update)
                 self._send(spooled, need.ranges)
                 return True

@@ -80,15 +80,26 @@ class BlobStore:
         """Whether the whole blob is here."""
         return self.path(sha).is_file()
 
-    def put(self, data: bytes | memoryview) -> StoredBlob:
-        """Stores bytes durably; storing the same bytes again is free.
+    def put(self, data: bytes | memoryview, *, durable: bool = True) -> StoredBlob:
+        """Stores bytes; storing the same bytes again is free. Unless ``durable``, a power cut may damage them.
 
         Raises:
             StorageError: the disk is full or not writable.
         """
         blob = StoredBlob(sha256(data).hexdigest(), memoryview(data).nbytes)
-        if not self.has(blob.sha256):
-            write_durably(self.path(blob.sha256), data)
+        if self.has(blob.sha256):
+            return blob
+        path = self.path(blob.sha256)
+        if durable:
+            write_durably(path, data)
+            return blob
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError as error:
+            remove(temporary)
+            raise storage_error(path, error) from error
         return blob
 
     def put_file(self, source: Path) -> StoredBlob:

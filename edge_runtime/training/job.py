@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
-import numpy as np
 
 from edge_runtime.agent.pipe import Trained
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression import decode, encode
-from edge_runtime.compression.frame import frame_limit
+from edge_runtime.compression.container import size_limit, update_tag
+from edge_runtime.compression.pipeline import CodecSpec, check_spec, decode, encode, give_back, keeps_residual
 from edge_runtime.data import open_dataset
 from edge_runtime.data.view import View, Window
 from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError, TrainingError
-from edge_runtime.files import write_durably
-from edge_runtime.messages import Evaluation, Job, UpdateMeta
+from edge_runtime.files import remove, write_durably
+from edge_runtime.messages import Evaluation, Job, UpdateId, UpdateMeta
 from edge_runtime.methods import ClientMethod, create_method
 from edge_runtime.training.base import TrainResult, TrainSettings
 from edge_runtime.training.onnx_trainer import OnnxTrainer
+from edge_runtime.training.received import hold, receive
 from edge_runtime.training.schedule import job_seed
-from edge_runtime.training.state import RunState, StateFolder
+from edge_runtime.training.state import codec_key, encode_state, load_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout
     from edge_runtime.data import Dataset
     from edge_runtime.training.base import OnStep, Vector
+    from edge_runtime.training.state import RunState
 
+log = logging.getLogger("edge.worker")
 _T = TypeVar("_T")
-MODEL_CHANNEL = "model"
 
 
 class JobRunner:
@@ -60,8 +62,9 @@ class JobRunner:
     def run(self, request: TrainRequest, on_step: OnStep | None = None) -> Trained:
         """Does one job; ``on_step(step, steps_total, loss)`` is called after each step.
 
-        The update file holds a frame with the channels of the job's method, laid out as ``Bundle.layout()``. A job
-        without epochs and steps only evaluates: on the hold-out, or on all samples where nothing is held out.
+        The update file holds a container with the channels of the job's method, laid out as ``Bundle.layout()``; beside
+        it lies the run's state after this update, where there is any. A job without epochs and steps only evaluates:
+        on the hold-out, or on all samples where nothing is held out.
 
         Raises:
             EdgeError: what went wrong, in one line; :func:`failure_kind` sorts it. Nothing is left behind.
@@ -69,41 +72,54 @@ class JobRunner:
         job = request.job
         if job.cut is not None:
             raise TrainingError(f"the job asks for cut {job.cut!r}, but this software does not train split models")
-        method = create_method(job.method, job.options)
+        trains = job.epochs is not None or job.steps is not None
+        method, spec = create_method(job.method, job.options), CodecSpec(job.codec, job.codec_options)
+        if trains:
+            check_spec(spec)
         loaded = self._load(request, method.variant if job.variant is None else job.variant)
         samples, view = self._view(request, loaded)
-        received = _read_model(Path(request.model_path), loaded.layout)
-        trains = job.epochs is not None or job.steps is not None
+        received = receive(request, loaded.bundle, loaded.layout)
         evaluation = None
         if job.evaluate or not trains:
             rows = view.holdout if job.holdout_fraction > 0 or trains else view.train
-            evaluation = loaded.trainer.evaluate(received, view, rows, job.batch_size)
+            evaluation = loaded.trainer.evaluate(received.vector, view, rows, job.batch_size)
         if not trains:
-            meta = _meta(job, len(view.train), None, evaluation)
+            meta = _meta(job, len(view.train), evaluation, written_bytes=hold(request, received))
             return Trained(path="", sha256="", size_bytes=0, meta=meta, dataset_samples=samples)
-        states = StateFolder(request.state_folder, job.run)
-        state = states.load(job.assignment)
-        result, channels = _Training(request, loaded, method).run(view, received, state, on_step)
+        key = codec_key(job.bundle.sha256, spec)
+        state = load_state(Path(request.state_path) if request.state_path else None, job.bundle.sha256, key)
+        result, channels = _Training(request, loaded, method).run(view, received.vector, state, on_step)
         layouts = dict.fromkeys(method.channels, loaded.layout)
         if channels.keys() != layouts.keys():
             raise TrainingError(f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(layouts)}")
-        data, state.codec = encode(job.codec, channels, layouts, state.codec if state.codec_name == job.codec else b"")
-        if job.byte_budget is not None and len(data) > job.byte_budget:
-            raise CodecError(
-                f"the update has {len(data)} bytes with codec {job.codec!r}, the job allows {job.byte_budget}; choose "
-                "a stronger codec or a larger budget"
-            )
-        state.codec_name, state.assignment = job.codec, job.assignment
-        sha256 = hashlib.sha256(data).hexdigest()
-        path = Path(request.output_folder) / f"{job.run}.{job.assignment}.{sha256[:16]}.update"
-        write_durably(path, data)
-        try:
-            states.save(state)
-        except EdgeError:
-            path.unlink(missing_ok=True)
-            raise
-        meta = _meta(job, result.samples, result, evaluation)
-        return Trained(path=str(path), sha256=sha256, size_bytes=len(data), meta=meta, dataset_samples=samples)
+        _take_back(request, spec, key, layouts, state)
+        began_s = time.process_time()
+        encoded = encode(
+            spec,
+            channels,
+            layouts,
+            state.codec,
+            budget_bytes=job.byte_budget,
+            seed=job_seed(job.seed, request.device, job.assignment),
+            base_version=job.model_version,
+            tag=update_tag(UpdateId(job.run, request.device, job.assignment, 0)),
+        )
+        encode_cpu_s = time.process_time() - began_s
+        state.codec = encoded.state
+        written = hold(request, received)
+        state_path, path = _write(request, encode_state(state, job.bundle.sha256, key) if state else b"", encoded.data)
+        written += sum(Path(name).stat().st_size for name in (state_path, path) if name)
+        meta = _meta(job, result.samples, evaluation, result, encode_cpu_s=encode_cpu_s, written_bytes=written)
+        return Trained(
+            path=path,
+            sha256=hashlib.sha256(encoded.data).hexdigest(),
+            size_bytes=len(encoded.data),
+            meta=meta,
+            dataset_samples=samples,
+            state_path=state_path,
+            key=key if keeps_residual(spec) else "",
+            returned=[refused.update for refused in request.refused],
+        )
 
     def _load(self, request: TrainRequest, variant: str | None) -> _Loaded:
         key = (request.job.bundle.sha256, request.bundle_path, variant, request.threads)
@@ -189,8 +205,7 @@ class _Training:
     ) -> tuple[TrainResult, dict[str, Vector]]:
         """Trains and updates the method's part of ``state``; personal tensors do not get into the channels."""
         method, layout = self._method, self._layout
-        memory = state.vectors("memory")
-        start = method.on_receive(_with_personal(received, layout, self._personal, state), layout, memory)
+        start = method.on_receive(_with_personal(received, layout, self._personal, state), layout, state.memory)
         result = self._trainer.train(
             start, view, self._settings, gradient=method.gradient_hook(), sampler=method.sampler, on_step=on_step
         )
@@ -198,49 +213,82 @@ class _Training:
         if self._personal:
             trained = trained.copy()
             own, given = layout.split(trained), layout.split(received)
-            state.personal = {name: own[name].tobytes() for name in sorted(self._personal)}
+            state.personal = {name: own[name].copy() for name in sorted(self._personal)}
             for name in self._personal:
                 own[name][...] = given[name]
-        channels = method.on_finish(received, trained, layout, memory)
-        state.memory = {name: np.ascontiguousarray(vector, "<f4").tobytes() for name, vector in memory.items()}
-        return result, channels
+        return result, method.on_finish(received, trained, layout, state.memory)
 
 
 def _with_personal(received: Vector, layout: Layout, personal: frozenset[str], state: RunState) -> Vector:
     if not personal:
         return received
     start: Vector = received.copy()
-    kept = state.vectors("personal")
     for name, tensor in layout.split(start).items():
-        if name in personal and name in kept and kept[name].size == tensor.size:
-            tensor[...] = kept[name].reshape(tensor.shape)
+        kept = state.personal.get(name)
+        if name in personal and kept is not None and kept.shape == tensor.shape:
+            tensor[...] = kept
     start.flags.writeable = False
     return start
 
 
-def _read_model(path: Path, layout: Layout) -> Vector:
-    layouts = {MODEL_CHANNEL: layout}
+def _take_back(request: TrainRequest, spec: CodecSpec, key: str, layouts: dict[str, Layout], state: RunState) -> None:
+    """Adds what was refused to what the codec has not sent yet, unless it was made by another codec or bundle."""
+    for refused in request.refused:
+        path = Path(refused.path)
+        if refused.key != key:
+            log.info("update %s was refused and is dropped: codec or bundle changed since", refused.update)
+            continue
+        try:
+            data = _read(path, size_limit(layouts))
+            updates = decode(data, layouts, tag=update_tag(refused.update))
+        except (CodecError, StorageError) as error:  # damaged where it lay: better to go on without
+            log.warning("update %s was refused and cannot be sent again: %s", refused.update, error)
+            continue
+        state.codec = give_back(spec, updates, layouts, state.codec)
+
+
+def _read(path: Path, limit_bytes: int) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > frame_limit(layouts):
-            raise CodecError(f"{path}: {size} bytes are more than a model of {layout.size} numbers can take")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(limit_bytes + 1)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _write(request: TrainRequest, state: bytes | memoryview, data: bytes) -> tuple[str, str]:
+    """Writes state (none if empty) and update durably; gives their paths. No row names them yet: see the spool."""
+    paths = []
     try:
-        return decode(data, layouts)[MODEL_CHANNEL]
-    except CodecError as error:
-        raise CodecError(f"{path}: {error}") from error
+        for kind, content in (("state", state), ("update", data)):
+            name = f"{request.job.run}.{request.job.assignment}.{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
+            paths.append(Path(request.output_folder) / name)
+            if content:
+                write_durably(paths[-1], content)
+    except StorageError:
+        for path in paths:
+            remove(path)
+        raise
+    return (str(paths[0]) if state else ""), str(paths[1])
 
 
-def _meta(job: Job, samples: int, result: TrainResult | None, evaluation: Evaluation | None) -> UpdateMeta:
+def _meta(
+    job: Job,
+    samples: int,
+    evaluation: Evaluation | None,
+    result: TrainResult | None = None,
+    *,
+    encode_cpu_s: float = 0.0,
+    written_bytes: int,
+) -> UpdateMeta:
     return UpdateMeta(
         round=job.round,
         model_version=job.model_version,
         samples=samples,
         steps=0 if result is None else result.steps,
         loss=None if result is None else result.loss,
-        train_s=0.0 if result is None else result.train_s,
+        train_ms=0 if result is None else round(1000 * result.train_s),
+        encode_cpu_ms=round(1000 * encode_cpu_s),
+        written_bytes=written_bytes,
         evaluation=evaluation,
     )
 

@@ -1,86 +1,121 @@
 """What a run keeps on the device from job to job: the codec's state, a method's memory, personal tensors.
 
-A job that was done but whose update got lost is done again, and must start from the same state: so the state before
-the last job is kept beside the state after it, and each says which assignment made it.
+The worker writes the state that a run has after an update beside that update; the agent's spool makes both exist in
+one transaction (:mod:`edge_runtime.store.spool`). So the state is never ahead of the updates, nor behind them.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import hashlib
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from edge_runtime.errors import StorageError
-from edge_runtime.files import storage_error, write_durably
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edge_runtime.compression.base import State
+    from edge_runtime.compression.pipeline import CodecSpec
     from edge_runtime.methods.base import Memory
 
-
-class RunState(msgspec.Struct, kw_only=True):
-    """``codec`` is only used again by the codec that made it; vectors are float32."""
-
-    assignment: str = ""
-    codec_name: str = ""
-    codec: bytes = b""
-    memory: dict[str, bytes] = {}
-    personal: dict[str, bytes] = {}
-
-    def vectors(self, kind: str) -> Memory:
-        """``memory`` or ``personal`` as writable float32 arrays."""
-        table: dict[str, bytes] = getattr(self, kind)
-        return {name: np.frombuffer(data, "<f4").astype(np.float32) for name, data in table.items()}
+_CRC_BYTES = 4
 
 
-_decoder = msgspec.msgpack.Decoder(RunState)
+@dataclass
+class RunState:
+    """``codec`` is what :func:`~edge_runtime.compression.pipeline.encode` gave; ``memory`` and ``personal`` are float32
+    by name.
+    """
+
+    codec: State = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
+    personal: Memory = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to keep."""
+        return bool(self.codec or self.memory or self.personal)
 
 
-class StateFolder:
-    """The state of all runs, one folder each; an empty path keeps nothing."""
+class _Array(msgspec.Struct, array_like=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
 
-    def __init__(self, folder: str, run: str) -> None:
-        self._folder = Path(folder) / run if folder else None
 
-    def load(self, assignment: str) -> RunState:
-        """The state before this assignment, also if it was done already.
+class _Stored(msgspec.Struct):
+    bundle: str
+    key: str
+    codec: dict[str, _Array]
+    memory: dict[str, _Array]
+    personal: dict[str, _Array]
 
-        Raises:
-            StorageError: the state cannot be read or is damaged.
-        """
-        current = self._read("current")
-        return self._read("previous") if assignment and current.assignment == assignment else current
 
-    def save(self, state: RunState) -> None:
-        """Makes ``state`` the current one, durably; writes nothing as long as there is nothing to keep.
+_decoder = msgspec.msgpack.Decoder(_Stored)
 
-        Raises:
-            StorageError: the disk is full or cannot be written.
-        """
-        if self._folder is None:
-            return
-        current = self._read("current")
-        keeps = state.codec or state.memory or state.personal
-        if not keeps and not current.assignment:
-            return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if current.assignment and current.assignment != state.assignment:
-                (self._folder / "current.state").replace(self._folder / "previous.state")
-        except OSError as error:
-            raise storage_error(self._folder, error) from error
-        write_durably(self._folder / "current.state", msgspec.msgpack.encode(state))
 
-    def _read(self, name: str) -> RunState:
-        if self._folder is None:
+def codec_key(bundle_sha256: str, spec: CodecSpec) -> str:
+    """Names bundle and codec, options included: what the codec keeps belongs to both."""
+    text = msgspec.json.encode([bundle_sha256, spec.name, spec.options], order="sorted")
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def encode_state(state: RunState, bundle_sha256: str, key: str) -> memoryview:
+    """The bytes of a state's file, with a CRC-32 at their end."""
+    stored = _Stored(
+        bundle=bundle_sha256,
+        key=key,
+        codec={name: _stored(array) for name, array in state.codec.items()},
+        memory={name: _stored(array) for name, array in state.memory.items()},
+        personal={name: _stored(array) for name, array in state.personal.items()},
+    )
+    data = bytearray()
+    msgspec.msgpack.Encoder().encode_into(stored, data)
+    data += zlib.crc32(data).to_bytes(_CRC_BYTES, "little")
+    return memoryview(data)
+
+
+def load_state(path: Path | None, bundle_sha256: str, key: str) -> RunState:
+    """The state of a run for a job with this bundle and this :func:`codec_key`.
+
+    What was made with another bundle is left out, and so is the codec's part with another key. The codec's arrays are
+    read-only views.
+
+    Raises:
+        StorageError: the file cannot be read or is damaged.
+    """
+    if path is None:
+        return RunState()
+    try:
+        data = memoryview(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); restart the agent to start afresh") from error
+    content, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
+    if zlib.crc32(content) != int.from_bytes(crc, "little"):
+        raise StorageError(f"{path}: is damaged (CRC); delete it and restart the agent to start afresh")
+    try:
+        stored = _decoder.decode(content)
+        if stored.bundle != bundle_sha256:
             return RunState()
-        path = self._folder / f"{name}.state"
-        try:
-            return _decoder.decode(path.read_bytes())
-        except FileNotFoundError:
-            return RunState()
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
-        except msgspec.MsgspecError as error:
-            raise StorageError(f"{path}: is damaged ({error}); delete it to start afresh") from error
+        return RunState(
+            codec={name: _array(entry) for name, entry in stored.codec.items()} if stored.key == key else {},
+            memory={name: _array(entry).copy() for name, entry in stored.memory.items()},
+            personal={name: _array(entry).copy() for name, entry in stored.personal.items()},
+        )
+    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+        raise StorageError(f"{path}: is damaged ({error}); delete it and restart the agent to start afresh") from error
+
+
+def _stored(array: NDArray[Any]) -> _Array:
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return _Array(array.dtype.str, array.shape, array.reshape(-1).view(np.uint8).data)
+
+
+def _array(entry: _Array) -> NDArray[Any]:
+    return np.frombuffer(entry.data, np.dtype(entry.dtype)).reshape(entry.shape)

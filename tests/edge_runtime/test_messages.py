@@ -44,9 +44,15 @@ DEVICE_SAYS = {
             samples=100,
             steps=8,
             loss=0.5,
-            train_s=1.5,
+            train_ms=1500,
+            encode_cpu_ms=12,
+            written_bytes=4000,
             evaluation=m.Evaluation(samples=10, loss_sum=4.0, correct=7),
         ),
+    ),
+    "offer-whole": m.UpdateOffer(
+        update=UPDATE,
+        meta=m.UpdateMeta(round=3, model_version=2, samples=100, steps=8),
         first=b"\x00\x01\x02\x03data",
     ),
     "need": m.Need(sha256=SHA, ranges=[(0, 2), (5, 1)]),
@@ -60,12 +66,27 @@ COORDINATOR_SAYS = {
         round=3,
         model_version=2,
         bundle=BLOB,
-        model=BLOB,
+        model=m.ModelRef(blobs=[BLOB]),
         dataset="digits",
         deadline_s=60.0,
         epochs=1,
         hyper={"lr": 0.1},
         options={"mu": 0.01},
+    ),
+    "job-chained": m.Job(
+        run="run-1",
+        assignment="a4",
+        round=3,
+        model_version=2,
+        bundle=BLOB,
+        model=m.ModelRef(base=1, blobs=[m.BlobRef(sha256=SHA, size_bytes=5)], vector_sha256=SHA),
+        inline=b"bytes",
+        dataset="digits",
+        deadline_s=60.0,
+        steps=5,
+        codec="topk",
+        codec_options={"density": 0.01},
+        byte_budget=500,
     ),
     "cancel": m.Cancel(run="run-1", assignment="a3", reason="late"),
     "need": m.Need(sha256=SHA, ranges=[(0, 2)]),
@@ -111,16 +132,16 @@ def test_unknown_fields_are_ignored(side, message):
         ("device", DEVICE_SAYS["state"], "online", "yes"),
         ("device", DEVICE_SAYS["telemetry"], "free_memory_bytes", -1),
         ("device", DEVICE_SAYS["need"], "sha256", "short"),
-        ("device", DEVICE_SAYS["offer"], "update", ["run-1", "pi-7", "a/3", 0]),
-        ("coordinator", COORDINATOR_SAYS["job"], "epochs", 0),
-        ("coordinator", COORDINATOR_SAYS["job"], "run", "a/b"),
-        ("coordinator", COORDINATOR_SAYS["job"], "deadline_s", "soon"),
-        ("coordinator", COORDINATOR_SAYS["job"], "last_batch", "shuffle"),
+        ("device", DEVICE_SAYS["offer"], "u", ["run-1", "pi-7", "a/3", 0]),
+        ("coordinator", COORDINATOR_SAYS["job"], "e", 0),
+        ("coordinator", COORDINATOR_SAYS["job"], "r", "a/b"),
+        ("coordinator", COORDINATOR_SAYS["job"], "x", "soon"),
+        ("coordinator", COORDINATOR_SAYS["job"], "lb", "shuffle"),
         ("coordinator", COORDINATOR_SAYS["verdict"], "counted", 1),
     ],
 )
 def test_wrong_value_is_refused_by_name(side, message, field, value):
-    """A field of the wrong type or outside its range is refused, and the error names it."""
+    """A field of the wrong type or outside its range is refused, and the error names it as it travels."""
     with pytest.raises(MessageError, match=rf"\$\.{field}"):
         DECODE[side](changed(message, **{field: value}))
 
@@ -141,14 +162,14 @@ def test_schema_versions(side, message):
 @pytest.mark.parametrize("name", sorted(set(COORDINATOR_SAYS) - set(DEVICE_SAYS)))
 def test_device_may_not_speak_for_the_coordinator(name):
     """A job, verdict or other word of the coordinator is refused when a device sends it."""
-    with pytest.raises(MessageError, match=name):
+    with pytest.raises(MessageError, match=name.partition("-")[0]):
         m.decode_from_device(m.encode(COORDINATOR_SAYS[name]))
 
 
 @pytest.mark.parametrize("name", sorted(set(DEVICE_SAYS) - set(COORDINATOR_SAYS)))
 def test_coordinator_may_not_speak_for_a_device(name):
     """Announcements, offers and other words of devices are refused when the coordinator sends them."""
-    with pytest.raises(MessageError, match=name):
+    with pytest.raises(MessageError, match=name.partition("-")[0]):
         m.decode_from_coordinator(m.encode(DEVICE_SAYS[name]))
 
 
@@ -159,6 +180,14 @@ def test_oversize_is_refused_on_both_ends():
         m.encode(offer)
     with pytest.raises(MessageError, match="the limit is"):
         m.decode_from_device(msgspec.msgpack.encode(offer))
+
+
+def test_the_envelope_of_an_update_is_small():
+    """Around an update of a few hundred bytes the message counts: what has its default does not travel."""
+    offer = DEVICE_SAYS["offer-whole"]
+    assert len(m.encode(offer)) - len(offer.first) < 52
+    chained = COORDINATOR_SAYS["job-chained"]
+    assert len(m.encode(chained)) - len(chained.inline) < 325
 
 
 def test_numbers_that_are_no_numbers_survive_the_wire_as_such():

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edge_runtime.agent.pipe import TrainRequest
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression import encode
+from edge_runtime.compression.pipeline import decode, encode_model
 from edge_runtime.data import DatasetConfig
-from edge_runtime.messages import BlobRef, Job
+from edge_runtime.messages import BlobRef, Job, ModelRef
 from tests.edge_runtime import toy_bundle
 
 if TYPE_CHECKING:
@@ -32,21 +34,21 @@ class ToyJobs:
 
     def write_model(self, vector: np.ndarray) -> None:
         """Stores a received model."""
-        self.model.write_bytes(encode("raw", {"model": vector}, {"model": self.bundle.layout()})[0])
+        self.model.write_bytes(encode_model(vector, self.bundle.layout()))
 
     def request(self, *, dataset: DatasetConfig | None = None, threads: int = 1, **job: Any) -> TrainRequest:
-        """A request; ``job`` replaces fields of the job."""
+        """A request; ``job`` replaces fields of the job. The model is the one stored unless ``model`` is given."""
         blob = BlobRef(sha256=self.bundle.sha256, size_bytes=1)
         fields = {"run": "r", "assignment": "a", "round": 3, "model_version": 4, "dataset": "d", "deadline_s": 9.0}
-        defaults = {"epochs": 2, "batch_size": 16, "bundle": blob, "model": blob}
+        defaults = {"epochs": 2, "batch_size": 16, "bundle": blob, "model": ModelRef(blobs=[blob])}
         return TrainRequest(
             job=Job(**{**fields, **defaults, **job}),
             device="pi",
             bundle_path=str(self.bundle.path),
-            model_path=str(self.model),
+            model_paths=[str(self.model)],
             output_folder=str(self.out),
             dataset=dataset or DatasetConfig(name="d", path=str(self.data)),
-            state_folder=str(self.folder / "state"),
+            models_folder=str(self.folder / "models"),
             threads=threads,
         )
 
@@ -56,3 +58,11 @@ class ToyJobs:
         assert len(data) == done.size_bytes
         assert toy_bundle.sha256(data) == done.sha256
         return data
+
+    def delta(self, done: Trained, channel: str = "delta") -> np.ndarray:
+        """What an update holds, float32 ``[layout.size]``."""
+        return decode(self.read(done), {channel: self.bundle.layout()})[channel].vector()
+
+    def after(self, done: Trained, request: TrainRequest) -> TrainRequest:
+        """The request with the run's state as it is after ``done``."""
+        return msgspec.structs.replace(request, state_path=done.state_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from hashlib import sha256
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,12 +13,13 @@ import pytest
 pytest.importorskip("numpy")
 
 from edge_runtime import messages, topics
-from edge_runtime.agent import daemon, pipe
+from edge_runtime.agent import daemon, pipe, transfers
 from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig
-from edge_runtime.agent.daemon import Agent, unhealthy
+from edge_runtime.agent.daemon import Agent
+from edge_runtime.agent.health import unhealthy
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.errors import ConfigError, StorageError
-from edge_runtime.messages import BlobRef, Job, UpdateMeta
+from edge_runtime.messages import BlobRef, Job, ModelRef, UpdateMeta
 from edge_runtime.store.blobs import BlobStore
 from edge_runtime.store.spool import Spool
 from edge_runtime.transport.loop import Loop
@@ -152,7 +154,8 @@ class World:
 
     def job(self, name: str = "a1", **fields) -> Job:
         values = {"run": "run", "round": 0, "model_version": 0, "dataset": "digits", "deadline_s": 600.0, "epochs": 1}
-        return Job(assignment=name, bundle=self.blob(300_000, 1), model=self.blob(1000, 2), **values | fields)
+        model = ModelRef(blobs=[self.blob(1000, 2)])
+        return Job(**{"assignment": name, "bundle": self.blob(300_000, 1), "model": model, **values, **fields})
 
     def tell(self, message) -> None:
         assert self.coordinator.link.publish(topics.to_device("dev", "message"), messages.encode(message))
@@ -186,33 +189,136 @@ def world(loop, broker, tmp_path):
     world.coordinator.link.stop()
 
 
-def train(world: World, agent: Agent, data: bytes = b"update") -> None:
+def train(world: World, agent: Agent, data: bytes = b"update", **fields) -> None:
     """Answers the running job as the worker would."""
-    path = agent.spool.folder / "x.update"
+    path, state = agent.spool.folder / f"{sha256(data).hexdigest()}.update", agent.spool.folder / "x.state"
     path.write_bytes(data)
+    state.write_bytes(b"state after " + data)
     reply = pipe.Trained(
-        path=str(path), sha256=sha256(data).hexdigest(), size_bytes=len(data), meta=META, dataset_samples=7
+        **{
+            "path": str(path),
+            "sha256": sha256(data).hexdigest(),
+            "size_bytes": len(data),
+            "meta": META,
+            "dataset_samples": 7,
+            "state_path": str(state),
+            "key": "k",
+            **fields,
+        }
     )
     world.loop.call_soon(lambda: agent._on_reply(reply))
 
 
 def test_job_from_arrival_to_verdict(world):
-    """A job is accepted, its blobs fetched for this device alone, its update offered, and the verdict closes it."""
+    """A job's blobs are fetched for this device alone, its update is offered, and the verdict closes it."""
     agent = world.agent()
     world.until(lambda: world.states and world.states[-1].online)
     world.tell(world.job())
     world.until(lambda: world.requests)
-    assert world.heard(messages.JobStatus)[0].status == "accepted"
+    assert [Path(path).name for path in world.requests[0].model_paths] == [world.job().model.blobs[0].sha256]
     train(world, agent)
     world.until(lambda: world.heard(messages.UpdateOffer))
     (offer,) = world.heard(messages.UpdateOffer)
-    assert offer.first[4:] == b"update"
+    assert (offer.first[4:], offer.blob) == (b"update", None)  # all of it: its hash need not travel
+    assert world.heard(messages.JobStatus) == []
     for message in (messages.Done(update=offer.update), messages.Verdict(update=offer.update, counted=True)):
         world.tell(message)
         world.tell(message)
     world.until(lambda: agent.spool.get(offer.update).state == "counted")
-    assert agent.spool.used_bytes() == 0
+    assert [entry.name for entry in agent.spool.folder.iterdir()] == ["x.state"]
     assert agent.uploads._waiting == {}
+
+
+def test_large_update_is_offered_with_its_hash(world):
+    """What does not fit the offer is named in it, and its chunks follow."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+    train(world, agent, bytes(300_000))
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    (offer,) = world.heard(messages.UpdateOffer)
+    assert (offer.blob.size_bytes, offer.blob.sha256) == (300_000, sha256(bytes(300_000)).hexdigest())
+    assert len(offer.first) == offer.blob.chunk_bytes + 4
+
+
+def test_refused_update_goes_to_the_worker_with_the_next_job(world):
+    """The next job waits for the verdict; then the worker gets the refused bytes and the state of the run, and when
+    its update is durable both are replaced."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job("a1"))
+    world.until(lambda: len(world.requests) == 1)
+    assert (world.requests[0].state_path, world.requests[0].refused) == ("", [])
+    train(world, agent, b"one")
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    update = world.heard(messages.UpdateOffer)[0].update
+    world.tell(world.job("a2"))
+    world.until(lambda: ("run", "a2") in agent.state.jobs and not agent.state.jobs["run", "a2"].missing)
+    world.until(lambda: len(world.heard(messages.UpdateOffer)) == 2)  # asks for the verdict
+    assert len(world.requests) == 1
+    world.tell(messages.Done(update=update))
+    world.tell(messages.Verdict(update=update, counted=False, reason="late"))
+    world.until(lambda: len(world.requests) == 2)
+    request = world.requests[1]
+    (refused,) = request.refused
+    assert (refused.update, refused.key) == (update, "k")
+    assert Path(refused.path).read_bytes() == b"one"
+    assert Path(request.state_path).read_bytes() == b"state after one"
+    train(world, agent, b"two", returned=[update])
+    world.until(lambda: len(agent.state.updates) == 1)
+    assert not Path(refused.path).exists()
+    assert agent.spool.run_state("run").read_bytes() == b"state after two"
+
+
+def test_bytes_in_a_job_need_no_transfer(world):
+    """The last change of a chain comes with the job; damaged bytes are fetched like any other blob."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    change = world.blob(500, 7)
+    model = ModelRef(base=0, blobs=[change], vector_sha256="0" * 64)
+    world.tell(world.job("a1", model=model, inline=world.blobs[change.sha256]))
+    world.until(lambda: world.requests)
+    assert {need.sha256 for need in world.heard(messages.Need)} == {world.job().bundle.sha256}
+    assert Path(world.requests[0].model_paths[0]).read_bytes() == world.blobs[change.sha256]
+    assert world.requests[0].job.inline == b""
+    other = world.blob(500, 8)
+    world.tell(
+        world.job("b1", run="other", model=ModelRef(base=0, blobs=[other], vector_sha256="0" * 64), inline=bytes(500))
+    )
+    world.until(lambda: agent.cache.has(other.sha256))
+    assert other.sha256 in {need.sha256 for need in world.heard(messages.Need)}
+
+
+def test_model_that_is_not_held_is_rejected_by_name(world):
+    """The coordinator hears which version is missing; one that is held is taken."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    agent.models.keep("run", 3, b"model")
+    change = world.blob(500, 7)
+    for name, base in (("a1", 2), ("a2", 3)):
+        world.tell(world.job(name, model=ModelRef(base=base, blobs=[change], vector_sha256="0" * 64)))
+    world.until(lambda: world.requests)
+    (status,) = world.heard(messages.JobStatus)
+    assert (status.assignment, status.status) == ("a1", "rejected")
+    assert "builds on model version 2 of run 'run'" in status.reason
+    assert world.requests[0].job.assignment == "a2"
+
+
+def test_a_long_chain_of_changes_is_fetched_a_few_at_a_time(world, monkeypatch):
+    """However many changes a device missed, only some are being received at once, and all arrive."""
+    monkeypatch.setattr(transfers, "OPEN_LIMIT", 3)
+    agent = world.agent()
+    world.until(lambda: world.states)
+    changes = [world.blob(100 + number, number) for number in range(20)]
+    most = []
+    real = agent.downloads._ask
+    monkeypatch.setattr(agent.downloads, "_ask", lambda one: (most.append(len(agent.downloads.open)), real(one)))
+    world.tell(world.job(model=ModelRef(base=0, blobs=changes, vector_sha256="0" * 64)))
+    world.until(lambda: world.requests)
+    assert len(world.requests[0].model_paths) == 20
+    assert max(most) <= 3
+    assert agent.downloads.open == set()
 
 
 def test_last_will_names_the_session_that_was_announced(world, broker):
@@ -261,14 +367,14 @@ def test_evaluation_without_training_is_offered_without_bytes(world):
         agent._on_reply(pipe.Trained(path="", sha256="", size_bytes=0, meta=META, dataset_samples=7))
     world.until(lambda: len(world.heard(messages.UpdateOffer)) == 2)
     for offer in world.heard(messages.UpdateOffer):
-        assert (offer.blob.size_bytes, offer.blob.sha256) == (0, sha256(b"").hexdigest())
+        assert (offer.blob, offer.first) == (None, bytes(4))
         world.tell(messages.Verdict(update=offer.update, counted=False, reason="empty"))
     world.until(lambda: not agent.state.updates)
 
 
 def test_full_disk_keeps_the_agent_alive_and_the_update(world, monkeypatch, caplog):
     """With a full disk the finished update is tried until its row is written, its job is not trained twice, and then it
-    is offered."""
+    is offered. A verdict is tried until it is written, too."""
     monkeypatch.setattr(daemon, "DISK_RETRY_S", 0.1)
     agent = world.agent()
     world.until(lambda: world.states)
@@ -295,6 +401,7 @@ def test_full_disk_keeps_the_agent_alive_and_the_update(world, monkeypatch, capl
     world.tell(messages.Verdict(update=update, counted=True))
     world.until(lambda: not agent.state.updates)
     agent.spool._db = real
+    world.until(lambda: agent.spool.get(update).state == "counted")
     assert len(world.requests) == 1
     assert agent.link.is_up
 
@@ -302,8 +409,12 @@ def test_full_disk_keeps_the_agent_alive_and_the_update(world, monkeypatch, capl
 def test_full_spool_refuses_to_train(world):
     """When waiting updates fill their quota, a new job fails with that reason and the old updates stay."""
     agent = world.agent(limits=LimitsConfig(spool_mb=0.001))
-    (agent.spool.folder / "big").write_bytes(bytes(2000))
     world.until(lambda: world.states)
+    world.tell(world.job("a0", run="other"))
+    world.until(lambda: world.requests)
+    train(world, agent, bytes(2000))
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    world.requests.clear()
     world.tell(world.job())
     world.until(lambda: any(status.status == "failed" for status in world.heard(messages.JobStatus)))
     assert "limits.spool_mb" in world.heard(messages.JobStatus)[-1].reason

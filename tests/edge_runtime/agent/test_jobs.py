@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.agent import jobs as j
-from edge_runtime.messages import BlobRef, Job, UpdateId, UpdateMeta
+from edge_runtime.messages import BlobRef, Job, ModelRef, UpdateId, UpdateMeta
+from edge_runtime.store.spool import RunChange, SpooledUpdate
 
 CAN = j.Capabilities(
     datasets=frozenset({"digits"}), codecs=frozenset({"raw"}), methods=frozenset({"fedavg"}), blob_limit_bytes=1000
@@ -32,19 +33,32 @@ def job(name: str = "a1", bundle: str = "b", model: str = "m", **fields) -> Job:
         "deadline_s": 100.0,
         "epochs": 1,
     } | fields
-    return Job(assignment=name, bundle=blob(bundle), model=blob(model), **values)
+    return Job(assignment=name, bundle=blob(bundle), model=ModelRef(blobs=[blob(model)]), **values)
 
 
-def update(name: str = "a1") -> UpdateId:
-    return UpdateId("run", "dev", name, 0)
+def chained(name: str = "a1", *changes: str, base: int = 3, inline: bytes = b"", **fields) -> Job:
+    """A job whose model is made of a held version and changes."""
+    model = ModelRef(base=base, blobs=[blob(change) for change in changes], vector_sha256="f" * 64)
+    return msgspec.structs.replace(job(name, **fields), model=model, inline=inline)
+
+
+def update(name: str = "a1", run: str = "run") -> UpdateId:
+    return UpdateId(run, "dev", name, 0)
+
+
+def spooled(name: str = "a1", run: str = "run", key: str = "k") -> SpooledUpdate:
+    return SpooledUpdate(update=update(name, run), file="file", blob=blob("u"), meta=META, key=key)
+
+
+CHANGE = RunChange("state")
 
 
 def fresh() -> j.AgentState:
     return j.AgentState("dev", CAN)
 
 
-def arrive(state, wanted=None, now=0.0, known=None, crashes=0):
-    return j.step(state, j.JobArrived(now, wanted or job(), known, crashes))
+def arrive(state, wanted=None, *, now=0.0, known=None, crashes=0, held=True):
+    return j.step(state, j.JobArrived(now, wanted or job(), known, crashes, held))
 
 
 def ready(state, *names, now=0.0):
@@ -57,29 +71,36 @@ def running(state, wanted=None, crashes=0):
     arrive(state, wanted, crashes=crashes)
     effects = [
         *j.step(state, j.BlobReady(0.0, wanted.bundle.sha256)),
-        *j.step(state, j.BlobReady(0.0, wanted.model.sha256)),
+        *j.step(state, j.BlobReady(0.0, wanted.model.blobs[0].sha256)),
     ]
     assert effects == [j.StartTraining(wanted)]
     return wanted
 
 
 def trained(state, now=1.0):
-    return j.step(state, j.Trained(now, "file", blob("u"), META))
+    return j.step(state, j.Trained(now, "file", blob("u"), META, "k", CHANGE))
+
+
+def counted(state, name="a1", now=1.0):
+    return j.step(state, j.VerdictArrived(now, update(name), True, ""))
+
+
+def starts(effects):
+    return [effect.job.assignment for effect in effects if isinstance(effect, j.StartTraining)]
 
 
 def reports(effects):
     return [(effect.status.assignment, effect.status.status) for effect in effects if isinstance(effect, j.Report)]
 
 
-def test_job_is_accepted_fetched_trained_and_offered():
-    """A job fetches its blobs, trains when both are there, and its update is spooled before it is offered."""
+def test_job_is_fetched_trained_and_offered():
+    """A job fetches its blobs, trains when both are there, and its update is spooled, with what it changes of its run,
+    before it is offered."""
     state = fresh()
-    effects = arrive(state)
-    assert reports(effects) == [("a1", "accepted")]
-    assert effects[1:] == [j.FetchBlob(blob("b")), j.FetchBlob(blob("m"))]
+    assert arrive(state) == [j.FetchBlob(blob("b")), j.FetchBlob(blob("m"))]
     assert ready(state, "b") == []
     assert ready(state, "m") == [j.StartTraining(job())]
-    assert trained(state) == [j.SpoolUpdate(update(), "file", blob("u"), META), j.Offer(update(), push=True)]
+    assert trained(state) == [j.SpoolUpdate(spooled(), CHANGE), j.Offer(update(), push=True)]
     assert (state.running, state.jobs) == (None, {})
 
 
@@ -89,7 +110,11 @@ def test_job_is_accepted_fetched_trained_and_offered():
         (job(dataset="faces"), "dataset 'faces' is not on this device"),
         (job(codec="magic"), "codec 'magic'"),
         (job(method="fedfoo"), "method 'fedfoo'"),
-        (msgspec.structs.replace(job(), model=blob("m", 1001)), "limit of 1000"),
+        (msgspec.structs.replace(job(), model=ModelRef(blobs=[blob("m", 1001)])), "limit of 1000"),
+        (msgspec.structs.replace(job(), model=ModelRef(base=1, blobs=[blob("m", 1001)])), "limit of 1000"),
+        (msgspec.structs.replace(job(), model=ModelRef()), "names 0 blobs for a whole model"),
+        (msgspec.structs.replace(job(), model=ModelRef(blobs=[blob("m"), blob("n")])), "names 2 blobs"),
+        (msgspec.structs.replace(job(), model=ModelRef(base=1)), "does not say which hash must come out"),
         (job(deadline_s=math.nan), "no duration"),
         (job(deadline_s=math.inf), "no duration"),
     ],
@@ -104,10 +129,10 @@ def test_unfit_job_is_rejected_with_the_reason(wanted, said):
 
 
 def test_repeated_job_is_not_done_twice():
-    """A job that is being worked on is confirmed again; one with a waiting update is answered with its offer."""
+    """A job that is being worked on goes on; one with a waiting update is answered with its offer."""
     state = fresh()
     running(state)
-    assert reports(arrive(state)) == [("a1", "accepted")]
+    assert arrive(state) == []
     trained(state)
     assert arrive(state, known="ready") == [j.Offer(update(), push=False)]
     assert arrive(state, known="delivered") == [j.Offer(update(), push=False)]
@@ -132,7 +157,8 @@ def test_paused_device_rejects_jobs_with_the_reason():
     assert effect.status.status == "rejected"
     assert "paused here: 81 degrees C" in effect.status.reason
     j.step(state, j.Paused(1.0, ""))
-    assert reports(arrive(state)) == [("a1", "accepted")]
+    assert reports(arrive(state)) == []
+    assert len(state.jobs) == 1
 
 
 def test_jobs_that_a_pause_keeps_waiting_fail_after_a_minute():
@@ -172,28 +198,127 @@ def test_one_job_trains_at_a_time_by_priority_then_age():
     for name, priority in (("low", 0), ("first", 5), ("second", 5)):
         arrive(state, job(name, priority=priority))
     assert ready(state, "b", "m") == []
-    started = []
+    started, name = [], "a1"
     for _ in range(3):
-        started += [effect.job.assignment for effect in trained(state) if isinstance(effect, j.StartTraining)]
+        trained(state)
+        (name,) = starts(counted(state, name))
+        started.append(name)
     assert started == ["first", "second", "low"]
 
 
+def test_a_run_has_one_update_without_a_verdict():
+    """A job waits until the update before it is settled, whatever the verdict; jobs of other runs and evaluations do
+    not wait, nor does anything wait for an evaluation."""
+    state = fresh()
+    running(state)
+    for wanted in (job("a2"), job("b1", run="other"), job("e1", epochs=None)):
+        arrive(state, wanted)
+    ready(state, "b", "m")
+    assert starts(trained(state)) == ["b1"]
+    assert starts(trained(state)) == ["e1"]
+    assert starts(j.step(state, j.Trained(2.0, "empty", blob("e", 0), META))) == []
+    assert state.unsettled("run") == [update("a1")]
+    j.step(state, j.DoneArrived(update("a1")))
+    assert starts(j.step(state, j.Tick(3.0))) == []
+    effects = j.step(state, j.VerdictArrived(4.0, update("a1"), False, "too old"))
+    assert effects[0] == j.CloseUpdate(update("a1"), "refused", "too old")  # on disk before the next job looks
+    assert effects[1:] == [j.StartTraining(job("a2"))]
+
+
+def test_an_update_from_before_a_restart_is_waited_for_too():
+    """What the spool holds counts like what was trained since."""
+    state = j.AgentState.restore("dev", CAN, [spooled("a1")])
+    arrive(state, job("a2"))
+    assert starts(ready(state, "b", "m")) == []
+    assert starts(counted(state)) == ["a2"]
+    evaluated = SpooledUpdate(update=update("e1"), file="empty", blob=blob("e", 0), meta=META, state="delivered")
+    state = j.AgentState.restore("dev", CAN, [evaluated])
+    arrive(state, job("a2"))
+    assert starts(ready(state, "b", "m")) == ["a2"]
+
+
+def test_a_job_that_waits_for_a_verdict_asks_for_it_and_expires():
+    """The verdict may have been lost on its way: whenever such a job comes, the update is offered again, which the
+    coordinator answers. If none comes, the job fails at its deadline with that reason."""
+    state = fresh()
+    running(state)
+    trained(state)
+    effects = arrive(state, job("a2"))
+    assert effects[0] == j.Offer(update("a1"), push=False)
+    ready(state, "b", "m")
+    assert arrive(state, job("a2"), now=10.0) == [j.Offer(update("a1"), push=False)]
+    assert j.Offer(update("a1"), push=False) not in arrive(state, job("e1", epochs=None))
+    assert starts(ready(state, "b", "m")) == ["e1"]
+    (report,) = j.step(state, j.Tick(110.0))
+    assert (report.status.assignment, report.status.status) == ("a2", "failed")
+    assert "an earlier update of this run still waits for its verdict" in report.status.reason
+
+
+def test_job_that_builds_on_a_model_that_is_not_here_is_rejected():
+    """The coordinator is told which version is missing, so that it sends the whole model."""
+    state = fresh()
+    (effect,) = arrive(state, chained("a1", "c4", "c5"), held=False)
+    assert effect.status.status == "rejected"
+    assert "builds on model version 3 of run 'run', which this device does not hold" in effect.status.reason
+    assert state.jobs == {}
+
+
+def test_changes_are_fetched_and_the_last_one_may_be_in_the_job():
+    """All blobs of a chain are fetched; bytes that the job brought belong to the last, and are not kept in memory."""
+    state = fresh()
+    wanted = chained("a1", "c4", "c5", inline=b"bytes")
+    assert arrive(state, wanted) == [
+        j.FetchBlob(blob("b")),
+        j.FetchBlob(blob("c4")),
+        j.FetchBlob(blob("c5"), b"bytes"),
+    ]
+    assert ready(state, "b", "c5") == []
+    (start,) = ready(state, "c4")
+    assert start.job == msgspec.structs.replace(wanted, inline=b"")
+
+
+def test_job_on_the_very_version_that_is_held_needs_no_model():
+    """An empty chain brings nothing, and bytes without a blob are ignored."""
+    state = fresh()
+    assert arrive(state, chained("a1", inline=b"stray")) == [j.FetchBlob(blob("b"))]
+    assert starts(ready(state, "b")) == ["a1"]
+
+
+def test_repeated_job_may_choose_another_way_to_the_model():
+    """A coordinator that forgot what is held sends a snapshot: what is no longer needed is not fetched, what is here
+    is not fetched again, and a way that cannot be gone is ignored."""
+    state = fresh()
+    arrive(state, chained("a1", "c4", "c5"))
+    ready(state, "b")
+    snapshot = msgspec.structs.replace(job("a1"), model=ModelRef(blobs=[blob("snap")], vector_sha256="f" * 64))
+    effects = arrive(state, snapshot)
+    assert effects == [j.StopFetch(blob("c4").sha256), j.StopFetch(blob("c5").sha256), j.FetchBlob(blob("snap"))]
+    assert arrive(state, chained("a1", "c9", base=8), held=False) == []
+    assert ready(state, "snap") == [j.StartTraining(snapshot)]
+    state = fresh()
+    arrive(state, chained("a1", "c4"))
+    ready(state, "b")
+    assert starts(arrive(state, chained("a1", base=4))) == ["a1"]  # by now it is held itself
+
+
 def test_done_and_verdict_close_an_update_once():
-    """Done frees the bytes, a verdict closes; repeating either, or in the other order, changes nothing more."""
+    """Done is noted, a verdict closes; repeating either, or in the other order, changes nothing more."""
     state = fresh()
     running(state)
     trained(state)
     assert j.step(state, j.DoneArrived(update())) == [j.CloseUpdate(update(), "delivered", "")]
     assert j.step(state, j.DoneArrived(update())) == []
-    assert j.step(state, j.VerdictArrived(update(), True, "")) == [j.CloseUpdate(update(), "counted", "")]
-    assert j.step(state, j.VerdictArrived(update(), False, "late")) == []
+    assert j.step(state, j.VerdictArrived(1.0, update(), True, "")) == [j.CloseUpdate(update(), "counted", "")]
+    assert j.step(state, j.VerdictArrived(1.0, update(), False, "late")) == []
     assert j.step(state, j.DoneArrived(update())) == []
     assert j.step(state, j.Connected()) == []
 
 
 def test_reconnect_offers_every_open_update():
     """After every connection each update without a verdict is offered, also one that was delivered."""
-    state = j.AgentState("dev", CAN, updates={update("a"): "ready", update("b"): "delivered"})
+    state = j.AgentState(
+        "dev", CAN, updates={update("a"): j.OpenUpdate("ready"), update("b"): j.OpenUpdate("delivered")}
+    )
     assert j.step(state, j.Connected()) == [j.Offer(update("a"), push=False), j.Offer(update("b"), push=False)]
 
 
@@ -236,6 +361,7 @@ def test_success_forgives_crashes_also_those_before_a_restart():
     arrive(state, wanted, crashes=2)
     ready(state, "b", "m")
     assert j.ForgiveCrashes(blob("b").sha256) in trained(state)
+    counted(state)
     running(state, job("a2"))
     j.step(state, j.WorkerCrashed(1.0, "crash", False))
     assert state.crashes[blob("b").sha256] == 1
@@ -327,7 +453,7 @@ class Device:
     """Carries out effects as the daemon does, on a spool that survives restarts, and holds the rules."""
 
     def __init__(self) -> None:
-        self.spool: dict[UpdateId, str] = {}
+        self.spool: dict[UpdateId, tuple[str, bool]] = {}  # state, and whether it has bytes
         self.crashes: dict[str, int] = {}
         self.trained: dict[UpdateId, int] = {}
         self.state = fresh()
@@ -344,24 +470,27 @@ class Device:
                     assert not self.state.paused
                     identity = update(wanted.assignment)
                     assert identity not in self.spool, "trained although its update is known"
+                    waiting = [name for name, (verdict, bytes_) in self.spool.items() if bytes_ and is_open(verdict)]
+                    assert wanted.epochs is None or not waiting, "a second update without a verdict"
                     assert self.crashes.get(wanted.bundle.sha256, 0) < j.CRASH_LIMIT, "trained in quarantine"
                     self.training = wanted
                 case j.StopTraining():
                     assert self.training is not None
                     self.stopping = True
-                case j.SpoolUpdate(identity):
-                    self.spool[identity] = "ready"
+                case j.SpoolUpdate(wanted):
+                    self.spool[wanted.update] = ("ready", wanted.blob.size_bytes > 0)
                 case j.Offer(identity):
                     assert identity in self.spool, "offered before it was durable"
                 case j.CloseUpdate(identity, verdict):
-                    assert self.spool[identity] in ("ready", "delivered"), "closed twice"
-                    self.spool[identity] = verdict
+                    state, has_bytes = self.spool[identity]
+                    assert is_open(state), "closed twice"
+                    self.spool[identity] = (verdict, has_bytes)
                 case j.CountCrash(bundle):
                     self.crashes[bundle] = self.crashes.get(bundle, 0) + 1
                 case j.ForgiveCrashes(bundle):
                     self.crashes.pop(bundle, None)
                 case j.Report(status):
-                    assert status.status in ("accepted", "failed", "rejected")
+                    assert status.reason
         assert (self.training is None) == (self.state.running is None)
         assert sum(entry.running for entry in self.state.jobs.values()) == (self.state.running is not None)
         return effects
@@ -372,11 +501,19 @@ class Device:
 
     def restart(self) -> None:
         self.training, self.stopping = None, False
-        opened = [j_update for j_update in self.spool.items() if j_update[1] in ("ready", "delivered")]
-        self.state = j.AgentState("dev", CAN, updates=dict(opened))
+        opened = [
+            SpooledUpdate(update=name, file="f", blob=blob("u", 10 * has_bytes), meta=META, state=state)
+            for name, (state, has_bytes) in self.spool.items()
+            if is_open(state)
+        ]
+        self.state = j.AgentState.restore("dev", CAN, opened)
 
 
-NAMES = ["a1", "a2", "a3", "a4"]
+def is_open(state: str) -> bool:
+    return state in ("ready", "delivered")
+
+
+NAMES = ["a1", "a2", "a3", "a4", "e1"]  # the last one only evaluates
 BUNDLES = ["b1", "b2"]
 
 
@@ -386,18 +523,24 @@ def act(device: Device, random: Random) -> None:
     name = random.choice(NAMES)
     identity = update(name)
     wanted = job(
-        name, bundle=BUNDLES[NAMES.index(name) % 2], model=f"m{random.randrange(2)}", priority=random.randrange(3)
+        name,
+        bundle=BUNDLES[NAMES.index(name) % 2],
+        model=f"m{random.randrange(2)}",
+        priority=random.randrange(3),
+        epochs=None if name == "e1" else 1,
     )
     match random.randrange(13):
         case 0 | 1 | 2:
             crashes = device.crashes.get(wanted.bundle.sha256, 0)
-            device.send(j.JobArrived(device.now, wanted, device.spool.get(identity), crashes))
+            known = device.spool.get(identity, (None, False))[0]
+            device.send(j.JobArrived(device.now, wanted, known, crashes, random.random() < 0.9))
         case 3 | 4 | 5:
             device.send(j.BlobReady(device.now, blob(random.choice([*BUNDLES, "m0", "m1"])).sha256))
         case 6:
             device.send(j.BlobFailed(device.now, blob(random.choice(["b1", "m0"])).sha256, "gone"))
         case 7 if device.training is not None:
-            device.end(j.Trained(device.now, "file", blob("u"), META))
+            size = 0 if device.training.epochs is None else 10
+            device.end(j.Trained(device.now, "file", blob("u", size), META))
         case 8 if device.training is not None:
             if device.stopping or random.random() < 0.5:
                 device.end(j.WorkerCrashed(device.now, "ended", device.stopping))
@@ -406,7 +549,7 @@ def act(device: Device, random: Random) -> None:
         case 9:
             device.send(j.DoneArrived(identity))
         case 10:
-            device.send(j.VerdictArrived(identity, random.random() < 0.5, ""))
+            device.send(j.VerdictArrived(device.now, identity, random.random() < 0.5, ""))
         case 11:
             device.send(
                 random.choice(
@@ -416,7 +559,7 @@ def act(device: Device, random: Random) -> None:
         case 12 if random.random() < 0.3:
             device.restart()
         case _:
-            opened = {key for key, verdict in device.spool.items() if verdict in ("ready", "delivered")}
+            opened = {key for key, (verdict, _) in device.spool.items() if is_open(verdict)}
             offered = {effect.update for effect in device.send(j.Connected())}
             assert offered == opened, "every finished update is offered until its verdict"
 
@@ -433,6 +576,31 @@ def test_any_order_of_events_keeps_the_rules(seed):
         device.end(j.WorkerCrashed(device.now, "killed", True))
     device.send(j.Tick(device.now + 1e6))
     assert device.state.jobs == {}
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_waiting_for_verdicts_never_stops_a_device(seed):
+    """After anything at all, as long as every offer gets its verdict at some time, every job that comes is done."""
+    device, random = Device(), Random(seed)
+    for _ in range(40):
+        act(device, random)
+    device.send(j.Paused(device.now, ""))
+    device.crashes.clear()
+    while device.training is not None:
+        device.end(j.WorkerCrashed(device.now, "killed", True))
+    device.send(j.Tick(device.now + 1e6))
+    names = [f"late{number}" for number in range(3)]
+    for name in names:
+        device.send(j.JobArrived(device.now, job(name), None, 0))
+    for name in ("b", "m"):
+        device.send(j.BlobReady(device.now, blob(name).sha256))
+    for _ in range(20):
+        if device.training is not None:
+            device.end(j.Trained(device.now, "file", blob("u"), META))
+        for effect in device.send(j.Connected()):
+            device.send(j.VerdictArrived(device.now, effect.update, random.random() < 0.5, ""))
+    assert all(update(name) in device.spool for name in names)
 
 
 @settings(max_examples=50, deadline=None)

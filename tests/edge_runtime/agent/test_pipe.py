@@ -7,18 +7,36 @@ from hypothesis import strategies as st
 from edge_runtime.agent import pipe
 from edge_runtime.data import DatasetConfig
 from edge_runtime.errors import MessageError
-from edge_runtime.messages import BlobRef, Job, UpdateMeta
+from edge_runtime.messages import BlobRef, Job, ModelRef, UpdateId, UpdateMeta
 
 BLOB = BlobRef(sha256="0" * 64, size_bytes=1)
-JOB = Job(run="r", assignment="a", round=0, model_version=0, bundle=BLOB, model=BLOB, dataset="d", deadline_s=1)
+MODEL = ModelRef(base=0, blobs=[BLOB], vector_sha256="1" * 64)
+JOB = Job(run="r", assignment="a", round=0, model_version=1, bundle=BLOB, model=MODEL, dataset="d", deadline_s=1)
+UPDATE = UpdateId("r", "d", "a", 0)
 REQUEST = pipe.TrainRequest(
-    job=JOB, device="d", bundle_path="b", model_path="m", output_folder="o", dataset=DatasetConfig(name="d", path="p")
+    job=JOB,
+    device="d",
+    bundle_path="b",
+    model_paths=["m"],
+    output_folder="o",
+    dataset=DatasetConfig(name="d", path="p"),
+    state_path="s",
+    refused=[pipe.RefusedUpdate(update=UPDATE, path="u", key="k")],
 )
 META = UpdateMeta(round=0, model_version=0, samples=3, steps=2, loss=0.5)
 REPLIES = [
     pipe.Ready(backends=["onnx"]),
     pipe.Progress(step=1, steps_total=2, loss=0.5),
-    pipe.Trained(path="p", sha256="0" * 64, size_bytes=1, meta=META, dataset_samples=3),
+    pipe.Trained(
+        path="p",
+        sha256="0" * 64,
+        size_bytes=1,
+        meta=META,
+        dataset_samples=3,
+        state_path="s",
+        key="k",
+        returned=[UPDATE],
+    ),
     pipe.Failed(kind="data", reason="empty"),
 ]
 

@@ -16,7 +16,7 @@ from edge_runtime.agent import supervisor as supervisor_module
 from edge_runtime.agent.config import LimitsConfig
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.data.config import DatasetConfig
-from edge_runtime.messages import BlobRef, Job
+from edge_runtime.messages import BlobRef, Job, ModelRef
 from edge_runtime.transport.loop import Loop
 from tests.support.brokers import run_until
 
@@ -45,10 +45,10 @@ def request(name: str = "a", **job) -> pipe.TrainRequest:
     blob = BlobRef(sha256="0" * 64, size_bytes=1)
     values = {"run": "r", "round": 0, "model_version": 0, "dataset": "d", "deadline_s": 60.0, "epochs": 1} | job
     return pipe.TrainRequest(
-        job=Job(assignment=name, bundle=blob, model=blob, **values),
+        job=Job(assignment=name, bundle=blob, model=ModelRef(blobs=[blob]), **values),
         device="dev",
         bundle_path="/nowhere/bundle",
-        model_path="/nowhere/model",
+        model_paths=["/nowhere/model"],
         output_folder="/nowhere",
         dataset=DatasetConfig(name="d", path="/nowhere/d.npz"),
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.agent import pipe
-from edge_runtime.compression import decode
 from edge_runtime.data import DatasetConfig
 from tests.edge_runtime.toy_jobs import ToyJobs
 
@@ -94,7 +93,7 @@ def test_worker_trains_fails_and_trains_again(worker, jobs):
     """One process does job after job; a job that fails is a reply, not an end."""
     assert worker.receive() == pipe.Ready(backends=["onnx"])
     done = worker.answer(jobs.request())
-    assert decode(jobs.read(done), {"delta": jobs.bundle.layout()})["delta"].any()
+    assert jobs.delta(done).any()
     failed = worker.answer(jobs.request(hyper={"rate": 1.0}))
     assert failed.kind == "training"
     assert "no hyper-parameter 'rate'" in failed.reason

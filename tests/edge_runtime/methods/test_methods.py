@@ -2,11 +2,12 @@
 
 from importlib.metadata import EntryPoint
 
+import msgspec
 import numpy as np
 import pytest
 
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression import decode
+from edge_runtime.compression.pipeline import decode
 from edge_runtime.errors import TrainingError
 from edge_runtime.methods import ClientMethod, create_method, method_class, method_names, registry
 from edge_runtime.training.job import JobRunner
@@ -46,9 +47,12 @@ def jobs(tmp_path, monkeypatch):
     return ToyJobs(tmp_path)
 
 
-def delta(jobs, **job):
-    done = JobRunner().run(jobs.request(**job))
-    return decode(jobs.read(done), {"delta": jobs.bundle.layout()})["delta"]
+def delta(jobs, state="", **job):
+    return jobs.delta(done(jobs, state, **job))
+
+
+def done(jobs, state="", **job):
+    return JobRunner().run(msgspec.structs.replace(jobs.request(**job), state_path=state))
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -66,7 +70,7 @@ def test_neutral_options_are_fedavg(jobs, name):
 
 @pytest.mark.parametrize("name", method_names())
 def test_methods_send_the_channels_they_declare(jobs, name):
-    """The frame holds exactly the declared channels, each of the model's layout."""
+    """The update holds exactly the declared channels, each of the model's layout."""
     method = method_class(name)
     done = JobRunner().run(jobs.request(method=name))
     vectors = decode(jobs.read(done), dict.fromkeys(method.channels, jobs.bundle.layout()))
@@ -100,7 +104,8 @@ def test_fedprox_follows_its_equation(jobs):
 
 def test_personal_tensors_stay_and_continue(jobs):
     """What is personal is zero in the update, is kept on the device, and is where the next round starts."""
-    first = jobs.bundle.layout().split(delta(jobs, method="personal"))
+    before = done(jobs, method="personal")
+    first = jobs.bundle.layout().split(jobs.delta(before))
     assert (first["b"] == 0).all()
     assert (first["w"] != 0).any()
     seen = []
@@ -112,7 +117,7 @@ def test_personal_tensors_stay_and_continue(jobs):
 
     Personal.on_finish = spy
     try:
-        delta(jobs, method="personal", assignment="second")
+        delta(jobs, before.state_path, method="personal", assignment="second")
     finally:
         Personal.on_finish = original
     start, rounds, trained = seen[0]
@@ -123,10 +128,12 @@ def test_personal_tensors_stay_and_continue(jobs):
 
 def test_a_job_done_again_starts_from_the_same_state(jobs):
     """If an update is lost and its job comes again, it gives the same bytes."""
-    delta(jobs, method="personal", assignment="first")
-    second = delta(jobs, method="personal", assignment="second")
-    np.testing.assert_array_equal(delta(jobs, method="personal", assignment="second"), second)
-    assert (delta(jobs, method="personal", assignment="third") != second).any()
+    before = done(jobs, method="personal", assignment="first").state_path
+    second = done(jobs, before, method="personal", assignment="second")
+    again = delta(jobs, before, method="personal", assignment="second")
+    np.testing.assert_array_equal(again, jobs.delta(second))
+    third = delta(jobs, second.state_path, method="personal", assignment="second")
+    assert (third != again).any()
 
 
 def test_unknown_methods_list_the_known():

@@ -1,0 +1,110 @@
+"""The model that a job starts from, out of what arrived and what the device holds."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edge_runtime.compression.container import size_limit
+from edge_runtime.compression.grid import SharedModel
+from edge_runtime.compression.pipeline import MODEL_CHANNEL, decode, decode_model
+from edge_runtime.errors import CodecError, StorageError
+from edge_runtime.store.models import HeldModels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edge_runtime.agent.pipe import TrainRequest
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.compression.base import Layout
+    from edge_runtime.training.base import Vector
+
+
+class Received(NamedTuple):
+    """``vector``: float32 ``[layout.size]``, read-only. ``shared``: the same on the run's grid, if the run has one."""
+
+    vector: Vector
+    shared: SharedModel | None = None
+
+
+def receive(request: TrainRequest, bundle: Bundle, layout: Layout) -> Received:
+    """The job's model: the one blob that holds it, or the held version with all changes since.
+
+    Raises:
+        CodecError: a blob is damaged or of another model, or something else came out than the job says.
+        StorageError: a file is gone or cannot be read.
+        BundleError: the initial parameters cannot be read.
+    """
+    model = request.job.model
+    paths = [Path(path) for path in request.model_paths]
+    if model.vector_sha256 is None:
+        with _naming(paths[0]):
+            vector = decode_model(_read(paths[0], layout), layout)
+        vector.flags.writeable = False
+        return Received(vector)
+    if model.base is None:
+        with _naming(paths[0]):
+            shared = SharedModel.decode(_read(paths[0], layout), layout)
+    else:
+        shared = _held(request, model.base, bundle, layout)
+        for version, path in enumerate(paths, model.base):
+            with _naming(path):
+                change = decode(_read(path, layout), {MODEL_CHANNEL: layout}, base_version=version)
+                shared = shared.plus(change[MODEL_CHANNEL].vector())
+    if shared.sha256() != model.vector_sha256:
+        start = "a snapshot" if model.base is None else f"version {model.base} and {len(paths)} changes"
+        raise CodecError(
+            f"model version {request.job.model_version}, made from {start}, has another hash than the coordinator's"
+        )
+    shared.vector.flags.writeable = False
+    return Received(shared.vector, shared)
+
+
+def hold(request: TrainRequest, received: Received) -> int:
+    """Keeps the job's version, for the next job to start from; gives the bytes that were written.
+
+    Raises:
+        StorageError: the disk is full or cannot be written.
+    """
+    job, model = request.job, request.job.model
+    here = job.model_version in (0, model.base)  # version 0 is in the bundle
+    if received.shared is None or not request.models_folder or here:
+        return 0
+    held = HeldModels(Path(request.models_folder))
+    source = Path(request.model_paths[0]) if model.base is None else received.shared.encode()
+    return held.keep(job.run, job.model_version, source, base=model.base)
+
+
+def _held(request: TrainRequest, version: int, bundle: Bundle, layout: Layout) -> SharedModel:
+    if version == 0:
+        return SharedModel.start(bundle.initial_vector(), layout)
+    run, held = request.job.run, HeldModels(Path(request.models_folder))
+    if not request.models_folder or not held.has(run, version):
+        raise StorageError(f"model version {version} of run {run!r} is not on this device")
+    path = held.path(run, version)
+    try:
+        with _naming(path):
+            return SharedModel.decode(_read(path, layout), layout)
+    except CodecError:
+        held.drop(run, version)
+        raise
+
+
+def _read(path: Path, layout: Layout) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > size_limit({MODEL_CHANNEL: layout}):
+            raise CodecError(f"{size} bytes are more than a model of {layout.size} numbers can take")
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with its content."""
+    try:
+        yield
+    except CodecError as error:
+        raise CodecError(f"{path}: {error}") from error

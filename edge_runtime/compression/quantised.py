@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update
 from edge_runtime.compression.packing import random_words
-from edge_runtime.compression.rans import Decoder, Encoder, Model
-from edge_runtime.compression.rans_lanes import decode_lanes, encode_lanes
-from edge_runtime.compression.zstd import pack_planes, unpack_planes
+from edge_runtime.compression.symbols import pack_symbols, unpack_symbols
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
 
     from edge_runtime.compression.base import Layout, Request, State, Vector
 
-_ZSTD, _RANS = 0, 1
-_MANY = 1 << 17  # symbols from which on the coder in lanes is the faster one
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_LEAST = 2.0**-149
 
@@ -53,7 +49,7 @@ class Quantised(Codec):
         dice = random_words(request.seed, -(-layout.size // 2)).astype("<u8", copy=False).view("<u4")
         for at, (start, end) in enumerate(buckets):
             steps[at], symbols[start:end] = self._quantise(values[start:end], dice[start:end])
-        payload = steps.tobytes() + self._pack(symbols)
+        payload = steps.tobytes() + pack_symbols(symbols, 2 * self.levels + 1)
         return Encoded(payload, Update(self._rebuild(steps, symbols, buckets)), state)
 
     def decode(self, payload: memoryview, layout: Layout) -> Update:
@@ -62,7 +58,7 @@ class Quantised(Codec):
         end = 4 * len(buckets)
         if len(payload) < end + (layout.size > 0):
             raise CodecError(f"{len(payload)} bytes do not hold {len(buckets)} steps")
-        symbols = self._unpack(payload[end:], layout.size)
+        symbols = unpack_symbols(payload[end:], 2 * self.levels + 1, layout.size)
         return Update(self._rebuild(np.frombuffer(payload[:end], "<f4"), symbols, buckets))
 
     def _buckets(self, layout: Layout) -> list[tuple[int, int]]:
@@ -92,30 +88,6 @@ class Quantised(Codec):
         step = np.float32(exact)
         return float(step if self.levels * float(step) <= _FLOAT32_MAX else np.nextafter(step, np.float32(0)))
 
-    def _pack(self, symbols: NDArray[np.uint8]) -> bytes:
-        if not symbols.size:
-            return b""
-        table = _table(np.bincount(symbols, minlength=2 * self.levels + 1).tolist())
-        coded = table + _encode(symbols, Model(_weights(table)))
-        planes = pack_planes(symbols)
-        return bytes([_ZSTD]) + planes if len(planes) <= len(coded) else bytes([_RANS]) + coded
-
-    def _unpack(self, payload: memoryview, count: int) -> NDArray[np.uint8]:
-        if not count:
-            if len(payload):
-                raise CodecError(f"{len(payload)} bytes for no numbers")
-            return np.empty(0, np.uint8)
-        kinds = 2 * self.levels + 1
-        if payload[0] == _ZSTD:
-            symbols = unpack_planes(payload[1:], np.dtype(np.uint8), count)
-            if symbols.max() >= kinds:
-                raise CodecError(f"a symbol is not among the {kinds} of the codec")
-            return symbols
-        if payload[0] != _RANS or len(payload) < 1 + kinds:
-            raise CodecError("unknown coder, or its table is cut off")
-        model = Model(_weights(bytes(payload[1 : 1 + kinds])))
-        return _decode(payload[1 + kinds :], model, count).astype(np.uint8)
-
     def _rebuild(
         self, steps: NDArray[np.float32], symbols: NDArray[np.uint8], buckets: list[tuple[int, int]]
     ) -> Vector:
@@ -142,33 +114,3 @@ class Int4(Quantised):
     number: ClassVar[int] = 9
     levels: ClassVar[int] = 7
     bucket: ClassVar[int] = 2048
-
-
-def _encode(symbols: NDArray[np.uint8], model: Model) -> bytes:
-    if symbols.size >= _MANY:
-        return encode_lanes(symbols, model)
-    encoder = Encoder()
-    encoder.symbols(model, symbols)
-    return encoder.finish()
-
-
-def _decode(payload: memoryview, model: Model, count: int) -> NDArray[np.integer[Any]]:
-    if count >= _MANY:
-        return decode_lanes(payload, model, count)
-    decoder = Decoder(payload)
-    symbols = np.array(decoder.symbols(model, count))
-    decoder.finish()
-    return symbols
-
-
-def _table(counts: list[int]) -> bytes:
-    """Counts as floats of a byte, 3 bits of mantissa; what is not 0 stays above."""
-    table = bytearray()
-    for count in counts:
-        shift = max(0, count.bit_length() - 4)
-        table.append(((shift + 1) << 3) + (count >> shift) - 8 if count >= 8 else count)
-    return bytes(table)
-
-
-def _weights(table: bytes) -> list[int]:
-    return [byte if byte < 8 else (8 + (byte & 7)) << ((byte >> 3) - 1) for byte in table]

@@ -6,6 +6,8 @@ from coordinator import events as e
 from coordinator.fleet import Fleet
 from coordinator.plan import Downlink, Participation, Plan, Training, Uplink
 from coordinator.run_state import RunState
+from edge_runtime.compression.container import update_tag
+from edge_runtime.compression.pipeline import CodecSpec, encode
 from edge_runtime.messages import BlobRef, DatasetInfo, DeviceState, UpdateId, UpdateMeta
 
 
@@ -51,6 +53,18 @@ def meta(row: e.AssignmentRow, samples: int = 10, **changes) -> UpdateMeta:
 
 def update_id(row: e.AssignmentRow, sequence: int = 0) -> UpdateId:
     return UpdateId(row.run, row.device, row.assignment, sequence)
+
+
+def encoded(vector, layout, update: UpdateId, *, version: int = 0, codec: str = "raw", **how) -> bytes:
+    """An update as its device encodes it."""
+    spec = CodecSpec(codec, how.pop("options", {}))
+    return encode(spec, {"delta": vector}, {"delta": layout}, base_version=version, tag=update_tag(update), **how).data
+
+
+def aggregate(round_: int, made, rows) -> e.Aggregate:
+    """The effect that makes the next version from ``made``, as the round machine gives it."""
+    held = {round_: made.down or made.model}
+    return e.Aggregate("run", round_, round_, made.model, rows, held, made.method_state)
 
 
 def arrived(row: e.AssignmentRow, now: float = 1.0, *, sequence: int = 0, number: int = 7, **changes):

@@ -22,7 +22,6 @@ from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.store import Store
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression import encode
 from edge_runtime.messages import BlobRef
 from tests.coordinator import helpers as h
 from tests.edge_runtime import toy_bundle
@@ -34,6 +33,10 @@ dataset = "digits"
 rounds = 2
 retain_updates = "all"
 test_set = "test.npz"
+[uplink]
+codec = "raw"
+[downlink]
+codec = "raw"
 [participation]
 target = 2
 [training]
@@ -77,12 +80,13 @@ def serve(folder, run, limit=100):
             case e.Save(rows):
                 store.save(rows)
             case e.SendJob(row):
-                data, _ = encode("raw", {"delta": rng.normal(size=layout.size).astype(np.float32)}, {"delta": layout})
+                vector = rng.normal(size=layout.size).astype(np.float32)
+                data = h.encoded(vector, layout, h.update_id(row), version=row.version)
                 blob = BlobRef(sha256=store.blobs.put(data).sha256, size_bytes=len(data))
                 todo += step(state, e.UpdateArrived(101.0, h.update_id(row), blob, h.meta(row, loss=1.0)), fleet)
             case e.Aggregate() as effect:
                 made = make_model(store.blobs, stored.plan, effect, layout)
-                done = e.Aggregated(102.0, effect.round, made.model, made.down, made.method_state, 2000, 3000)
+                done = e.Aggregated(102.0, effect.round, **made._asdict(), bytes_up=2000, bytes_down=3000)
                 todo += step(state, done, fleet)
             case e.Evaluate(version, model):
                 result = evaluate_blob(store.blobs, bundle, stored.row.test_set, model)
@@ -113,7 +117,14 @@ def test_submit_checks_and_stores(folder, capsys):
     [
         ('bundle = "toy.bundle"', 'bundle = "no.bundle"', "no.bundle: cannot be read"),
         ("rounds = 2", "rounds = 0", "rounds"),
-        ("rounds = 2", 'rounds = 2\ncodec = "zip"', "codec 'zip' is unknown"),
+        ('[uplink]\ncodec = "raw"', '[uplink]\ncodec = "zip"', "uplink: codec 'zip' is unknown"),
+        ('[downlink]\ncodec = "raw"', '[downlink]\ncodec = "zip"', "downlink: codec 'zip' is unknown"),
+        ('[uplink]\ncodec = "raw"', "[uplink]\noptions = {speed = 1}", "has no option 'speed'"),
+        ('[uplink]\ncodec = "raw"', '[uplink]\ncodec = "raw"\ntarget_ratio = 9.0', "loses nothing"),
+        ('[uplink]\ncodec = "raw"', '[uplink]\ncodec = "topk"\nby_samples = true', "need target_ratio or budget_bytes"),
+        ('[uplink]\ncodec = "raw"', "[uplink]\ntarget_ratio = 9.0\nbudget_bytes = 900", "set one of target_ratio"),
+        ('[downlink]\ncodec = "raw"', '[downlink]\ncodec = "topk"\noptions = {momentum = 0.9}', "no option 'momentum'"),
+        ("rounds = 2", 'rounds = 2\ncodec = "zstd"', "codec"),
         ("rounds = 2", 'rounds = 2\nmethod = "magic"', "method 'magic' is unknown"),
         ("rounds = 2", 'rounds = 2\nserver_method = "magic"', "no server method is called 'magic'"),
         ("rounds = 2", "rounds = 2\nserver_options = {rate = 1.0}", "unknown rate"),
@@ -140,7 +151,8 @@ def test_status_tells_what_happened(finished, capsys):
     code, out, _ = call(capsys, "status")
     assert code == 0
     assert "toy-1: finished, 2/2 rounds, accuracy" in out
-    assert "4.0 kB up, 6.0 kB down" in out
+    assert "4.0 kB up (" in out
+    assert "6.0 kB down (" in out
     code, out, _ = call(capsys, "status", "toy-1", "--json")
     value = json.loads(out)
     summary = run_summary(Store(finished / "state"), "toy-1")
@@ -243,10 +255,16 @@ def test_verify_builds_the_models_again(finished, capsys):
     assert call(capsys, "verify", "toy-1") == (0, "toy-1: 2 of 2 versions made again bit for bit\n", "")
     store = Store(finished / "state")
     first, second = store.counted_updates("toy-1", 1)
-    store.blobs.path(first.blob.sha256).write_bytes(store.blobs.path(second.blob.sha256).read_bytes())
+    layout = Bundle.open(finished / "toy.bundle").layout()
+    changed = h.encoded(np.ones(layout.size, np.float32), layout, first.update, version=1)
+    store.blobs.path(first.blob.sha256).write_bytes(changed)
     code, out, _ = call(capsys, "verify", "toy-1", "--json")
     assert code == 1
     assert json.loads(out) == {"run": "toy-1", "versions": 2, "different": [2]}
+    store.blobs.path(first.blob.sha256).write_bytes(store.blobs.path(second.blob.sha256).read_bytes())
+    code, _, err = call(capsys, "verify", "toy-1")
+    assert code == 1
+    assert f"update {first.update}: the bytes are those of another update" in err
 
 
 def test_stop_asks_the_server(folder, capsys):

@@ -67,7 +67,7 @@ def test_test_sets_that_do_not_fit_are_told(tmp_path, bundle):
 
 def test_stored_models_are_evaluated(tmp_path, bundle, vector, data):
     """From blobs, as the server does; a missing one is named."""
-    from coordinator.aggregation import encode_model
+    from edge_runtime.compression.pipeline import encode_model
 
     blobs = BlobStore(tmp_path / "blobs")
 

@@ -13,7 +13,9 @@ from coordinator.events import UpdateRow
 from coordinator.methods import METHODS
 from coordinator.plugins import Registry
 from coordinator.selection import SELECTORS, Outcome, RoundRequest
-from edge_runtime.compression import Layout, encode
+from edge_runtime.compression import Layout
+from edge_runtime.compression.container import update_tag
+from edge_runtime.compression.pipeline import CodecSpec, encode
 from edge_runtime.messages import UpdateId, UpdateMeta
 from tests.coordinator import helpers as h
 
@@ -70,9 +72,11 @@ def make_updates(method, count=5):
     for number in range(count):
         meta = UpdateMeta(round=0, model_version=0, samples=number + 1, steps=1)
         vector = (rng.normal(size=LAYOUT.size) * 10.0 ** rng.integers(-6, 6)).astype(np.float32)
-        data, _ = encode("raw", dict.fromkeys(method.channels, vector), dict.fromkeys(method.channels, LAYOUT))
+        update = UpdateId("run", f"d{number}", f"r0-{number}", 0)
+        vectors, layouts = dict.fromkeys(method.channels, vector), dict.fromkeys(method.channels, LAYOUT)
+        data = encode(CodecSpec("raw"), vectors, layouts, tag=update_tag(update)).data
         row = UpdateRow(
-            update=UpdateId("run", f"d{number}", f"r0-{number}", 0),
+            update=update,
             blob=h.blob(number),
             meta=meta,
             received_unix_s=0.0,

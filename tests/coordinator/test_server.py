@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
-from types import SimpleNamespace
+import zlib
 
 import msgspec
+import numpy as np
 import pytest
 
 from coordinator import cli
@@ -15,9 +17,12 @@ from coordinator import events as e
 from coordinator.server import Coordinator
 from coordinator.settings import ServerSettings
 from coordinator.store import Store
+from edge_runtime import messages
 from edge_runtime.errors import ConfigError, TransportError
 from edge_runtime.messages import Evaluation
+from edge_runtime.transport.link import packet_bytes
 from tests.coordinator import helpers as h
+from tests.edge_runtime import toy_bundle
 
 pytestmark = pytest.mark.usefixtures("mosquitto_program")
 
@@ -101,18 +106,68 @@ def test_one_line_per_closed_round(server, caplog):
     ]
 
 
-def test_bytes_of_an_ended_run_are_no_other_runs(server):
-    """What was transferred for a run that ended is forgotten, but not that of blobs another run sends too."""
-    shell, own, shared = server.shell, h.blob(1), h.blob(2)
-    shell.files["a"] = SimpleNamespace(sent_blobs={own.sha256: own, shared.sha256: shared})
-    shell.files["b"] = SimpleNamespace(sent_blobs={shared.sha256: shared})
-    shell.downlink.sent_bytes.update({own.sha256: 5, shared.sha256: 7})
-    shell.uplink.received_bytes.update(a=3, b=4)
-    shell._finished("a", "failed", "")
-    assert shell.downlink.sent_bytes == {shared.sha256: 7}
-    assert shell.uplink.received_bytes == {"b": 4}
-    shell._finished("b", "failed", "")
-    assert shell.downlink.sent_bytes == {}
+def submitted(server, plan, **changes):
+    """A run that the server has taken up; its state."""
+    state = h.start(plan, **changes)
+    state.run.run = server.store.submit(plan, state.run)
+    bundle = server.store.blobs.put_file(toy_bundle.write_bundle(server.settings.state_dir / "toy.bundle"))
+    state.run.bundle = h.BlobRef(sha256=bundle.sha256, size_bytes=bundle.size_bytes)
+    server.store.save([state.run])
+    server.shell._take_up(server.store.run(state.run.run))
+    return server.shell.runs[state.run.run]
+
+
+def test_bytes_are_counted_for_the_run_that_they_are_about(server, monkeypatch):
+    """Offers, requests and reports up; jobs and chunks down, bundles apart; nothing of runs that have ended."""
+    sent = []
+    monkeypatch.setattr(server.link, "publish", lambda topic, payload, **_: sent.append((topic, payload)) or True)
+    server.link.is_up = True
+    first, second = (submitted(server, h.plan(target=1, name=name)) for name in ("one", "two"))
+    server._announced(1.0, h.device("a", limits=None))
+    shell, names = server.shell, [state.run.run for state in (first, second)]
+    own = [payload for topic, payload in sent if topic.endswith("c/a/message")]
+    for state, payload in zip((first, second), own, strict=True):
+        assert messages.decode_from_coordinator(payload).run == state.run.run
+        assert shell.traffic._of[state.run.run].down == packet_bytes("fl/v1/c/a/message", len(payload))
+    shell.traffic._of.clear()
+    (job,) = first.assignments.values()
+    offer = messages.UpdateOffer(update=h.update_id(job), blob=h.blob(9), meta=h.meta(job))
+    status = messages.JobStatus(run=names[1], assignment="r0-9", status="failed")
+    need = messages.Need(sha256=first.run.bundle.sha256, ranges=[(0, 1)])
+    for message in (offer, status, messages.Need(sha256=h.blob(99).sha256, ranges=[])):
+        server._on_message("fl/v1/d/a/message", messages.encode(message))
+    up = {run: counted.up for run, counted in shell.traffic._of.items()}
+    assert up == {
+        run: packet_bytes("fl/v1/d/a/message", len(messages.encode(message)))
+        for run, message in zip(names, (offer, status), strict=True)
+    }
+    shell.traffic._of.clear()
+    server._on_message("fl/v1/d/a/message", messages.encode(need))
+    shell.downlink._flush(need.sha256) if need.sha256 in shell.downlink._gathering else None
+    counted = shell.traffic._of[names[0]]
+    assert counted.bundle == counted.down == packet_bytes("fl/v1/c/a/chunk", 24 + first.run.bundle.size_bytes)
+    shell._step(names[0], e.StopRequested(5.0))
+    assert names[0] not in shell.traffic._of
+    row = server.store.run(names[0]).row
+    assert row.bytes_down > counted.down
+    assert row.bytes_up == counted.up
+
+
+def test_an_offer_without_a_reference_is_all_of_its_update(server, monkeypatch):
+    """Hash and size are those of the chunk it carries; a damaged one is not believed."""
+    monkeypatch.setattr(server.link, "publish", lambda *_, **__: True)
+    server.link.is_up = True
+    state = submitted(server, h.plan(target=1))
+    server._announced(1.0, h.device("a"))
+    (job,) = state.assignments.values()
+    layout = server.shell.files[state.run.run].bundle.layout()
+    data = h.encoded(np.ones(layout.size, np.float32), layout, h.update_id(job))
+    for crc in (1, zlib.crc32(data)):
+        first = crc.to_bytes(4, "little") + data
+        offer = messages.UpdateOffer(update=h.update_id(job), meta=h.meta(job), first=first)
+        server._on_message("fl/v1/d/a/message", messages.encode(offer))
+        assert list(state.updates) == ([] if crc == 1 else [h.update_id(job)])
+    assert state.updates[h.update_id(job)].blob.sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_a_device_that_goes_offline_is_replaced_at_once(server):

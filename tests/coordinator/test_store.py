@@ -15,6 +15,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from coordinator import events as e
 from coordinator.errors import StoreError, UnknownRunError
 from coordinator.fleet import Device
+from coordinator.plan import Downlink
 from coordinator.rounds import step
 from coordinator.run_state import RunState
 from coordinator.store import Store, tables
@@ -67,6 +68,28 @@ def test_rows_come_back_as_they_went_in(store):
     assert rebuilt.assignments == state.assignments
     assert rebuilt.updates == state.updates
     assert len([row for row in rows if isinstance(row, e.AssignmentRow)]) < 2 * 6
+
+
+def test_what_devices_hold_comes_back(store):
+    """With a lossy downlink a restarted server knows the chain, and who holds which version."""
+    plan = h.plan(rounds=9, max_staleness=1, downlink=Downlink(codec="raw", chain=2))
+    state, fleet = h.start(plan, vector_sha256="0" * 64), h.fleet("a", "b")
+    state.run.run = store.submit(plan, state.run)
+    jobs = h.jobs(effects := step(state, e.Tick(10.0), fleet))
+    store.save(h.one(e.Save, effects).rows)
+    for round_ in range(6):
+        blobs = {"down": h.blob(70 + round_, 9000), "change": h.blob(60 + round_), "vector_sha256": f"{round_:064}"}
+        for number, job in enumerate(jobs):
+            store.save(h.one(e.Save, step(state, h.arrived(job, 11.0, number=number), fleet)).rows)
+        effects = step(state, e.Aggregated(12.0, round_, h.blob(50 + round_), **blobs), fleet)
+        store.save(h.one(e.Save, effects).rows)
+        jobs = h.jobs(effects)
+    name = next(job.assignment for job in jobs if job.device == "b")
+    store.save(h.one(e.Save, step(state, e.JobReported(13.0, "b", name, "too hot"), fleet)).rows)
+    rebuilt = RunState.from_rows(plan, store.load_run(state.run.run))
+    assert rebuilt.held == state.held == {"a": 5}
+    assert rebuilt.changes == state.changes
+    assert sorted(rebuilt.changes) == [3, 4, 5, 6]
 
 
 def test_a_save_is_one_transaction(store):
@@ -212,7 +235,16 @@ def test_newer_schema_is_refused(tmp_path):
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "coordinator.db") as connection:
         connection.execute("UPDATE schema_version SET version = 99")
-    with pytest.raises(StoreError, match="schema version 99, this software knows up to 1; update"):
+    with pytest.raises(StoreError, match="schema version 99, this software knows up to 2; update"):
+        Store(tmp_path)
+
+
+def test_an_older_schema_is_refused(tmp_path):
+    """What an older version wrote is neither misread nor changed; the message says what to do."""
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "coordinator.db") as connection:
+        connection.execute("UPDATE schema_version SET version = 1")
+    with pytest.raises(StoreError, match=r"schema version 1, of an older .* start with another state folder"):
         Store(tmp_path)
 
 
@@ -232,7 +264,7 @@ def test_damaged_database_is_told(tmp_path):
 
 @pytest.mark.parametrize(("name", "dialect"), [("sqlite", sqlite.dialect()), ("postgresql", postgresql.dialect())])
 def test_schema_is_golden(name, dialect):
-    """The tables of schema version 1; a change needs a new version and a migration."""
+    """The tables of schema version 2; a change needs a new version."""
     parts = []
     for table in tables.metadata.sorted_tables:
         parts.append(str(CreateTable(table).compile(dialect=dialect)).strip())

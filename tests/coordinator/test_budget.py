@@ -1,0 +1,79 @@
+"""Bytes of an assignment: from ratio or budget, by samples, and growing tighter over the first rounds."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from coordinator import events as e
+from coordinator.budget import change_budget, update_budget, warmed_up
+from coordinator.plan import Uplink
+from coordinator.rounds import step
+from coordinator.selection.random import RandomSelector
+from edge_runtime.messages import DatasetInfo
+from tests.coordinator import helpers as h
+
+ELEMENTS = 10_000
+
+
+def test_a_ratio_is_of_float32_and_a_budget_is_what_it_says():
+    """Without either the codec chooses."""
+    assert update_budget(Uplink(codec="topk"), 0, ELEMENTS) is None
+    assert update_budget(Uplink(codec="topk", target_ratio=100.0), 7, ELEMENTS) == 400
+    assert update_budget(Uplink(codec="topk", budget_bytes=777), 7, ELEMENTS) == 777
+    assert update_budget(Uplink(codec="topk", target_ratio=1e9), 7, ELEMENTS) == 64
+    assert (change_budget(None, None, ELEMENTS), change_budget(None, 900, ELEMENTS)) == (None, 900)
+    assert change_budget(50.0, None, ELEMENTS) == 800
+
+
+@pytest.mark.parametrize("limit", [{"target_ratio": 100.0}, {"budget_bytes": 400}])
+def test_bytes_follow_the_samples_and_add_up_to_the_same(limit):
+    """A device with three times the mean gets three times the bytes; one that did not count gets the mean."""
+    uplink = Uplink(codec="topk", by_samples=True, **limit)
+    samples = [30, 60, 90, 300, 120]
+    budgets = [update_budget(uplink, 0, ELEMENTS, count, 120.0) for count in samples]
+    assert budgets == [100, 200, 300, 1000, 400]
+    assert update_budget(uplink, 0, ELEMENTS, None, 120.0) == 400
+    assert update_budget(uplink, 0, ELEMENTS, 10, None) == 400
+
+
+def test_warm_up_grows_the_ratio_exponentially():
+    """From gentle to the target, which holds from then on."""
+    ratios = [warmed_up(256.0, round_, 3) for round_ in range(6)]
+    assert ratios == pytest.approx([4.0, 16.0, 64.0, 256.0, 256.0, 256.0])
+    budgets = [
+        update_budget(Uplink(codec="topk", budget_bytes=400, warmup_rounds=1), round_, ELEMENTS) for round_ in (0, 1, 2)
+    ]
+    assert budgets == [4000, 400, 400]
+
+
+def fleet(**samples):
+    made = h.fleet()
+    for name, count in samples.items():
+        made.announce(0.0, h.device(name, codecs=["topk", "raw"], datasets=[DatasetInfo(name="digits", samples=count)]))
+    return made
+
+
+def test_assignments_carry_the_plans_budget():
+    """By what each device of the fleet announced, and by the round."""
+    plan = h.plan(target=3, uplink=Uplink(codec="topk", target_ratio=100.0, by_samples=True))
+    rows = h.jobs(step(h.start(plan, elements=ELEMENTS), e.Tick(0.0), fleet(a=10, b=30, c=None)))
+    assert {row.device: row.byte_budget for row in rows} == {"a": 200, "b": 600, "c": 400}
+
+
+def test_a_selector_may_decide_itself(monkeypatch):
+    """Its budget wins, and for a codec that is not the plan's the plan's budget means nothing."""
+    plan = h.plan(target=3, uplink=Uplink(codec="topk", target_ratio=100.0))
+    state = h.start(plan, elements=ELEMENTS)
+    changes = {"a": {"byte_budget": 99}, "b": {"codec": "raw"}, "c": {}}
+
+    def select(_self, _now, _fleet, request):
+        return [msgspec.structs.replace(request.choice(name), **changes[name]) for name in request.candidates]
+
+    monkeypatch.setattr(RandomSelector, "select", select)
+    rows = h.jobs(step(state, e.Tick(0.0), fleet(a=1, b=1, c=1)))
+    assert {row.device: (row.codec, row.byte_budget) for row in rows} == {
+        "a": ("topk", 99),
+        "b": ("raw", None),
+        "c": ("topk", 400),
+    }

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_runtime.compression.container import Header, pack, unpack
+from edge_runtime.compression.container import Header, pack, read_varint, unpack, varint
 from edge_runtime.compression.pipeline import MODEL_CHANNEL
-from edge_runtime.compression.zstd import pack_planes, unpack_planes
+from edge_runtime.compression.symbols import pack_symbols, unpack_symbols
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ GRID_BITS = 10  # steps from zero to the largest initial value of a tensor: 2**1
 BUFFER_BITS = 18  # running statistics are few and worth more
 _EXPONENT_RANGE = (-60, 60)
 _LARGEST = 2**31 - 1
-_WIDTHS = ("<i1", "<i2", "<i4")
+_WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4"}  # bytes of a multiple
+_BYTE = 256
 
 
 class SharedModel:
@@ -78,12 +79,9 @@ class SharedModel:
         multiples = np.empty(self._layout.size, np.int64)
         for exponent, (_, _, start, end) in zip(self.exponents.tolist(), self._layout.spans(), strict=True):
             multiples[start:end] = np.ldexp(self.vector[start:end].astype(np.float64), -exponent)
-        largest = int(np.abs(multiples).max(initial=0))
-        if largest > _LARGEST:
-            raise CodecError("a value has grown beyond the grid of the run; lower the learning rates")
-        width = next(code for code, dtype in enumerate(_WIDTHS) if largest <= np.iinfo(dtype).max)
-        planes = pack_planes(multiples.astype(_WIDTHS[width]))
-        parts = [bytes([width]), self.exponents.tobytes(), planes]
+        parts = [self.exponents.tobytes()]
+        for buffers in (True, False):
+            parts += _pack_multiples(multiples[_rows(self._layout, buffers=buffers)])
         return pack(Header(codec=SNAPSHOT), {MODEL_CHANNEL: self._layout}, [parts])
 
     @classmethod
@@ -98,17 +96,52 @@ class SharedModel:
             raise CodecError(f"no snapshot of a model, but codec {header.codec!r}")
         ((start, end),) = sections.values()
         section = memoryview(data)[start:end]
-        count = len(layout.names)
-        if len(section) < 1 + count or section[0] >= len(_WIDTHS):
-            raise CodecError("snapshot is cut off or of an unknown width")
-        exponents = np.frombuffer(section[1 : 1 + count], np.int8)
-        if ((exponents < _EXPONENT_RANGE[0]) | (exponents > _EXPONENT_RANGE[1])).any():
-            raise CodecError("snapshot has an impossible grid")
-        multiples = unpack_planes(section[1 + count :], np.dtype(_WIDTHS[section[0]]), layout.size)
+        at = len(layout.names)
+        exponents = np.frombuffer(section[:at], np.int8)
+        if len(exponents) != at or ((exponents < _EXPONENT_RANGE[0]) | (exponents > _EXPONENT_RANGE[1])).any():
+            raise CodecError("snapshot is cut off or has an impossible grid")
+        multiples = np.empty(layout.size, np.int64)
+        for buffers in (True, False):
+            rows = _rows(layout, buffers=buffers)
+            multiples[rows], at = _unpack_multiples(section, at, len(rows))
+        if at != len(section):
+            raise CodecError(f"{len(section) - at} bytes follow the snapshot")
         vector = np.empty(layout.size, np.float32)
         for exponent, (_, _, first, last) in zip(exponents.tolist(), layout.spans(), strict=True):
             vector[first:last] = np.ldexp(multiples[first:last].astype(np.float64), exponent)
         return cls(vector, exponents, layout)
+
+
+def _rows(layout: Layout, *, buffers: bool) -> NDArray[np.int64]:
+    """Positions of the buffers, or of all else: they are coded apart, since their steps differ so much."""
+    chosen = [np.arange(start, end) for name, _, start, end in layout.spans() if (name in layout.buffers) == buffers]
+    return np.concatenate([np.empty(0, np.int64), *chosen])
+
+
+def _pack_multiples(multiples: NDArray[np.int64]) -> list[bytes]:
+    """Bytes of a multiple, then planes of bytes of equal significance, the lowest first, each with its length."""
+    largest = int(np.abs(multiples).max(initial=0))
+    if largest > _LARGEST:
+        raise CodecError("a value has grown beyond the grid of the run; lower the learning rates")
+    folded = np.where(multiples < 0, -2 * multiples - 1, 2 * multiples)  # small, whatever the sign
+    width = next(width for width, dtype in _WIDTHS.items() if 2 * largest <= np.iinfo(dtype).max)
+    planes = folded.astype(_WIDTHS[width]).view(np.uint8).reshape(-1, width).T
+    packed = [pack_symbols(np.ascontiguousarray(plane), _BYTE) for plane in planes]
+    return [bytes([width]), *(part for plane in packed for part in (varint(len(plane)), plane))]
+
+
+def _unpack_multiples(section: memoryview, at: int, count: int) -> tuple[NDArray[np.int64], int]:
+    """The inverse, ``[count]``, and the place behind it."""
+    if at >= len(section) or section[at] not in _WIDTHS:
+        raise CodecError("snapshot is cut off or of an unknown width")
+    width, at = section[at], at + 1
+    planes = np.empty((count, width), np.uint8)
+    for place in range(width):
+        length, at = read_varint(section, at, len(section), len(section) - at)
+        planes[:, place] = unpack_symbols(section[at : at + length], _BYTE, count)
+        at += length
+    folded = planes.view(_WIDTHS[width]).reshape(count).astype(np.int64)
+    return np.where(folded & 1, -(folded >> 1) - 1, folded >> 1), at
 
 
 def _exponents(initial: Vector, layout: Layout) -> NDArray[np.int8]:

@@ -17,7 +17,8 @@ from edge_runtime.errors import CodecError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_ZSTD, _RANS = 0, 1
+_ZSTD, _RANS, _PLAIN = 0, 1, 2
+_MANY = 1 << 17  # symbols from which on the coder in lanes is the faster one
 _MANY = 1 << 17  # symbols from which on the coder in lanes is the faster one
 
 
@@ -43,8 +44,14 @@ def unpack_symbols(payload: memoryview, kinds: int, count: int) -> NDArray[np.ui
         return np.empty(0, np.uint8)
     if not len(payload):
         raise CodecError("the run of symbols is missing")
-    if payload[0] == _ZSTD:
-        symbols: NDArray[np.uint8] = unpack_planes(payload[1:], np.dtype(np.uint8), count)
+    if payload[0] in (_ZSTD, _PLAIN):
+        symbols: NDArray[np.uint8]
+        if payload[0] == _ZSTD:
+            symbols = unpack_planes(payload[1:], np.dtype(np.uint8), count)
+        elif len(payload) == 1 + count:
+            symbols = np.frombuffer(payload[1:], np.uint8)
+        else:
+            raise CodecError(f"{len(payload) - 1} bytes for {count} symbols")
         if symbols.max() >= kinds:
             raise CodecError(f"a symbol is not among the {kinds} of the codec")
         return symbols

@@ -65,7 +65,7 @@ def pack_positions(indices: NDArray[np.int64], size: int) -> bytes:
     gaps = np.diff(indices, prepend=-1) - 1
     costs, rest = [], gaps
     for width in _widths(count, size):
-        costs.append(count * width + int(rest.sum()))
+        costs.append(-(-count * width // 8) - (-(count + int(rest.sum())) // 8))
         rest = rest >> 1
     width = costs.index(min(costs))
     low = np.empty((count, width), np.uint8)

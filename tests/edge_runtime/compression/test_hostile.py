@@ -11,14 +11,15 @@ from edge_runtime.compression.container import Header, pack
 from edge_runtime.compression.pipeline import CodecSpec, decode, encode
 from edge_runtime.compression.registry import codec_class
 from edge_runtime.errors import CodecError
-from tests.support.fuzz_codecs import corpus, fuzz, make_case, replay
+from tests.support.fuzz_codecs import fuzz, replay
+from tests.support.hostile_bytes import SNAPSHOT, corpus, make_case
 
 LAYOUT = Layout(("w", "b"), ((30, 20), (20,)))
 LAYOUTS = {"delta": LAYOUT}
 CASES = 600
 
 
-@pytest.mark.parametrize("codec", codec_names())
+@pytest.mark.parametrize("codec", [*codec_names(), SNAPSHOT])
 def test_hostile_bytes_are_refused_or_harmless(codec):
     """A short run per codec; the long one is ``python -m tests.support.fuzz_codecs --count 1000000``."""
     counts = fuzz(corpus([codec]), seed=1, numbers=range(CASES))[codec]
@@ -119,7 +120,7 @@ def test_short_payloads_made_by_hand(codec, payload):
         ("int8", b"\xff\xff\x7f\x7f" * 2 + b"\0" + zstd.compress(b"\xfe" * 620)),  # beyond float32
         ("int8", bytes(8) + b"\0" + zstd.compress(b"\xff" * 620)),  # a symbol beyond the levels
         ("int4", bytes(8) + b"\0" + zstd.compress(b"\x0f" * 620)),  # a symbol beyond the levels
-        ("int8", bytes(8) + b"\x02" + bytes(300)),  # an unknown coder
+        ("int8", bytes(8) + b"\x09" + bytes(300)),  # an unknown coder
         ("int8", bytes(8) + b"\x01" + bytes(255)),  # a table without symbols
         ("int8", bytes(8) + b"\x01" + b"\xff" * 255 + bytes(4)),  # huge weights, no stream
     ],

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _ZSTD, _RANS, _PLAIN = 0, 1, 2
 _MANY = 1 << 17  # symbols from which on the coder in lanes is the faster one
-_MANY = 1 << 17  # symbols from which on the coder in lanes is the faster one
 
 
 def pack_symbols(symbols: NDArray[np.uint8], kinds: int) -> bytes:

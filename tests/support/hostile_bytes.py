@@ -8,6 +8,7 @@ import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
+from backports import zstd
 
 from edge_runtime.compression import Layout
 from edge_runtime.compression.container import unpack, varint
@@ -30,6 +31,7 @@ LAYOUTS = {
     "none": {"delta": Layout((), ())},
     "large": {"delta": Layout(("w", "v"), ((300, 200), (5000,)))},
 }
+_BOMB = zstd.compress(bytes(1 << 24))
 _SPECIAL = (0, 1, 2, 0x7F, 0x80, 0x81, 0xFE, 0xFF)
 _NUMBERS = (0, 1, 2, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**64 - 1)
 
@@ -185,11 +187,17 @@ def _rename(dice: random.Random, data: bytearray, _low: int, _blob: Blob, blobs:
     return data
 
 
+def _bomb(dice: random.Random, data: bytearray, low: int, *_: Any) -> bytearray:
+    """A Zstandard frame of 16 MB of zeros, from somewhere on."""
+    return data[: _at(dice, data, low)] + _BOMB
+
+
 def _random(dice: random.Random, data: bytearray, low: int, *_: Any) -> bytearray:
     return data[:low] + dice.randbytes(dice.choice((0, 1, 2, 3, 5, 8, 13, 40, 200, len(data))))
 
 
 _MUTATIONS = {
+    "bomb": _bomb,
     "bytes": _set,
     "cut": _cut,
     "delete": _delete,

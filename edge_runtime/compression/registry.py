@@ -21,6 +21,8 @@ _HERE = "edge_runtime.compression"
 _BUILT_IN: dict[str, tuple[int, str]] = {  # numbers are part of the format: never change or reuse one
     "raw": (1, "raw:Raw"),
     "zstd": (2, "zstd:Zstd"),
+    "default": (3, "default:Default"),
+    "lowrank": (4, "lowrank_codec:LowRank"),
     "sparse": (5, "sparse:Sparse"),
     "fedzip": (6, "fedzip:FedZip"),
     "topk": (7, "topk:TopK"),

@@ -34,6 +34,7 @@ CLASSES = 200
 
 _DERIVED, _BANK, _TABLE = 0, 1, 3  # bank of 1 or 2 ranges, table of 1 to 4
 _KINDS = 7
+_PATTERN_OF_ZERO = 1024 << MANTISSA_BITS
 _SHAPES = (16, 12, 10, 8, 6, 4, 3)  # Weibull exponents in sixteenths
 _SCALES = 44  # of the Weibull laws: half octaves, the first at a quarter
 _LEAST_FOR_TABLE = 6
@@ -49,10 +50,10 @@ def class_base(classes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[n
 
 def to_classes(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Class of each value >= 0 (exponential-Golomb with two bits of mantissa), and its number of raw bits."""
-    exponent = np.frexp(np.maximum(values, 1).astype(np.float64))[1].astype(np.int64) - 1  # exact below 2**53
-    width = np.maximum(exponent - MANTISSA_BITS, 0)
-    step = (width + 1 << MANTISSA_BITS) + (values >> width) - (1 << MANTISSA_BITS)
-    return np.where(values >= 1 << MANTISSA_BITS, step, values), width
+    # exponent and two bits of mantissa of a float64 are the class of what is at least 4; exact below 2**53
+    pattern = values.astype(np.float64).view(np.int64)
+    classes = np.where(values < 1 << MANTISSA_BITS, values, (pattern >> 52 - MANTISSA_BITS) - _PATTERN_OF_ZERO)
+    return classes, np.maximum((classes >> MANTISSA_BITS) - 1, 0)
 
 
 def class_count(size: int) -> int:
@@ -174,7 +175,7 @@ def write(encoder: Encoder, plan: Plan, symbols: NDArray[np.int64], alphabet: in
             write_uniform(encoder, row, len(bank()))
             models.append(bank_model(row, alphabet))
         else:
-            _write_table(encoder, row, alphabet)
+            _write_levels(encoder, row, alphabet)
             models.append(_table_model(row))
     if not models:
         models.append(uniform(alphabet) if derived is None else bank_model(derived, alphabet))
@@ -203,7 +204,7 @@ def read(decoder: Decoder, count: int, alphabet: int, derived: int | None = None
     if kind < _TABLE:
         models = [bank_model(read_uniform(decoder, len(bank())), alphabet) for _ in range(ranges)]
     else:
-        models = [_table_model(_read_table(decoder, alphabet)) for _ in range(ranges)]
+        models = [read_table(decoder, alphabet) for _ in range(ranges)]
     if ranges == 1:
         return decoder.symbols(models[0], count)
     bounds = [0, *splits, alphabet]
@@ -270,13 +271,25 @@ def _table_cost(counts: NDArray[np.int64]) -> float:
     return float(table.sum() + absent + coded) + math.log2(counts.size)
 
 
-def _write_table(encoder: Encoder, levels: list[int], alphabet: int) -> None:
+def write_table(encoder: Encoder, counts: NDArray[np.int64], alphabet: int) -> Model:
+    """Writes a table of these counts, ``[alphabet]`` or fewer with one above 0, and gives the model it stands for."""
+    levels = _levels(counts)
+    _write_levels(encoder, levels, alphabet)
+    return _table_model(levels)
+
+
+def read_table(decoder: Decoder, alphabet: int) -> Model:
+    """The inverse; raises CodecError."""
+    return _table_model(_read_levels(decoder, alphabet))
+
+
+def _write_levels(encoder: Encoder, levels: list[int], alphabet: int) -> None:
     write_uniform(encoder, len(levels) - 1, alphabet)
     contexts, symbols = zip(*_steps(levels), strict=True)
     encoder.mixed(_AFTER, list(contexts), list(symbols))
 
 
-def _read_table(decoder: Decoder, alphabet: int) -> list[int]:
+def _read_levels(decoder: Decoder, alphabet: int) -> list[int]:
     levels: list[int] = []
     last, context = _FIRST_LEVEL, 1
     for _ in range(read_uniform(decoder, alphabet) + 1):

@@ -20,6 +20,7 @@ from edge_runtime.compression import positions, sequences
 from edge_runtime.compression.base import Codec, Encoded, Update, Value
 from edge_runtime.compression.codebook import MAX_LEVELS, Codebook, KMeans
 from edge_runtime.compression.rans import Decoder, Encoder
+from edge_runtime.compression.ratio import allowed_bytes
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -29,12 +30,10 @@ if TYPE_CHECKING:
 
     from edge_runtime.compression.base import Layout, Request, State, Vector
 
-DEFAULT_RATIO = 32.0
 _AUTO_LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 13, 15)
 _DENSITY_LEVELS = 15
 _USED = 0.985  # of the budget: the search stops there
 _TRIALS = 8
-_LEAST_BUDGET = 64  # bytes, where none is given
 _SLACK_BITS = 8  # the coder's own loss
 _CONTEXT_GAIN = 0.9  # of the values' entropy is left once the value before is known
 
@@ -43,8 +42,8 @@ class Sparse(Codec):
     """Top-k with a k-means codebook and rANS.
 
     Options: ``density`` above 0 fixes the share of entries that is sent, and no budget is then heeded; ``levels`` the
-    size of the codebook (0: chosen); ``target_ratio`` the raw bytes through those of the payload, where no budget is
-    given (0: 32).
+    size of the codebook (0: chosen); ``target_ratio`` the raw bytes through those of the container (0: the budget's, or
+    32 without one).
     """
 
     name: ClassVar[str] = "sparse"
@@ -67,13 +66,9 @@ class Sparse(Codec):
     def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:
         """The payload; raises CodecError if the budget does not hold a single entry."""
         if self._density:
-            largest = Largest(values, max(1, round(self._density * values.size)))
-            draft = Draft.of(values, largest.top(largest.count), layout, self._levels or _DENSITY_LEVELS)
+            draft = with_density(values, layout, self._density, self._levels)
         else:
-            budget = request.budget_bytes
-            if budget is None:
-                budget = max(_LEAST_BUDGET, int(4 * values.size / (self._ratio or DEFAULT_RATIO)))
-            draft = within(values, layout, budget, self._levels)
+            draft = within(values, layout, allowed_bytes(values.size, self._ratio, request), self._levels)
         return Encoded(draft.write(), draft.update(), state)
 
     def decode(self, payload: memoryview, layout: Layout) -> Update:
@@ -161,6 +156,12 @@ class Draft(NamedTuple):
         """What the payload decodes to."""
         values = np.empty(0, np.float32) if self.book is None else self.book.values[self.symbols]
         return Update(values, self.indices, self.size)
+
+
+def with_density(vector: Vector, layout: Layout, density: float, levels: int = 0) -> Draft:
+    """The draft with this share of the entries, rounded, and at least one; ``levels`` 0: 15 centroids."""
+    largest = Largest(vector, max(1, round(density * vector.size)))
+    return Draft.of(vector, largest.top(largest.count), layout, levels or _DENSITY_LEVELS)
 
 
 def within(vector: Vector, layout: Layout, budget_bytes: int, levels: int = 0) -> Draft:

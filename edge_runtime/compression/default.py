@@ -1,0 +1,186 @@
+"""The product's codec: under a budget of bytes, the family of codes with the least squared error.
+
+First byte of the payload: the family; nothing at all is an update of zeros. Families:
+
+* *low rank* (:mod:`edge_runtime.compression.lowrank`): an update of few steps is a sum of few outer products;
+* *sparse* (:mod:`edge_runtime.compression.sparse`): few entries carry it, as of embeddings, or there are no matrices;
+* *uniform* (:mod:`edge_runtime.compression.uniform`): from about a bit per entry on;
+* *exact*: Zstandard or the float32 values themselves, where they fit.
+
+A family is only tried where a bound of its error is below what another one has reached.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+
+from edge_runtime.compression import sparse
+from edge_runtime.compression.base import Codec, Encoded, Update, Value
+from edge_runtime.compression.lowrank import decode_low_rank, encode_low_rank
+from edge_runtime.compression.ratio import allowed_bytes
+from edge_runtime.compression.uniform import decode_uniform, encode_uniform, expected_error
+from edge_runtime.compression.zstd import pack_planes, unpack_planes
+from edge_runtime.errors import CodecError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edge_runtime.compression.base import Layout, Request, State, Vector
+
+FAMILIES = ("sparse", "lowrank", "uniform", "exact")
+_SPARSE, _LOW_RANK, _UNIFORM, _ZSTD, _RAW = range(5)
+_EXACT_FROM = 18.0  # bits per entry from which on it is tried whether all values fit
+_LOW_RANK_UP_TO = 2.5  # bits per entry
+_UNIFORM_FROM, _SPARSE_UP_TO = 0.6, 1.0
+_LEAST_ENTRY_BITS = 5  # of a sparse update, about: bounds what it can reach
+_TINY = 4096  # entries up to which everything is tried: it costs nothing
+
+
+class _Coded(NamedTuple):
+    family: int
+    payload: bytes
+    update: Update
+    error: float
+
+
+class Default(Codec):
+    """Chooses among low-rank, sparse, uniform and exact codes.
+
+    Options: ``target_ratio``, raw bytes through those of the container (0: the budget's, or 32 without one);
+    ``family``, auto or one of them; ``density`` above 0 takes the sparse family with this share of entries, and no
+    budget is then heeded.
+    """
+
+    name: ClassVar[str] = "default"
+    number: ClassVar[int] = 3
+    defaults: ClassVar[Mapping[str, Value]] = {"target_ratio": 0.0, "family": "auto", "density": 0.0}
+
+    def __init__(self, options: Mapping[str, Value] | None = None) -> None:
+        """Takes the options; raises CodecError."""
+        super().__init__(options)
+        self._ratio = float(self.options["target_ratio"])
+        self._family = str(self.options["family"])
+        self._density = float(self.options["density"])
+        if self._ratio < 0:
+            raise CodecError(f"codec 'default': target_ratio {self._ratio:g} must not be negative")
+        if self._family not in ("auto", *FAMILIES):
+            raise CodecError(f"codec 'default': family {self._family!r} is none of auto, {', '.join(FAMILIES)}")
+        if not 0 <= self._density <= 1 or (self._density and self._family not in ("auto", "sparse")):
+            raise CodecError(f"codec 'default': density {self._density:g} must be from 0 to 1, and is for sparse only")
+
+    def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:
+        """The payload.
+
+        Raises:
+            CodecError: the budget is below what this update needs at least; the message names it.
+        """
+        if not values.any():
+            return Encoded(b"", _zeros(layout), state)
+        if self._density:
+            draft = sparse.with_density(values, layout, self._density)
+            return Encoded(bytes([_SPARSE]) + draft.write(), draft.update(), state)
+        room = allowed_bytes(values.size, self._ratio, request) - 1
+        chosen = (
+            _choose(values, layout, room) if self._family == "auto" else _encode(self._family, values, layout, room)
+        )
+        if chosen is None:
+            raise CodecError(f"a budget of {room + 1} bytes is too small for the family {self._family!r}")
+        return Encoded(bytes([chosen.family]) + chosen.payload, chosen.update, state)
+
+    def decode(self, payload: memoryview, layout: Layout) -> Update:
+        """The update, sparse or dense; raises CodecError."""
+        if not len(payload):
+            return _zeros(layout)
+        family, rest = payload[0], payload[1:]
+        if family == _SPARSE:
+            return sparse.decode(rest, layout)
+        if family == _LOW_RANK:
+            return Update(decode_low_rank(rest, layout))
+        if family == _UNIFORM:
+            return Update(decode_uniform(rest, layout))
+        if family == _ZSTD:
+            return Update(unpack_planes(rest, np.dtype("<f4"), layout.size))
+        if family == _RAW and len(rest) == 4 * layout.size:
+            return Update(np.frombuffer(rest, "<f4").astype(np.float32))
+        raise CodecError(f"the family {family} of an update is unknown, or its length is wrong")
+
+
+def _choose(values: Vector, layout: Layout, room: int) -> _Coded:
+    """The best code of at most ``room`` bytes; raises CodecError if there is none."""
+    bits = 8 * room / values.size
+    tiny = values.size <= _TINY
+    if bits >= _EXACT_FROM:
+        exact = _encode("exact", values, layout, room)
+        if exact is not None:
+            return exact
+    best: _Coded | None = None
+    if tiny or (bits <= _LOW_RANK_UP_TO and _has_matrix(layout)):
+        best = _encode("lowrank", values, layout, room)
+    if (tiny or bits >= _UNIFORM_FROM) and (best is None or expected_error(values, room) < best.error):
+        best = _better(best, _encode("uniform", values, layout, room))
+    if best is None or tiny or (bits <= _SPARSE_UP_TO and _sparse_bound(values, room) < best.error):
+        try:
+            best = _better(best, _encode("sparse", values, layout, room))
+        except CodecError:
+            if best is None:
+                raise
+    if best is None:
+        raise CodecError(f"no code of {room + 1} bytes or less was found")
+    return best
+
+
+def _encode(family: str, values: Vector, layout: Layout, room: int) -> _Coded | None:
+    """The update in one family, at most ``room`` bytes; None if they hold nothing (of sparse: raises CodecError)."""
+    if family == "sparse":
+        draft = sparse.within(values, layout, room)
+        return _coded(_SPARSE, draft.write(), draft.update(), values)
+    if family == "lowrank":
+        try:
+            payload, vector = encode_low_rank(values, layout, max(0, room))
+        except CodecError:  # values at the end of float32's range
+            return None
+        return _coded(_LOW_RANK, payload, Update(vector), values) if payload else None
+    if family == "uniform":
+        found = encode_uniform(values, layout, room)
+        return None if found is None else _coded(_UNIFORM, found[0], Update(found[1]), values)
+    packed = pack_planes(np.ascontiguousarray(values, "<f4"))
+    raw = 4 * values.size
+    if min(len(packed), raw) > room:
+        return None
+    exact = Update(np.array(values, np.float32))
+    if len(packed) < raw:
+        return _Coded(_ZSTD, packed, exact, 0.0)
+    return _Coded(_RAW, exact.values.astype("<f4").tobytes(), exact, 0.0)
+
+
+def _coded(family: int, payload: bytes, update: Update, values: Vector) -> _Coded:
+    return _Coded(family, payload, update, _energy(update.subtracted_from(values)))
+
+
+def _better(one: _Coded | None, other: _Coded | None) -> _Coded | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return other if other.error < one.error else one
+
+
+def _sparse_bound(values: Vector, room: int) -> float:
+    """Squared error that a sparse update of this size stays above, about."""
+    count = max(1, min(values.size, 8 * room // _LEAST_ENTRY_BITS))
+    largest = sparse.Largest(values, count)
+    kept = largest.top(largest.count)
+    return _energy(values) - _energy(values[kept])
+
+
+def _energy(values: Vector) -> float:
+    wide = values.astype(np.float64)
+    return float(wide @ wide)
+
+
+def _has_matrix(layout: Layout) -> bool:
+    return any(len(shape) > 1 and shape[0] > 1 and end - start > shape[0] for _, shape, start, end in layout.spans())
+
+
+def _zeros(layout: Layout) -> Update:
+    return Update(np.empty(0, np.float32), np.empty(0, np.int64), layout.size)

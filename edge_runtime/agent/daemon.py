@@ -328,6 +328,7 @@ class Agent:
                     pipe.RefusedUpdate(update=refused.update, path=str(self.spool.path(refused)), key=refused.key)
                     for refused in self.spool.refused(job.run)
                 ],
+                pinned=self.spool.needed_versions(job.run),
                 threads=limits.worker_threads,
                 code_dir=self.config.code_dir,
             )
@@ -365,6 +366,7 @@ class Agent:
         chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
         blob = messages.BlobRef(sha256=sha256, size_bytes=done.size_bytes, chunk_bytes=chunk_bytes)
         self._step(jobs.Trained(now, Path(path).name, blob, meta, done.key, change))
+        self.models.prune_runs(self.spool.runs() | {name for name, _ in self.state.jobs})
 
     def _empty_update(self) -> tuple[str, str]:
         path = self.spool.folder / "empty.update"

@@ -35,7 +35,8 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag
     The update is written into ``output_folder``, and beside it the state that the run has then (personal tensors, what
     the codec did not send). ``state_path`` is the run's state now, empty if it has none, and ``refused`` is to be sent
     again. ``model_paths`` follow ``job.model.blobs``; ``models_folder`` holds models of earlier jobs and takes this
-    one; empty: none. ``code_dir`` is where the module of a dataset factory is looked for first.
+    one; empty: none. The versions ``pinned`` stay in it: updates that may still be refused are relative to them.
+    ``code_dir`` is where the module of a dataset factory is looked for first.
     """
 
     job: Job
@@ -47,6 +48,7 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag
     models_folder: str = ""
     state_path: str = ""
     refused: list[RefusedUpdate] = []
+    pinned: list[int] = []
     threads: int = 1
     code_dir: str = ""
 

@@ -1,24 +1,27 @@
 """Versions of shared models that this device holds, so that a job need only bring what changed since.
 
-One file for each, ``RUN/VERSION.model``: a snapshot of the model on its grid, with a CRC inside. They are a cache: one
-that is lost or damaged costs the coordinator a whole model, so nothing is fsynced.
+One file for each, ``RUN/VERSION.model``: a snapshot of the model on its grid, or the whole model as it came, with a CRC
+inside. They are a cache: one that is lost or damaged costs the coordinator a whole model, so nothing is fsynced, but
+for what a refused update needs to be decoded here (:meth:`HeldModels.make_durable`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from edge_runtime.files import remove, storage_error
+from edge_runtime.files import fsync_folder, remove, storage_error
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
-RUNS_KEPT = 8
+RUNS_KEPT = 8  # besides those that the caller names
 
 
 class HeldModels:
-    """The models in a folder; made when the first one is kept."""
+    """The models in a folder, which is made when the first one is kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,11 +34,24 @@ class HeldModels:
         """Whether this version is here. Version 0 always is: the bundle has the parameters that it is made of."""
         return version == 0 or self.path(run, version).is_file()
 
-    def keep(self, run: str, version: int, source: bytes | Path, *, base: int | None = None) -> int:
-        """Keeps a version, as bytes or as a file that holds it already; gives the bytes that were written.
+    def keep(
+        self,
+        run: str,
+        version: int,
+        source: bytes | Path,
+        *,
+        base: int | None = None,
+        pinned: Collection[int] = (),
+    ) -> int:
+        """Keeps a version; gives the bytes that were written.
 
-        Of the run's other versions stays ``base``, from which this one was made and which the coordinator takes to be
-        here until it hears of the new one; of other runs stay those used last.
+        Args:
+            run: whose model it is.
+            version: of it.
+            source: bytes, or a file that holds them already and gets another name.
+            base: version from which it was made; stays too, since the coordinator takes that one to be here until it
+                hears of the new one. If it is not here, the newest other version stays.
+            pinned: more versions that stay.
 
         Raises:
             StorageError: the disk is full or cannot be written.
@@ -55,7 +71,7 @@ class HeldModels:
                 written = len(source)
             temporary.replace(path)
             os.utime(path.parent)
-            self._prune(path, base)
+            self._prune(path, base, pinned)
         except OSError as error:
             remove(temporary)
             raise storage_error(path, error) from error
@@ -65,17 +81,41 @@ class HeldModels:
         """Forgets a version that turned out to be damaged."""
         remove(self.path(run, version))
 
-    def _prune(self, path: Path, base: int | None) -> None:
+    def make_durable(self, run: str, version: int) -> None:
+        """Lets a version survive a power cut.
+
+        Raises:
+            StorageError: it is not here, or the disk fails.
+        """
+        path = self.path(run, version)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            for folder in (path.parent, self.folder, self.folder.parent):
+                fsync_folder(folder)
+        except OSError as error:
+            raise storage_error(path, error) from error
+
+    def prune_runs(self, named: Collection[str]) -> None:
+        """Forgets all runs but those ``named`` and the ones used last."""
+        with contextlib.suppress(OSError):  # a worker may be at work in one; there is a next time
+            others = [run for run in self.folder.iterdir() if run.name not in named]
+            others.sort(key=lambda run: run.stat().st_mtime, reverse=True)
+            for run in others[RUNS_KEPT:]:
+                for entry in run.iterdir():
+                    remove(entry)
+                run.rmdir()
+
+    def _prune(self, path: Path, base: int | None, pinned: Collection[int]) -> None:
         others = [entry for entry in path.parent.iterdir() if entry != path]
         models = [entry for entry in others if entry.suffix == path.suffix]  # the rest was left half written
         expected = path.with_name(f"{base}.model")
         if expected not in models and models:
             expected = max(models, key=lambda entry: entry.stat().st_mtime)
+        kept = {expected, *(path.with_name(f"{version}.model") for version in pinned)}
         for entry in others:
-            if entry != expected:
+            if entry not in kept:
                 remove(entry)
-        runs = sorted(self.folder.iterdir(), key=lambda run: run.stat().st_mtime, reverse=True)
-        for run in runs[RUNS_KEPT:]:
-            for entry in run.iterdir():
-                remove(entry)
-            run.rmdir()

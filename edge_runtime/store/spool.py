@@ -156,6 +156,15 @@ class Spool:
         """Refused updates of a run whose bytes are still to be taken back, oldest first."""
         return self._rows("WHERE run=? AND state='refused' AND file!='' ORDER BY rowid", (run,))
 
+    def needed_versions(self, run: str) -> list[int]:
+        """Model versions that updates of a run whose bytes are here are relative to."""
+        return sorted({row.meta.model_version for row in self._rows("WHERE run=? AND file!=''", (run,))})
+
+    def runs(self) -> set[str]:
+        """Runs of which a state or the bytes of an update are kept."""
+        query = "SELECT run FROM run_states UNION SELECT run FROM updates WHERE file!=''"
+        return {row[0] for row in self._execute(query, ()).fetchall()}
+
     def path(self, update: SpooledUpdate) -> Path:
         """Where the bytes of an update lie while they are kept."""
         return self.folder / update.file

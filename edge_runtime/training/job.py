@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import logging
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -14,19 +12,18 @@ import msgspec
 
 from edge_runtime.agent.pipe import Trained
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression.container import size_limit, update_tag
-from edge_runtime.compression.pipeline import CodecSpec, check_spec, decode, encode, give_back, keeps_residual
+from edge_runtime.compression.pipeline import check_spec
 from edge_runtime.data import open_dataset
 from edge_runtime.data.view import View, Window
 from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError, TrainingError
-from edge_runtime.files import remove, write_durably
-from edge_runtime.messages import Evaluation, Job, UpdateId, UpdateMeta
+from edge_runtime.messages import Evaluation, Job, UpdateMeta
 from edge_runtime.methods import ClientMethod, create_method
 from edge_runtime.training.base import TrainResult, TrainSettings
 from edge_runtime.training.onnx_trainer import OnnxTrainer
+from edge_runtime.training.outgoing import spec_of, write_update
 from edge_runtime.training.received import hold, receive
 from edge_runtime.training.schedule import job_seed
-from edge_runtime.training.state import codec_key, encode_state, load_state
+from edge_runtime.training.state import codec_key, load_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from edge_runtime.training.base import OnStep, Vector
     from edge_runtime.training.state import RunState
 
-log = logging.getLogger("edge.worker")
 _T = TypeVar("_T")
 
 
@@ -73,7 +69,7 @@ class JobRunner:
         if job.cut is not None:
             raise TrainingError(f"the job asks for cut {job.cut!r}, but this software does not train split models")
         trains = job.epochs is not None or job.steps is not None
-        method, spec = create_method(job.method, job.options), CodecSpec(job.codec, job.codec_options)
+        method, spec = create_method(job.method, job.options), spec_of(request)
         if trains:
             check_spec(spec)
         loaded = self._load(request, method.variant if job.variant is None else job.variant)
@@ -86,38 +82,29 @@ class JobRunner:
         if not trains:
             meta = _meta(job, len(view.train), evaluation, written_bytes=hold(request, received))
             return Trained(path="", sha256="", size_bytes=0, meta=meta, dataset_samples=samples)
-        key = codec_key(job.bundle.sha256, spec)
-        state = load_state(Path(request.state_path) if request.state_path else None, job.bundle.sha256, key)
+        state_path = Path(request.state_path) if request.state_path else None
+        state = load_state(state_path, job.bundle.sha256, codec_key(job.bundle.sha256, spec))
         result, channels = _Training(request, loaded, method).run(view, received.vector, state, on_step)
-        layouts = dict.fromkeys(method.channels, loaded.layout)
-        if channels.keys() != layouts.keys():
-            raise TrainingError(f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(layouts)}")
-        _take_back(request, spec, key, layouts, state)
-        began_s = time.process_time()
-        encoded = encode(
-            spec,
-            channels,
-            layouts,
-            state.codec,
-            budget_bytes=job.byte_budget,
-            seed=job_seed(job.seed, request.device, job.assignment),
-            base_version=job.model_version,
-            tag=update_tag(UpdateId(job.run, request.device, job.assignment, 0)),
-        )
-        encode_cpu_s = time.process_time() - began_s
-        state.codec = encoded.state
-        written = hold(request, received)
-        state_path, path = _write(request, encode_state(state, job.bundle.sha256, key) if state else b"", encoded.data)
-        written += sum(Path(name).stat().st_size for name in (state_path, path) if name)
-        meta = _meta(job, result.samples, evaluation, result, encode_cpu_s=encode_cpu_s, written_bytes=written)
+        if channels.keys() != set(method.channels):
+            raise TrainingError(
+                f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(method.channels)}"
+            )
+        done = write_update(request, received, channels, state, loaded.bundle)
+        meta = _meta(job, result.samples, evaluation, written_bytes=done.written_bytes)
         return Trained(
-            path=path,
-            sha256=hashlib.sha256(encoded.data).hexdigest(),
-            size_bytes=len(encoded.data),
-            meta=meta,
+            path=done.path,
+            sha256=done.sha256,
+            size_bytes=done.size_bytes,
+            meta=msgspec.structs.replace(
+                meta,
+                steps=result.steps,
+                loss=result.loss,
+                train_ms=round(1000 * result.train_s),
+                encode_cpu_ms=round(1000 * done.encode_cpu_s),
+            ),
             dataset_samples=samples,
-            state_path=state_path,
-            key=key if keeps_residual(spec) else "",
+            state_path=done.state_path,
+            key=done.key,
             returned=[refused.update for refused in request.refused],
         )
 
@@ -231,63 +218,12 @@ def _with_personal(received: Vector, layout: Layout, personal: frozenset[str], s
     return start
 
 
-def _take_back(request: TrainRequest, spec: CodecSpec, key: str, layouts: dict[str, Layout], state: RunState) -> None:
-    """Adds what was refused to what the codec has not sent yet, unless it was made by another codec or bundle."""
-    for refused in request.refused:
-        path = Path(refused.path)
-        if refused.key != key:
-            log.info("update %s was refused and is dropped: codec or bundle changed since", refused.update)
-            continue
-        try:
-            data = _read(path, size_limit(layouts))
-            updates = decode(data, layouts, tag=update_tag(refused.update))
-        except (CodecError, StorageError) as error:  # damaged where it lay: better to go on without
-            log.warning("update %s was refused and cannot be sent again: %s", refused.update, error)
-            continue
-        state.codec = give_back(spec, updates, layouts, state.codec)
-
-
-def _read(path: Path, limit_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(limit_bytes + 1)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _write(request: TrainRequest, state: bytes | memoryview, data: bytes) -> tuple[str, str]:
-    """Writes state (none if empty) and update durably; gives their paths. No row names them yet: see the spool."""
-    paths = []
-    try:
-        for kind, content in (("state", state), ("update", data)):
-            name = f"{request.job.run}.{request.job.assignment}.{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
-            paths.append(Path(request.output_folder) / name)
-            if content:
-                write_durably(paths[-1], content)
-    except StorageError:
-        for path in paths:
-            remove(path)
-        raise
-    return (str(paths[0]) if state else ""), str(paths[1])
-
-
-def _meta(
-    job: Job,
-    samples: int,
-    evaluation: Evaluation | None,
-    result: TrainResult | None = None,
-    *,
-    encode_cpu_s: float = 0.0,
-    written_bytes: int,
-) -> UpdateMeta:
+def _meta(job: Job, samples: int, evaluation: Evaluation | None, *, written_bytes: int) -> UpdateMeta:
     return UpdateMeta(
         round=job.round,
         model_version=job.model_version,
         samples=samples,
-        steps=0 if result is None else result.steps,
-        loss=None if result is None else result.loss,
-        train_ms=0 if result is None else round(1000 * result.train_s),
-        encode_cpu_ms=round(1000 * encode_cpu_s),
+        steps=0,
         written_bytes=written_bytes,
         evaluation=evaluation,
     )

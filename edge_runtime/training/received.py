@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_runtime.compression.container import size_limit
-from edge_runtime.compression.grid import SharedModel
+from edge_runtime.compression.container import size_limit, unpack
+from edge_runtime.compression.grid import SNAPSHOT, SharedModel
 from edge_runtime.compression.pipeline import MODEL_CHANNEL, decode, decode_model
 from edge_runtime.errors import CodecError, StorageError
 from edge_runtime.store.models import HeldModels
@@ -50,7 +50,8 @@ def receive(request: TrainRequest, bundle: Bundle, layout: Layout) -> Received:
         shared = _held(request, model.base, bundle, layout)
         for version, path in enumerate(paths, model.base):
             with _naming(path):
-                change = decode(_read(path, layout), {MODEL_CHANNEL: layout}, base_version=version)
+                data, layouts = _read(path, layout), {MODEL_CHANNEL: layout}
+                change = decode(data, layouts, base_version=version, reference=shared.vector)
                 shared = shared.plus(change[MODEL_CHANNEL].vector())
     if shared.sha256() != model.vector_sha256:
         start = "a snapshot" if model.base is None else f"version {model.base} and {len(paths)} changes"
@@ -61,19 +62,49 @@ def receive(request: TrainRequest, bundle: Bundle, layout: Layout) -> Received:
     return Received(shared.vector, shared)
 
 
-def hold(request: TrainRequest, received: Received) -> int:
+def hold(request: TrainRequest, received: Received, *, predicts: bool = False) -> int:
     """Keeps the job's version, for the next job to start from; gives the bytes that were written.
+
+    Args:
+        request: of the job.
+        received: its model.
+        predicts: the update cannot be decoded without the model, so that it is kept in any case, and durably.
 
     Raises:
         StorageError: the disk is full or cannot be written.
     """
     job, model = request.job, request.job.model
-    here = job.model_version in (0, model.base)  # version 0 is in the bundle
-    if received.shared is None or not request.models_folder or here:
+    if not request.models_folder or (received.shared is None and not predicts):
+        return 0
+    if received.shared is not None and job.model_version == 0:  # made from the bundle whenever it is needed
         return 0
     held = HeldModels(Path(request.models_folder))
-    source = Path(request.model_paths[0]) if model.base is None else received.shared.encode()
-    return held.keep(job.run, job.model_version, source, base=model.base)
+    written = 0
+    if received.shared is None or model.base != job.model_version:
+        source = (
+            received.shared.encode() if received.shared and model.base is not None else Path(request.model_paths[0])
+        )
+        written = held.keep(job.run, job.model_version, source, base=model.base, pinned=request.pinned)
+    if predicts:
+        held.make_durable(job.run, job.model_version)
+    return written
+
+
+def reference(request: TrainRequest, version: int, bundle: Bundle, layout: Layout) -> Vector:
+    """The model of an earlier job of this run, from which its update was predicted, float32 ``[layout.size]``.
+
+    Raises:
+        CodecError: what is held is damaged.
+        StorageError: it is not held any more.
+        BundleError: the initial parameters cannot be read.
+    """
+    path = HeldModels(Path(request.models_folder)).path(request.job.run, version)
+    if request.models_folder and path.is_file():
+        with _naming(path):
+            data = _read(path, layout)
+            is_snapshot = unpack(data, {MODEL_CHANNEL: layout})[0].codec == SNAPSHOT
+            return SharedModel.decode(data, layout).vector if is_snapshot else decode_model(data, layout)
+    return _held(request, version, bundle, layout).vector
 
 
 def _held(request: TrainRequest, version: int, bundle: Bundle, layout: Layout) -> SharedModel:

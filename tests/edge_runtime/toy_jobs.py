@@ -33,7 +33,8 @@ class ToyJobs:
         self.out.mkdir()
 
     def write_model(self, vector: np.ndarray) -> None:
-        """Stores a received model."""
+        """Stores a received model, as a new file: blobs are never changed in place."""
+        self.model.unlink(missing_ok=True)
         self.model.write_bytes(encode_model(vector, self.bundle.layout()))
 
     def request(self, *, dataset: DatasetConfig | None = None, threads: int = 1, **job: Any) -> TrainRequest:

@@ -69,14 +69,26 @@ def test_without_links_the_snapshot_is_copied(held, tmp_path, monkeypatch):
     assert held.path("run", 3).read_bytes() == b"snapshot"
 
 
-def test_only_the_runs_used_last_are_held(held, monkeypatch):
+def test_pinned_versions_stay(held):
+    """What an update that may be refused is relative to is not pruned, however many versions follow."""
+    for version in range(1, 6):
+        held.keep("run", version, b"m", base=version - 1, pinned=[1])
+    assert versions(held) == {1, 4, 5}
+    held.make_durable("run", 1)
+    with pytest.raises(StorageError):
+        held.make_durable("run", 2)
+
+
+def test_only_the_runs_used_last_and_those_named_are_held(held, monkeypatch):
     """Runs that ended are not heard of; their models go when others come."""
     monkeypatch.setattr(models, "RUNS_KEPT", 2)
-    for number, run in enumerate(("a", "b", "c")):
+    held.prune_runs(())
+    for number, run in enumerate(("a", "b", "c", "d")):
         held.keep(run, 1, b"1")
         os.utime(held.folder / run, (number, number))
     held.keep("a", 2, b"2", base=1)
-    assert {run.name for run in held.folder.iterdir()} == {"a", "c"}
+    held.prune_runs(("b",))
+    assert {run.name for run in held.folder.iterdir()} == {"a", "b", "d"}
 
 
 def test_what_was_left_half_written_goes(held):

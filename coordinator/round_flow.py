@@ -57,7 +57,8 @@ def _start(state: RunState, work: Work, fleet: FleetView) -> None:
     if len(fleet.eligible(state.need)) < rules.minimum:
         return  # the usual case before a fleet is there, and a cheap one
     candidates = _candidates(state, fleet)
-    if len(candidates) >= rules.target:
+    there = len(candidates) + len(state.pending)
+    if there >= rules.target:
         if run.short_since_unix_s is not None:
             run.short_since_unix_s = None
             work.save(run)
@@ -69,9 +70,10 @@ def _start(state: RunState, work: Work, fleet: FleetView) -> None:
             run.deadline_unix_s = work.now + rules.deadline_s
             work.save(run)
             _repeat_jobs(state, work)
-        if len(candidates) < rules.minimum or work.now < run.short_since_unix_s + state.patience_s:
+        if there < rules.minimum or work.now < run.short_since_unix_s + state.patience_s:
             return
-    if _ask(state, work, fleet, candidates, math.ceil(rules.target * rules.over_commit)):
+    asked = _ask(state, work, fleet, candidates, math.ceil(rules.target * rules.over_commit))
+    if asked or (not candidates and state.late >= rules.minimum):  # late updates alone make a round, too
         run.phase = "open"
         run.deadline_unix_s = work.now + rules.deadline_s
         work.save(run)
@@ -122,8 +124,13 @@ def _repeat_jobs(state: RunState, work: Work) -> None:
 
 
 def _candidates(state: RunState, fleet: FleetView) -> list[str]:
-    """Eligible devices with nothing to do in this run that were not asked in this attempt, sorted."""
-    return sorted(set(fleet.eligible(state.need)).difference(state.busy, state.asked))
+    """Eligible devices with nothing to do in this run that were not asked in this attempt, sorted.
+
+    A device whose update waits for its verdict is left out: it starts no other job of the run before that (what it did
+    not send is known only then), and its update counts in this round.
+    """
+    waiting = {update.device for update in state.pending}
+    return sorted(set(fleet.eligible(state.need)).difference(state.busy, state.asked, waiting))
 
 
 def _ask(state: RunState, work: Work, fleet: FleetView, candidates: list[str], count: int) -> int:

@@ -16,14 +16,14 @@ import pytest
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("onnx")
 
-from coordinator.aggregation import read_model
 from coordinator.cli import main as coordinator_cli
+from coordinator.model_blobs import read_model
 from edge_runtime.agent.pipe import TrainRequest
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression import decode
+from edge_runtime.compression.pipeline import decode
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.data.holdout import held_out, keys_of_ids, keys_of_rows
-from edge_runtime.messages import Job
+from edge_runtime.messages import Job, ModelRef
 from edge_runtime.training.base import TrainSettings
 from edge_runtime.training.job import JobRunner
 from edge_runtime.training.schedule import BatchRule, batches, job_seed
@@ -51,6 +51,8 @@ def plan(bundle: Path, **changes: Any) -> dict[str, Any]:
         "retain_updates": "all",
         "participation": {"target": 1, "deadline_s": 60.0},
         "training": {"epochs": 1, "batch_size": 8},
+        "uplink": {"codec": "raw"},
+        "downlink": {"codec": "raw"},
     }
     return {**fields, **changes}
 
@@ -91,7 +93,7 @@ def model_of(fed: Federation, run: str, version: int | None = None) -> np.ndarra
 
 def delta_of(fed: Federation, update: UpdateRow, bundle: Bundle) -> np.ndarray:
     data = fed.store.blobs.path(update.blob.sha256).read_bytes()
-    return decode(data, {"delta": bundle.layout()})["delta"]
+    return decode(data, {"delta": bundle.layout()})["delta"].vector()
 
 
 def test_one_device_equals_plain_torch(federation: Federation) -> None:
@@ -186,7 +188,7 @@ def train_alone(
         round=row.round,
         model_version=row.version,
         bundle=stored.bundle,
-        model=row.model,
+        model=ModelRef(blobs=[row.model]),
         **{**fields, **changes},
     )
     folder = folder / "alone"
@@ -195,11 +197,11 @@ def train_alone(
         job=job,
         device=row.device,
         bundle_path=str(fed.store.blobs.path(stored.bundle.sha256)),
-        model_path=str(fed.store.blobs.path(row.model.sha256)),
+        model_paths=[str(fed.store.blobs.path(row.model.sha256))],
         output_folder=str(folder),
         dataset=fed.agents[row.device].config.data[0],
     )
-    return decode(Path(runner.run(request).path).read_bytes(), {"delta": bundle.layout()})["delta"]
+    return decode(Path(runner.run(request).path).read_bytes(), {"delta": bundle.layout()})["delta"].vector()
 
 
 def test_evaluations_agree_with_numpy_and_the_model_predicts(
@@ -267,7 +269,7 @@ def test_digits_of_the_command_line_predict_as_the_run_says(
     for number in range(2):
         federation.agent(f"pi-{number}", (x[number:800:2], y[number:800:2]))
     participation = {"target": 2, "minimum": 2, "deadline_s": 60.0}
-    given = plan(DIGITS, participation=participation, codec="zstd", training={"epochs": 2, "batch_size": 16})
+    given = plan(DIGITS, participation=participation, training={"epochs": 2, "batch_size": 16})
     run = federation.submit(**given, test_set=str(tmp_path / "test.npz"))
     federation.finish(run)
     state = ["--state", str(tmp_path / "fed" / "coordinator")]
@@ -316,7 +318,8 @@ def test_late_updates_count_with_their_staleness(federation: Federation, toy: Pa
 def test_zstd_changes_no_bit(federation: Federation, toy: Path) -> None:
     """The same run with zstd both ways makes the same models as without, of other bytes on the wire."""
     federation.agent("pi", toy_data(40, 1))
-    runs = [federation.submit(**plan(toy, name=codec, codec=codec, downlink_codec=codec)) for codec in ("raw", "zstd")]
+    codecs = [{"name": codec, "uplink": {"codec": codec}, "downlink": {"codec": codec}} for codec in ("raw", "zstd")]
+    runs = [federation.submit(**plan(toy, **changes)) for changes in codecs]
     federation.finish(*runs)
     models = [[row.model.sha256 for row in federation.store.rounds(run)] for run in runs]
     assert models[0] == models[1]

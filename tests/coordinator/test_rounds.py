@@ -71,22 +71,56 @@ def test_patience_is_paid_once_per_shortage():
 
 def test_over_commitment_asks_more_and_keeps_the_late_update():
     """The round closes at the target; the update beyond it counts in the next round with a smaller weight."""
-    state, fleet, jobs = open_round(h.plan(target=2, over_commit=1.5, staleness_exponent=1.0), "a", "b", "c")
+    plan = h.plan(target=2, over_commit=1.5, staleness_exponent=1.0, rounds=3)
+    state, fleet, jobs = open_round(plan, "a", "b", "c")
     assert len(jobs) == 3
     step(state, h.arrived(jobs["a"]), fleet)
     step(state, h.arrived(jobs["b"]), fleet)
     effects = step(state, e.Aggregated(3.0, 0, h.blob(20)), fleet)
     again = {row.device: row for row in h.jobs(effects)}
     assert sorted(again) == ["a", "b"]
-    effects = step(state, h.arrived(jobs["c"], 4.0), fleet)
-    assert [row.device for row in h.jobs(effects)] == ["c"]  # idle again, and its place was free
+    assert not h.jobs(step(state, h.arrived(jobs["c"], 4.0), fleet))  # it starts nothing before the verdict
     step(state, h.arrived(again["a"], 5.0), fleet)
     aggregate = h.one(e.Aggregate, step(state, h.arrived(again["b"], 5.0), fleet))
     assert {row.update.device: row.weight for row in aggregate.updates} == {"a": 10.0, "b": 10.0, "c": 5.0}
     effects = step(state, e.Aggregated(6.0, 1, h.blob(21)), fleet)
     record = next(row for row in h.one(e.Save, effects).rows if isinstance(row, e.RoundRow))
     assert (record.updates, record.late_updates, record.samples) == (3, 1, 30)
-    assert h.one(e.SendCancel, effects).device == "c"
+    assert sorted(row.device for row in h.jobs(effects)) == ["a", "b", "c"]
+
+
+def test_late_updates_alone_make_a_round():
+    """Devices whose updates wait for a verdict are not asked again before; the round goes on with what came."""
+    state, fleet, jobs = open_round(h.plan(target=3, minimum=1, rounds=3), "a", "b", "c")
+    step(state, h.arrived(jobs["a"]), fleet)
+    step(state, e.Tick(100.0), fleet)
+    effects = [*step(state, h.arrived(jobs["b"], 101.0), fleet), *step(state, h.arrived(jobs["c"], 101.0), fleet)]
+    assert not h.jobs(effects)
+    effects = step(state, e.Aggregated(102.0, 0, h.blob(20)), fleet)
+    (job,) = h.jobs(effects)
+    assert job.device == "a"
+    aggregate = h.one(e.Aggregate, step(state, h.arrived(job, 103.0), fleet))
+    assert [row.update.device for row in aggregate.updates] == ["a", "b", "c"]
+    jobs = {row.device: row for row in h.jobs(step(state, e.Aggregated(104.0, 1, h.blob(21)), fleet))}
+    assert sorted(jobs) == ["a", "b", "c"]
+    step(state, e.Tick(104.0), fleet)
+    for device in "abc":
+        step(state, h.arrived(jobs[device], 105.0), fleet)
+    assert h.one(e.Finished, step(state, e.Aggregated(106.0, 2, h.blob(22)), fleet)).status == "finished"
+
+
+def test_a_round_of_late_updates_only_waits_for_nobody():
+    """Where all that is there came too late for its round, the next one is made of that after the usual wait."""
+    state, fleet, jobs = open_round(h.plan(target=2, minimum=1, rounds=3), "a", "b")
+    step(state, h.arrived(jobs["a"]), fleet)
+    step(state, e.Tick(100.0), fleet)
+    fleet.announce(101.0, h.device("a", online=False))
+    step(state, h.arrived(jobs["b"], 101.0), fleet)
+    step(state, e.Aggregated(102.0, 0, h.blob(20)), fleet)
+    assert not h.of(e.Aggregate, step(state, e.Tick(111.9), fleet))
+    step(state, e.Tick(112.0), fleet)
+    aggregate = h.one(e.Aggregate, step(state, e.Tick(113.0), fleet))
+    assert [row.update.device for row in aggregate.updates] == ["b"]
 
 
 def test_deadline_closes_with_the_minimum():

@@ -253,8 +253,8 @@ class World:
         self.event(e.DeviceLeft(self.now, device.name))
 
     def train(self, device, flavour: int) -> None:
-        """Finishes the oldest job: mostly well, sometimes not."""
-        if not device.jobs:
+        """Finishes the oldest job: mostly well, sometimes not. It waits for the verdict on the update before."""
+        if not device.jobs or device.spool:
             return
         name, (row, model) = next(iter(device.jobs.items()))
         del device.jobs[name]
@@ -345,7 +345,7 @@ class World:
             for device in self.devices.values():
                 if not device.online:
                     self.join(device)
-                while device.jobs:
+                while device.jobs and not device.spool:
                     self.train(device, 0)
                 for pick in range(len(device.spool)):
                     self.offer(device, pick)

@@ -19,7 +19,7 @@ LOSSLESS = [name for name in CODECS if codec_class(name).lossless]
 LOSSY = [name for name in CODECS if not codec_class(name).lossless]
 NO_RATE_CONTROL = {"raw", "zstd", "half", "int8", "int4", "sign", "eden", "fedzip"}
 KEEPS_BUDGETS = [name for name in CODECS if name not in NO_RATE_CONTROL]
-SLOW = set(CODECS) - {"raw", "zstd", "half", "int8", "sign", "eden", "topk", "stc", "randomk", "powersgd"}
+SLOW = {"default", "fedzip", "sparse"}
 
 MODEL = Layout(
     ("conv", "bias", "mean", "fc", "count"), ((8, 3, 3, 3), (8,), (8,), (40, 24), ()), frozenset({"mean", "count"})
@@ -153,7 +153,6 @@ def test_five_million_values_survive(codec):
     if codec in SLOW and not os.environ.get("EDGE_FULL"):
         pytest.skip("takes its time; runs with EDGE_FULL=1")
     layout = Layout(("matrix", "bias", "rest"), ((2000, 2400), (2000,), (198_000,)))
-    assert layout.size == 5_000_000
     round_trip(codec, update(layout), {"delta": layout})
 
 
@@ -183,8 +182,7 @@ def test_buffers_travel_dense_with_every_lossy_codec(codec):
 @pytest.mark.parametrize("codec", LOSSY)
 def test_error_feedback_loses_nothing(codec):
     """What ten rounds sent and what is still owed add up to what was given, buffers included."""
-    given_, sent, state = np.zeros(MODEL.size), np.zeros(MODEL.size), None
-    largest = 0.0
+    given_, sent, state, largest = np.zeros(MODEL.size), np.zeros(MODEL.size), None, 0.0
     for number in range(10):
         vectors = update(seed=number)
         encoded = round_trip(codec, vectors, MODELS, state, {"error_feedback": True}, seed=number)
@@ -205,8 +203,9 @@ def test_error_feedback_loses_nothing(codec):
 @pytest.mark.parametrize("codec", LOSSY)
 def test_without_error_feedback_no_residual_is_kept(codec):
     """A device that is short of storage can do without."""
-    state = encode(CodecSpec(codec, {"error_feedback": False}), update(), MODELS).state
-    assert not any("residual" in key for key in state)
+    assert not any(
+        "residual" in key for key in encode(CodecSpec(codec, {"error_feedback": False}), update(), MODELS).state
+    )
 
 
 @pytest.mark.parametrize("codec", KEEPS_BUDGETS)

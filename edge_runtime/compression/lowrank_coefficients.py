@@ -1,8 +1,9 @@
 """Entropy coding of quantised factors: small whole numbers, most of them 0.
 
-Every vector of coefficients has one table, named by a byte: probability of 0 (high four bits) and the ratio of the
-geometric distribution of the magnitudes (low four bits). Magnitudes from 15 on are escaped: the number of bits, then
-the bits. Signs and escaped bits are uniform and stand together at the end of the stream, where they cost little time.
+Every vector of coefficients has one of 32 tables: a probability of 0 and a geometric distribution of the magnitudes
+above it; the tables are those that code factors of real updates in the fewest bits. Magnitudes from 15 on are escaped:
+the number of bits, then the bits. Signs and escaped bits are uniform and stand together at the end of the stream, where
+they cost little time.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ if TYPE_CHECKING:
 
 ESCAPE = 15
 LIMIT = (1 << 13) - 1  # largest magnitude; the bound that keeps the product of factors exact rests on it
-TABLE_BITS = 8
 _ORDER = 3  # of the exponential-Golomb code of what exceeds ESCAPE
-_ZERO = (60, 260, 480, 740, 1030, 1350, 1680, 2020, 2350, 2680, 2990, 3280, 3540, 3760, 3920, 4040)  # of 4096
-_RATIO = (1, 3, 7, 12, 18, 26, 36, 48, 62, 80, 100, 122, 146, 172, 198, 222)  # of 256
+_TABLES = (  # probability of 0 of 4096, and of a magnitude above 0 to be larger than any of them, of 256
+    *((60, 245), (217, 212), (317, 160), (457, 120), (899, 110), (899, 136), (899, 170), (1214, 94)),
+    *((1214, 136), (1214, 186), (1585, 46), (1585, 76), (1585, 110), (1991, 34), (1991, 60), (1991, 94)),
+    *((1991, 136), (2401, 24), (2401, 44), (2401, 76), (2401, 140), (2784, 9), (2784, 24), (2784, 46)),
+    *((2784, 94), (3115, 4), (3115, 20), (3115, 60), (3385, 1), (3385, 160), (3855, 60), (4078, 128)),
+)
+TABLE_BITS = 5
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=len(_TABLES))
 def table(index: int) -> Model:
-    """The model of the magnitudes ``0 .. 15`` (15: escaped) with this number, ``0 .. 255``."""
-    rest = (4096 - _ZERO[index >> 4]) << 16
-    weights = [_ZERO[index >> 4] << 16]
+    """The model of the magnitudes ``0 .. 15`` (15: escaped) with this number, ``0 .. 31``."""
+    zero, ratio = _TABLES[index]
+    rest = (4096 - zero) << 16
+    weights = [zero << 16]
     for _ in range(1, ESCAPE):
-        part = rest * (256 - _RATIO[index & 15]) >> 8
+        part = rest * (256 - ratio) >> 8
         weights.append(max(part, 1))
         rest -= part
     return Model([*weights, max(rest, 1)])
@@ -42,8 +48,8 @@ def table(index: int) -> Model:
 
 @cache
 def _costs() -> NDArray[np.float32]:
-    """Bits float32 ``[16, 256]`` of a magnitude with its sign, under each table."""
-    costs = np.stack([table(index).costs for index in range(256)], 1)
+    """Bits float32 ``[16, 32]`` of a magnitude with its sign, under each table."""
+    costs = np.stack([table(index).costs for index in range(len(_TABLES))], 1)
     costs[1:] += 1.0
     costs[ESCAPE] += 4.0  # the number of bits of an escaped one
     return costs.astype(np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 from edge_runtime.compression.lowrank_coefficients import CoefficientReader, CoefficientWriter
 from edge_runtime.compression.lowrank_pair import BUCKETS, FACTOR_BITS, LEVEL_BITS, RANK, PairCode
 from edge_runtime.compression.lowrank_parts import parts
-from edge_runtime.compression.lowrank_product import PAIR_SHIFT
+from edge_runtime.compression.lowrank_product import PAIR_GAIN_BITS, PAIR_SHIFT
 from edge_runtime.compression.rans import Decoder, Encoder
 from edge_runtime.errors import CodecError
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout
     from edge_runtime.compression.lowrank_parts import Matrix
 
-GAIN_BITS = 5
+GAIN_BITS = 4
+LEAST_GAIN = -13
 RANK_BITS = 6
 EXPONENT_BITS, MANTISSA_BITS = 9, 7
-PAIR_RANK_BITS, PAIR_GAIN_BITS, PAIR_SHIFT_BITS = 4, 4, 5
+PAIR_RANK_BITS, PAIR_SHIFT_BITS = 4, 5
 _EXPONENT_BIAS = 200
 
 
@@ -86,7 +87,7 @@ def write(content: Content) -> bytes:
     for components in content.components:
         stream.raw(len(components), RANK_BITS)
         for part in components:
-            stream.raw(part.gain + (1 << (GAIN_BITS - 1)), GAIN_BITS)
+            stream.raw(part.gain - LEAST_GAIN, GAIN_BITS)
             writer.write(part.u.astype(np.int64), part.u_table)
             writer.write(part.v.astype(np.int64), part.v_table)
     for chunk in content.chunks:
@@ -119,7 +120,7 @@ def read(payload: bytes | memoryview, layout: Layout) -> Content | None:
             raise CodecError(f"a low-rank update has {count} components where {matrix.rank} are possible")
         components.append(
             [
-                (stream.raw(GAIN_BITS) - (1 << (GAIN_BITS - 1)), reader.read(matrix.rows), reader.read(matrix.width))
+                (stream.raw(GAIN_BITS) + LEAST_GAIN, reader.read(matrix.rows), reader.read(matrix.width))
                 for _ in range(count)
             ]
         )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _COEFFICIENT_BITS = 7.0  # what a coefficient of C or D costs about, with its sign
 _ERROR_LIMIT = 255
 _MOVES = 300
+_FINER = 0.75  # step of X relative to that of factors: its errors enter both layers
 _EPSILON = 1e-9
 
 
@@ -72,7 +73,7 @@ def fit_pair(
     if fitted is None:
         return None
     scales, directions, levels = fitted
-    inputs = quantise(directions * scales.astype(np.float32)[:, None], step, 0.4)
+    inputs = quantise(directions * scales.astype(np.float32)[:, None], step * _FINER, 0.42)
     inputs = np.clip(inputs, -INPUT_LIMIT, INPUT_LIMIT)
     bits, _ = best_tables(inputs)
     outputs = len(second)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MAX_RANK = 63
 CHUNK = 4096  # elements of a tensor without factors that share a table
 _MIN_ELEMENTS = 256
+_MAX_SIDE = 1 << 18  # a longer factor of zeros alone would take most budgets
 _MAX_ELEMENTS = 1 << 31
 
 
@@ -63,7 +64,8 @@ class Parts(NamedTuple):
 def parts(layout: Layout) -> Parts:
     """Both ends derive it from the layout alone.
 
-    A tensor of at least 256 elements and two dimensions is a matrix of its first dimension times the rest; the tensor
+    A tensor of at least 256 elements and two dimensions is a matrix of its first dimension times the rest (each up to
+    2**18); the tensor
     after it is its bias if the shape fits. Of dense layers in a row the last two make a pair.
 
     Raises:
@@ -85,7 +87,12 @@ def _parts(shapes: tuple[tuple[int, ...], ...]) -> Parts:
     for index, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
         if taken:
             taken = False
-        elif len(shape) > 1 and size >= _MIN_ELEMENTS and 1 < shape[0] < size:
+        elif (
+            len(shape) > 1
+            and size >= _MIN_ELEMENTS
+            and 1 < shape[0] < size
+            and max(shape[0], size // shape[0]) <= _MAX_SIDE
+        ):
             taken = index + 1 < len(shapes) and shapes[index + 1] == shape[:1]
             matrices.append(Matrix(start, shape[0], size // shape[0], start + size if taken else -1))
             dense.append(len(shape) == 2)

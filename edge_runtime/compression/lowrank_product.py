@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NORM_BITS = 22  # of 2**22 / |u|, the scale that makes u a unit vector
 GAIN_CENTRE = 32
-PAIR_SHIFT = 20
+PAIR_GAIN_BITS, PAIR_SHIFT = 7, 17
 _POINT = NORM_BITS + 5  # binary places of the products
 _BLOCK = 1 << 18  # elements computed at a time
 
@@ -37,13 +37,14 @@ def unit_scale(u: NDArray[np.float64]) -> int:
 
 
 def pair_gain(gain: float, step: float) -> tuple[int, int] | None:
-    """Mantissa ``0 .. 15`` and shift of ``gain / step`` in fixed point; None if it is out of range."""
+    """Mantissa ``0 .. 127`` and shift of ``gain / step`` in fixed point; None if it is out of range."""
     scaled = math.ldexp(gain / step, _POINT)
-    if not 16 <= scaled < 31 << PAIR_SHIFT:
+    one = 1 << PAIR_GAIN_BITS
+    if not one <= scaled < (2 * one - 1) << PAIR_SHIFT:
         return None
-    shift = math.frexp(scaled)[1] - 5
-    mantissa = round(math.ldexp(scaled, -shift))
-    return (mantissa - 16, shift) if mantissa < 32 else (0, shift + 1)
+    shift = math.frexp(scaled)[1] - PAIR_GAIN_BITS - 1
+    mantissa = round(math.ldexp(scaled, -shift)) - one
+    return (mantissa, shift) if mantissa < one else (0, shift + 1)
 
 
 def pair_weights(layout: Layout, reference: Vector | None) -> list[tuple[Integers, Integers]]:
@@ -100,7 +101,7 @@ def _factors(
         if coded is not None:
             predicted = predict(coded.code, *weights[number])
             for at, ((left, right), (mantissa, shift)) in enumerate(zip(predicted, coded.gains, strict=True)):
-                factors[index + at].append((left * float((16 + mantissa) << shift), right))
+                factors[index + at].append((left * float(((1 << PAIR_GAIN_BITS) + mantissa) << shift), right))
     for given, components in zip(factors, content.components, strict=True):
         if components:
             scales = [float(unit_scale(part.u) * (GAIN_CENTRE + part.gain)) for part in components]

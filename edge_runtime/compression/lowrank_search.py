@@ -12,8 +12,8 @@ from edge_runtime.compression.lowrank_coefficients import LIMIT, best_tables
 from edge_runtime.compression.lowrank_format import (
     EXPONENT_BITS,
     GAIN_BITS,
+    LEAST_GAIN,
     MANTISSA_BITS,
-    PAIR_GAIN_BITS,
     PAIR_RANK_BITS,
     PAIR_SHIFT_BITS,
     RANK_BITS,
@@ -25,7 +25,7 @@ from edge_runtime.compression.lowrank_format import (
 from edge_runtime.compression.lowrank_pair import BUCKETS, LEVEL_BITS
 from edge_runtime.compression.lowrank_pair_fit import fit_pair, quantise
 from edge_runtime.compression.lowrank_parts import parts
-from edge_runtime.compression.lowrank_product import GAIN_CENTRE, NORM_BITS, pair_gain, unit_scale
+from edge_runtime.compression.lowrank_product import GAIN_CENTRE, NORM_BITS, PAIR_GAIN_BITS, pair_gain, unit_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Weights = list[tuple[Integers, Integers]]
 
-PRICE = 0.12  # squared steps a bit must save: 2 ln 2 / 12 at high rate
-ROUNDING = 0.4
+PRICE = 0.14  # squared steps a bit must save: 2 ln 2 / 12 at high rate
+ROUNDING = 0.42
 _STEP = (0.0055, 4120.0, 0.7)  # first guess: relative to the norm at that many bytes, and the power of the bytes
 _BITS_PER_ROW = 1.2  # of a component that pays, about
 _TRIALS, _REFINEMENTS = 4, 5
 _SLOPE = 2.2  # bits grow with this power of 1 / step, about
-_EXCESS, _MOST = 1.4, 1.7  # bits of all that pays, relative to those there are: aim and most
+_EXCESS, _MOST = 1.7, 2.0  # bits of all that pays, relative to those there are: aim and most
 _LARGE = 0.2  # share of all bits from which a component may be worth a larger step
 _AIM, _WINDOW = 0.997, 0.993  # share of the bits that is aimed at, and that ends the search
 _RIDGE = 1e-7
@@ -55,6 +55,14 @@ class _Factored(NamedTuple):
 
     rest: Array
     left: Array
+
+
+class _Problem(NamedTuple):
+    """What there is to code, and the step below which coefficients would pass their limit."""
+
+    factored: list[_Factored]
+    chunks: list[Array]
+    least_step: float
 
 
 class _Coded(NamedTuple):
@@ -112,7 +120,7 @@ def search(values: Vector, layout: Layout, budget_bits: float, weights: Weights)
 def _search(values: Vector, layout: Layout, budget_bits: float, weights: Weights, step: float) -> Content | None:
     plan = parts(layout)
     rests = [matrix.take(values) for matrix in plan.matrices]
-    pairs: list[CodedPair | None] = []
+    pairs: list[tuple[FittedPair, tuple[int, ...]] | None] = []
     bits = 1.0 + EXPONENT_BITS + MANTISSA_BITS + RANK_BITS * len(rests) + len(plan.chunks)
     for index, known in zip(plan.pairs, weights or repeat(None), strict=False):
         pair, spent = (None, 0.0) if known is None else _pair(rests, index, known, step)
@@ -123,9 +131,15 @@ def _search(values: Vector, layout: Layout, budget_bits: float, weights: Weights
     chunks = [values[start : start + size] for start, size in plan.chunks]
     if budget_bits <= bits:
         return None
-    best, chosen = _fill(factored, chunks, budget_bits - bits, step)
+    peaks = [float(np.linalg.norm(matrix.left[0])) for matrix in factored if matrix.left.size]
+    peaks += [float(np.abs(chunk).max()) for chunk in chunks]
+    problem = _Problem(factored, chunks, max(peaks) / LIMIT)
+    best, chosen = _fill(problem, budget_bits - bits, step)
     if not chosen.any() and not any(pairs):
         return None
+    coded_pairs = [None if pair is None else _with_gains(*pair, best.step) for pair in pairs]
+    if any(pair is not None and coded is None for pair, coded in zip(pairs, coded_pairs, strict=True)):
+        return _search(values, layout, budget_bits, [], step)  # a gain that the format does not hold
     components = []
     start = 0
     for coded in best.matrices:
@@ -134,20 +148,17 @@ def _search(values: Vector, layout: Layout, budget_bits: float, weights: Weights
         start = end
     sent = zip(chosen[start:].tolist(), best.chunks.numbers, best.chunks.tables, strict=True)
     listed = [(numbers.astype(np.float64), table) if used else None for used, numbers, table in sent]
-    return Content(best.step, pairs, components, listed)
+    return Content(best.step, coded_pairs, components, listed)
 
 
 def _pair(
     rests: list[Array], index: int, weights: tuple[Integers, Integers], step: float
-) -> tuple[CodedPair | None, float]:
-    """Code of a pair with its bits; takes what it predicts out of ``rests``. None and 0 if it does not pay."""
+) -> tuple[tuple[FittedPair, tuple[int, ...]] | None, float]:
+    """Code of a pair, its tables, its bits; takes what it predicts out of ``rests``. None and 0 if it does not pay."""
     price = PRICE * step * step
     both = rests[index : index + 2]
     fitted = fit_pair(both[0], both[1], weights, step, price)
     if fitted is None:
-        return None, 0.0
-    first, second = (pair_gain(gain, step) for gain in fitted.gains)
-    if first is None or second is None:
         return None, 0.0
     tables, bits = _pair_tables(fitted)
     left_over = [
@@ -161,7 +172,12 @@ def _pair(
     if saved < _PAIR_SAVES * price * bits:
         return None, 0.0
     rests[index : index + 2] = left_over
-    return CodedPair(fitted.code, tables, (first, second)), bits
+    return (fitted, tables), bits
+
+
+def _with_gains(fitted: FittedPair, tables: tuple[int, ...], step: float) -> CodedPair | None:
+    first, second = (pair_gain(gain, step) for gain in fitted.gains)
+    return None if first is None or second is None else CodedPair(fitted.code, tables, (first, second))
 
 
 def _pair_tables(fitted: FittedPair) -> tuple[tuple[int, ...], float]:
@@ -197,17 +213,15 @@ def left_factor(matrix: Array, rank: int) -> Array:
     return np.ascontiguousarray((image @ vectors[:, ::-1][:, :rank].astype(np.float32)).T)
 
 
-def _fill(
-    factored: list[_Factored], chunks: list[Array], target: float, step: float
-) -> tuple[_Trial, NDArray[np.bool_]]:
+def _fill(problem: _Problem, target: float, step: float) -> tuple[_Trial, NDArray[np.bool_]]:
     """The trial that uses up the bits, and what of it to send.
 
     First a step at which somewhat more pays than fits, then the best of that, then the step for just these bits.
     """
-    first = _more_than_fits(factored, chunks, target, step)
+    first = _more_than_fits(problem, target, step)
     found = []
     for chosen in _choices(first, target):
-        trial = _refine(factored, chunks, target, first, chosen)
+        trial = _refine(problem, target, first, chosen)
         used = chosen & (trial.saved > 0)
         if trial.spends(used) <= target:
             found.append((float(trial.saved[used].sum()), trial, used))
@@ -217,9 +231,7 @@ def _fill(
     return trial, used
 
 
-def _refine(
-    factored: list[_Factored], chunks: list[Array], target: float, trial: _Trial, chosen: NDArray[np.bool_]
-) -> _Trial:
+def _refine(problem: _Problem, target: float, trial: _Trial, chosen: NDArray[np.bool_]) -> _Trial:
     """The trial whose step makes the chosen components use up the bits, or the last one that was tried."""
     over: tuple[float, float] | None = None
     under: tuple[float, float] | None = None
@@ -243,19 +255,19 @@ def _refine(
         if over is not None and under is not None:
             share = (aim - under[1]) / (over[1] - under[1])
             at = under[0] + (over[0] - under[0]) * min(max(share, 0.08), 0.92)
-        trial = _try(factored, chunks, math.exp(min(max(at, point[0] - 2.0), point[0] + 2.0)))
+        trial = _try(problem, math.exp(min(max(at, point[0] - 2.0), point[0] + 2.0)))
     else:
         if trial.spends(chosen) <= target and (best is None or trial.step < best.step):
             best = trial
     return best or trial
 
 
-def _more_than_fits(factored: list[_Factored], chunks: list[Array], target: float, step: float) -> _Trial:
+def _more_than_fits(problem: _Problem, target: float, step: float) -> _Trial:
     """A trial in which what pays needs a little more than the bits there are."""
     over: _Trial | None = None
     ends = [0.0, math.inf]  # steps that need too many bits and too few
     for _ in range(_TRIALS):
-        trial = _try(factored, chunks, step)
+        trial = _try(problem, step)
         bits = trial.spends(_pays(trial))
         if bits >= target:
             over = trial
@@ -291,9 +303,10 @@ def _choices(trial: _Trial, target: float) -> list[NDArray[np.bool_]]:
     return choices
 
 
-def _try(factored: list[_Factored], chunks: list[Array], step: float) -> _Trial:
-    matrices = [_code(matrix, step) for matrix in factored]
-    coded = _code_chunks(chunks, step)
+def _try(problem: _Problem, step: float) -> _Trial:
+    step = max(step, problem.least_step)
+    matrices = [_code(matrix, step) for matrix in problem.factored]
+    coded = _code_chunks(problem.chunks, step)
     bits = np.concatenate([*(matrix.bits for matrix in matrices), coded.bits])
     return _Trial(step, matrices, coded, bits, np.concatenate([*(matrix.saved for matrix in matrices), coded.saved]))
 
@@ -301,7 +314,7 @@ def _try(factored: list[_Factored], chunks: list[Array], step: float) -> _Trial:
 def _code_chunks(chunks: list[Array], step: float) -> _Chunks:
     out = _Chunks([], [], np.ones(len(chunks)), np.zeros(len(chunks)))
     for index, chunk in enumerate(chunks):
-        numbers = np.clip(quantise(chunk, step, ROUNDING), -LIMIT, LIMIT)
+        numbers = _round(chunk[None], step)[0]
         out.numbers.append(numbers)
         out.tables.append(0)
         if numbers.any():
@@ -313,19 +326,24 @@ def _code_chunks(chunks: list[Array], step: float) -> _Chunks:
 
 def _code(matrix: _Factored, step: float) -> _Coded:
     """Rounds U s, then V s as the least-squares answer to the rounded U."""
-    left = np.clip(quantise(matrix.left, step, ROUNDING), -LIMIT, LIMIT)
+    left = _round(matrix.left, step)
     product = left @ matrix.rest
     gram = (left @ left.T).astype(np.float64)
     sizes = np.diag(gram).copy()
     gram[np.diag_indices_from(gram)] += np.where(sizes > 0, sizes * _RIDGE, 1.0)
     right = np.linalg.solve(gram, product.astype(np.float64)) * np.sqrt(sizes)[:, None]
-    right = np.clip(quantise(right.astype(np.float32), step, ROUNDING), -LIMIT, LIMIT)
+    right = _round(right.astype(np.float32), step)
     left_bits, left_tables = best_tables(left)
     right_bits, right_tables = best_tables(right)
     overlap = np.einsum("ij,ij->i", product, right, dtype=np.float64)
     power = sizes * np.einsum("ij,ij->i", right, right, dtype=np.float64)
     saved = overlap * np.abs(overlap) / np.maximum(power, 1e-300)
     return _Coded(left, right, left_tables, right_tables, product, left_bits + right_bits + GAIN_BITS, saved)
+
+
+def _round(values: Array, step: float) -> Array:
+    """Whole numbers ``[k, n]``."""
+    return np.clip(quantise(values, step, ROUNDING), -LIMIT, LIMIT)
 
 
 def _components(coded: _Coded, chosen: NDArray[np.int64], step: float) -> list[Component]:
@@ -341,7 +359,6 @@ def _components(coded: _Coded, chosen: NDArray[np.int64], step: float) -> list[C
     for index, u, v, gain in zip(chosen.tolist(), left, right, gains, strict=True):
         nominal = step * math.ldexp(unit_scale(u), -NORM_BITS)
         number = round(GAIN_CENTRE * gain / nominal) - GAIN_CENTRE
-        limit = 1 << (GAIN_BITS - 1)
-        number = min(max(number, -limit), limit - 1)
+        number = min(max(number, LEAST_GAIN), LEAST_GAIN + (1 << GAIN_BITS) - 1)
         out.append(Component(u, v, int(coded.left_tables[index]), int(coded.right_tables[index]), number))
     return out

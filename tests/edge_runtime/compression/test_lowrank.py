@@ -120,7 +120,7 @@ def test_equal_values_and_zeros():
     layout = layout_of(CNN)
     values = np.full(layout.size, 0.25, np.float32)
     _, decoded = encode_low_rank(values, layout, 400)
-    assert error_of(values, decoded) < 1e-3
+    assert error_of(values, decoded) < 2e-3
     payload, decoded = encode_low_rank(np.zeros(layout.size, np.float32), layout, 400)
     assert payload == b""
     assert not decoded.any()
@@ -173,7 +173,7 @@ def test_the_product_is_exact():
     for number, matrix in enumerate(plan.matrices):
         mantissa, shift = content.pairs[0].gains[number]
         columns = zip(*(factor.T.tolist() for factor in predicted[number]), strict=True)
-        terms = [((16 + mantissa) << shift, left, right) for left, right in columns]
+        terms = [((128 + mantissa) << shift, left, right) for left, right in columns]
         terms += [
             (unit_scale(part.u) * (GAIN_CENTRE + part.gain), part.u.tolist(), part.v.tolist())
             for part in content.components[number]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,9 +13,11 @@ from coordinator.server import Coordinator
 from coordinator.settings import ServerSettings
 from coordinator.store import Store
 from coordinator.submission import submit
+from edge_runtime import messages
 from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig
 from edge_runtime.agent.daemon import Agent
 from edge_runtime.data.config import DatasetConfig
+from edge_runtime.transport.link import packet_bytes
 from edge_runtime.transport.loop import Loop
 
 if TYPE_CHECKING:
@@ -23,6 +25,42 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.events import RunRow
+
+
+class Packet(NamedTuple):
+    """One MQTT message over an agent's link, up (from the device) or down."""
+
+    up: bool
+    topic: str
+    payload: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """What the link carried for it."""
+        return packet_bytes(self.topic, len(self.payload))
+
+    @property
+    def message(self) -> Any:
+        """What it says, None for a chunk."""
+        if not self.topic.endswith("/message"):
+            return None
+        return (messages.decode_from_device if self.up else messages.decode_from_coordinator)(self.payload)
+
+
+def _record(agent: Agent, packets: list[Packet]) -> None:
+    publish, received = agent.link.publish, agent.link._on_message
+
+    def sent(topic: str, payload: bytes, **how: Any) -> bool:
+        went = publish(topic, payload, **how)
+        if went:
+            packets.append(Packet(up=True, topic=topic, payload=bytes(payload)))
+        return went
+
+    def came(topic: str, payload: bytes) -> None:
+        packets.append(Packet(up=False, topic=topic, payload=bytes(payload)))
+        received(topic, payload)
+
+    agent.link.publish, agent.link._on_message = sent, came
 
 
 class Federation:
@@ -40,6 +78,7 @@ class Federation:
         self.coordinator = Coordinator(settings, loop=self.loop)
         self.agents: dict[str, Agent] = {}
         self.held: dict[str, Callable[[], None]] = {}
+        self.packets: dict[str, list[Packet]] = {}
         self.connection = msgspec.to_builtins(self.coordinator.connection.described())
         self.coordinator.start()
         self.store = Store(folder / "coordinator", create=False)
@@ -77,8 +116,16 @@ class Federation:
         if hold:
             real = agent.uploads.offer
             agent.uploads.offer = lambda update, **how: self.held.__setitem__(device, lambda: real(update, **how))
+        _record(agent, self.packets.setdefault(device, []))
         agent.start()
         return agent
+
+    def stop(self, home: str) -> None:
+        """Ends an agent; its folder stays, for another one to go on with."""
+        agent = self.agents.pop(home)
+        for update in list(agent.state.updates):  # timers end with a process, but this loop goes on
+            agent.uploads.close(update)
+        agent.close()
 
     def release(self, device: str) -> None:
         """Lets a held offer go."""

@@ -123,7 +123,7 @@ def fuzz(blobs: list[Blob], seed: int, numbers: range, shared: Any = None) -> di
                 decoded, seconds = try_case(case, memory=traced)
             except Exception as error:
                 what = f"{case.kind} of a blob of {case.blob.codec!r} for layout {case.blob.layout!r}"
-                raise AssertionError(f"{what}: {error!r}\n{replay(seed, number)}") from error
+                raise AssertionError(f"{what}: {error!r}\n{replay(seed, number, list(counts))}") from error
             count = counts[case.blob.codec]
             count["tried"] += 1
             count["decoded" if decoded else "refused"] += 1
@@ -132,14 +132,20 @@ def fuzz(blobs: list[Blob], seed: int, numbers: range, shared: Any = None) -> di
     return counts
 
 
-def replay(seed: int, number: int) -> str:
-    """The command that runs one case alone."""
-    return f"replay: python -m tests.support.fuzz_codecs --seed {seed} --start {number} --count 1"
+def all_codecs() -> list[str]:
+    """Names of all codecs, with that of snapshots."""
+    return sorted([*codec_names(), SNAPSHOT])
 
 
-def _work(seed: int, numbers: range, shared: Any, pipe: Any) -> None:
+def replay(seed: int, number: int, codecs: list[str]) -> str:
+    """The command that runs one case alone; what a case is depends on the codecs that take part."""
+    chosen = "" if codecs == all_codecs() else f" --codecs {','.join(codecs)}"
+    return f"replay: python -m tests.support.fuzz_codecs --seed {seed} --start {number} --count 1{chosen}"
+
+
+def _work(codecs: list[str], seed: int, numbers: range, shared: Any, pipe: Any) -> None:
     faulthandler.enable()
-    blobs = corpus([*codec_names(), SNAPSHOT])
+    blobs = corpus(codecs)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts = fuzz(blobs, seed, numbers, shared)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -153,26 +159,28 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000, help="cases to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
+    parser.add_argument("--codecs", default=",".join(all_codecs()), help="names, with commas")
     arguments = parser.parse_args()
+    codecs = sorted(arguments.codecs.split(","))
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
     shared = context.Value("q", -1, lock=False)
     receiver, sender = context.Pipe(duplex=False)
     numbers = range(arguments.start, arguments.start + arguments.count)
-    child = context.Process(target=_work, args=(arguments.seed, numbers, shared, sender))
+    child = context.Process(target=_work, args=(codecs, arguments.seed, numbers, shared, sender))
     child.start()
     last, since = -1, time.monotonic()
     while child.is_alive() and not receiver.poll(1):
         if shared.value != last:
             last, since = shared.value, time.monotonic()
         elif time.monotonic() - since > HANG_S:
-            print(f"case {last} hangs\n{replay(arguments.seed, last)}", file=sys.stderr)
+            print(f"case {last} hangs\n{replay(arguments.seed, last, codecs)}", file=sys.stderr)
             child.kill()
     result = receiver.recv() if receiver.poll() else None
     child.join()
     if result is None or child.exitcode != 0:
         print(f"the process ended with {child.exitcode} in case {shared.value}", file=sys.stderr)
-        print(replay(arguments.seed, shared.value), file=sys.stderr)
+        print(replay(arguments.seed, shared.value, codecs), file=sys.stderr)
         return 1
     counts, grown = result
     total = {key: sum(count[key] for count in counts.values()) for key in ("tried", "refused", "decoded")}

@@ -19,7 +19,7 @@ LOSSLESS = [name for name in CODECS if codec_class(name).lossless]
 LOSSY = [name for name in CODECS if not codec_class(name).lossless]
 NO_RATE_CONTROL = {"raw", "zstd", "half", "int8", "int4", "sign", "eden", "fedzip"}
 KEEPS_BUDGETS = [name for name in CODECS if name not in NO_RATE_CONTROL]
-SLOW = {"default", "fedzip", "sparse"}
+SLOW = {"default", "fedzip", "lowrank", "sparse"}
 
 MODEL = Layout(
     ("conv", "bias", "mean", "fc", "count"), ((8, 3, 3, 3), (8,), (8,), (40, 24), ()), frozenset({"mean", "count"})

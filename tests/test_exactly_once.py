@@ -16,24 +16,33 @@ pytest.importorskip("sqlalchemy")
 
 from benchmarks.perturbing_bundle import write_perturbing_bundle
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression import decode
+from edge_runtime.compression.grid import SharedModel
+from edge_runtime.compression.pipeline import decode, decode_model
 from edge_runtime.messages import UpdateId
 from tests.support.processes import Processes, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from coordinator.store import Store
+    from edge_runtime.compression import Layout
+
 DEVICES = [f"device-{number}" for number in range(4)]
 ROUNDS = 10
 KILLS = 8
 PARAMETERS = 200_000
 SEEDS = range(20) if os.environ.get("EDGE_FULL") else range(5)
-PLAN = f"""name = "once"
+LOSSLESS_SEED = 4  # the others lose bits both ways
+PLAN = """name = "once"
 bundle = "perturb.bundle"
 dataset = "numbers"
-rounds = {ROUNDS}
+rounds = {rounds}
 evaluate_on_devices = false
 retain_updates = "all"
+[uplink]
+codec = "{codec}"
+[downlink]
+codec = "{codec}"
 [participation]
 target = 3
 minimum = 2
@@ -53,7 +62,8 @@ def test_kills_lose_and_double_nothing(tmp_path: Path, mosquitto_program: str, s
     print(f"schedule seed {seed}")
     random = Random(seed)
     write_perturbing_bundle(tmp_path / "perturb.bundle", PARAMETERS)
-    (tmp_path / "plan.toml").write_text(PLAN)
+    codec = "zstd" if seed == LOSSLESS_SEED else "topk"
+    (tmp_path / "plan.toml").write_text(PLAN.format(rounds=ROUNDS, codec=codec))
     fleet = Processes(tmp_path, mosquitto_program)
     try:
         fleet.start_broker()
@@ -74,6 +84,8 @@ def test_kills_lose_and_double_nothing(tmp_path: Path, mosquitto_program: str, s
     _check_database(fleet, run)
     _check_verdicts_of_devices(fleet)
     _check_model(fleet, run)
+    if seed != LOSSLESS_SEED:
+        _check_shared_models(fleet, run)
 
 
 def _kill_at_random(fleet: Processes, run: str, random: Random) -> list[str]:
@@ -154,16 +166,44 @@ def _check_model(fleet: Processes, run: str) -> None:
     bundle = Bundle.open(store.blobs.path(store.run(run).row.bundle.sha256))
     layout = bundle.layout()
     model = bundle.initial_vector()
+    held = _models_of_devices(store, run, layout)
     for row in store.rounds(run):
         total, weights = np.zeros(layout.size, np.float64), 0.0
         for update in store.counted_updates(run, row.round):
-            delta = decode(store.blobs.path(update.blob.sha256).read_bytes(), {"delta": layout})["delta"]
-            staleness = row.round - update.meta.model_version
-            weight = update.meta.samples * (1 + staleness) ** -0.5
+            version = update.meta.model_version
+            data = store.blobs.path(update.blob.sha256).read_bytes()
+            delta = decode(data, {"delta": layout}, base_version=version, reference=held[version])["delta"].vector()
+            weight = update.meta.samples * (1 + row.round - version) ** -0.5
             assert weight == update.weight
             total += delta.astype(np.float64) * weight
             weights += weight
         model = (model + total * (1 / weights)).astype(np.float32)
-        stored = decode(store.blobs.path(row.model.sha256).read_bytes(), {"model": layout})["model"]
+        stored = decode_model(store.blobs.path(row.model.sha256).read_bytes(), layout)
         assert np.array_equal(model, stored), f"round {row.round}"
+    store.close()
+
+
+def _models_of_devices(store: Store, run: str, layout: Layout) -> dict[int, np.ndarray]:
+    """What devices trained on, by version."""
+    row = store.run(run).row
+    initial = decode_model(store.blobs.path(row.initial_model.sha256).read_bytes(), layout)
+    if row.vector_sha256 is None:
+        models = {entry.version: entry.model for entry in store.rounds(run)}
+        later = {v: decode_model(store.blobs.path(blob.sha256).read_bytes(), layout) for v, blob in models.items()}
+        return {0: initial, **later}
+    snapshots = {entry.version: store.blobs.path(entry.down.sha256).read_bytes() for entry in store.rounds(run)}
+    later = {version: SharedModel.decode(data, layout).vector for version, data in snapshots.items()}
+    return {0: SharedModel.start(initial, layout).vector, **later}
+
+
+def _check_shared_models(fleet: Processes, run: str) -> None:
+    """Each version of the shared model that a device keeps is, bit for bit, the server's."""
+    store = fleet.store()
+    layout = Bundle.open(store.blobs.path(store.run(run).row.bundle.sha256)).layout()
+    hashes, seen = {row.version: row.vector_sha256 for row in store.rounds(run)}, 0
+    for device in DEVICES:
+        for path in (fleet.folder / device / "state" / "models" / run).glob("*.model"):
+            seen += 1
+            assert SharedModel.decode(path.read_bytes(), layout).sha256() == hashes[int(path.stem)], path
+    assert seen >= len(DEVICES)
     store.close()

@@ -12,6 +12,7 @@ A family is only tried where a bound of its error is below what another one has 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 FAMILIES = ("sparse", "lowrank", "uniform", "exact")
 _SPARSE, _LOW_RANK, _UNIFORM, _ZSTD, _RAW = range(5)
 _EXACT_FROM = 18.0  # bits per entry from which on it is tried whether all values fit
-_LOW_RANK_UP_TO = 2.5  # bits per entry
+_SMALL = 1e-3  # share of the energy below which errors do not matter, and the fastest family is taken
 _UNIFORM_FROM, _SPARSE_UP_TO = 0.6, 1.0
 _LEAST_ENTRY_BITS = 5  # of a sparse update, about: bounds what it can reach
 _TINY = 4096  # entries up to which everything is tried: it costs nothing
@@ -109,23 +110,25 @@ class Default(Codec):
 
 def _choose(values: Vector, layout: Layout, room: int) -> _Coded:
     """The best code of at most ``room`` bytes; raises CodecError if there is none."""
-    bits = 8 * room / values.size
+    bits = 8 * max(room, 1) / values.size
     tiny = values.size <= _TINY
     if bits >= _EXACT_FROM:
         exact = _encode("exact", values, layout, room)
         if exact is not None:
             return exact
     best: _Coded | None = None
-    if tiny or (bits <= _LOW_RANK_UP_TO and _has_matrix(layout)):
+    dense = expected_error(values, room) if room > 0 and (tiny or bits >= _UNIFORM_FROM) else math.inf
+    if tiny or (dense > _SMALL * _energy(values) and _has_matrix(layout)):
         best = _encode("lowrank", values, layout, room)
-    if (tiny or bits >= _UNIFORM_FROM) and (best is None or expected_error(values, room) < best.error):
+    if dense < math.inf and (best is None or dense < best.error):
         best = _better(best, _encode("uniform", values, layout, room))
     if best is None or tiny or (bits <= _SPARSE_UP_TO and _sparse_bound(values, room) < best.error):
         try:
             best = _better(best, _encode("sparse", values, layout, room))
-        except CodecError:
+        except CodecError as error:
             if best is None:
-                raise
+                least = sparse.least_bytes(values, layout) + 1
+                raise CodecError(f"a budget of {room + 1} bytes is too small; this update needs {least}") from error
     if best is None:
         raise CodecError(f"no code of {room + 1} bytes or less was found")
     return best
@@ -136,15 +139,18 @@ def _encode(family: str, values: Vector, layout: Layout, room: int) -> _Coded | 
     if family == "sparse":
         draft = sparse.within(values, layout, room)
         return _coded(_SPARSE, draft.write(), draft.update(), values)
-    if family == "lowrank":
-        try:
-            payload, vector = encode_low_rank(values, layout, max(0, room))
-        except CodecError:  # values at the end of float32's range
-            return None
-        return _coded(_LOW_RANK, payload, Update(vector), values) if payload else None
-    if family == "uniform":
-        found = encode_uniform(values, layout, room)
-        return None if found is None else _coded(_UNIFORM, found[0], Update(found[1]), values)
+    if family == "exact":
+        return _exact(values, room)
+    try:
+        found = (encode_low_rank if family == "lowrank" else encode_uniform)(values, layout, max(0, room))
+    except CodecError:  # values at the end of float32's range may be rounded beyond it
+        return None
+    if found is None or not found[0]:
+        return None
+    return _coded(_LOW_RANK if family == "lowrank" else _UNIFORM, found[0], Update(found[1]), values)
+
+
+def _exact(values: Vector, room: int) -> _Coded | None:
     packed = pack_planes(np.ascontiguousarray(values, "<f4"))
     raw = 4 * values.size
     if min(len(packed), raw) > room:

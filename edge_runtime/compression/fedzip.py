@@ -128,9 +128,7 @@ def claimed_bits(labels: Sequence[NDArray[np.int64]]) -> dict[str, int]:
 
 def _largest(values: Vector, keep: float) -> Vector:
     magnitudes = np.abs(values)
-    dropped = round(values.size * (1 - keep))
-    if dropped >= values.size:
-        return np.zeros_like(values)
+    dropped = min(round(values.size * (1 - keep)), values.size - 1)
     kept: Vector = np.where(magnitudes >= np.partition(magnitudes, dropped)[dropped], values, np.float32(0))
     return kept
 

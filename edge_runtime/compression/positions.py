@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edge_runtime.compression import sequences
+from edge_runtime.compression import gaps, sequences
 from edge_runtime.compression.rans import Model
 from edge_runtime.errors import CodecError
 
@@ -33,6 +33,26 @@ class _Tensor(NamedTuple):
     turned: bool | None = None
     classes: NDArray[np.int64] | None = None
     plan: sequences.Plan | None = None
+
+
+class _Gaps(NamedTuple):
+    """Gaps in front of entries: their classes, low bits and numbers of low bits; about what they cost."""
+
+    classes: NDArray[np.int64]
+    low: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    cost: float
+
+    @classmethod
+    def between(cls, ascending: NDArray[np.int64]) -> _Gaps:
+        """Of places, ``[k]``, k > 0."""
+        steps = ascending.copy()
+        steps[1:] -= ascending[:-1] + 1
+        classes, widths = gaps.to_classes(steps)
+        counts = np.bincount(classes)
+        counts = counts[counts > 0]
+        cost = float(counts @ np.log2(steps.size / counts)) + float(widths.sum())
+        return cls(classes, steps & (1 << widths) - 1, widths, cost)
 
 
 class Positions(NamedTuple):
@@ -59,8 +79,8 @@ class Positions(NamedTuple):
                 continue
             if tensor.turned is not None:
                 encoder.raw(int(tensor.turned), 1)
-            alphabet = sequences.class_count(tensor.size)
-            derived = sequences.expected_gaps(tensor.entries, tensor.size)
+            alphabet = gaps.class_count(tensor.size)
+            derived = gaps.expected_gaps(tensor.entries, tensor.size)
             sequences.write(encoder, tensor.plan, tensor.classes, alphabet, derived)
         encoder.raws(self.low, self.widths)
 
@@ -82,25 +102,23 @@ def plan(indices: NDArray[np.int64], layout: Layout) -> Positions:
         bits += math.log2(size.bit_length()) + count.bit_length() - 1
         local = indices[first:last] - start
         order = np.arange(count)
-        gaps = _gaps(local)
+        chosen = _Gaps.between(local)
         turned = None
         if _is_matrix(shape):
             bits += 1
             turned = False
             rows, columns = shape[0], size // shape[0]
             other = local % columns * rows + local // columns
-            order_other = np.argsort(other, kind="stable")
-            gaps_other = _gaps(other[order_other])
-            if _rough_cost(gaps_other) < _rough_cost(gaps):
-                gaps, order, turned = gaps_other, order_other, True
-        classes, width = sequences.to_classes(gaps)
-        alphabet = sequences.class_count(size)
-        best = sequences.plan(classes, alphabet, sequences.expected_gaps(count, size))
-        tensors.append(_Tensor(size, count, turned, classes, best))
-        bits += best.bits + int(width.sum())
+            other_order = np.argsort(other, kind="stable")
+            other_gaps = _Gaps.between(other[other_order])
+            if other_gaps.cost < chosen.cost:
+                chosen, order, turned = other_gaps, other_order, True
+        best = sequences.plan(chosen.classes, gaps.class_count(size), gaps.expected_gaps(count, size))
+        tensors.append(_Tensor(size, count, turned, chosen.classes, best))
+        bits += best.bits + int(chosen.widths.sum())
         orders.append(order + first)
-        lows.append(gaps - sequences.class_base(classes)[0])
-        widths.append(width)
+        lows.append(chosen.low)
+        widths.append(chosen.widths)
     present = _PRESENCE[_presence(tensors)].costs
     bits += math.log2(len(_PRESENCE)) + sum(
         float(present[int(tensor.entries > 0)]) for tensor in tensors if tensor.size
@@ -122,10 +140,10 @@ def read(decoder: Decoder, layout: Layout) -> NDArray[np.int64]:
         count = _read_count(decoder, size, presence)
         if count:
             turned = bool(decoder.raw(1)) if _is_matrix(shape) else False
-            expected = sequences.expected_gaps(count, size)
-            classes += sequences.read(decoder, count, sequences.class_count(size), expected)
+            expected = gaps.expected_gaps(count, size)
+            classes += sequences.read(decoder, count, gaps.class_count(size), expected)
             found.append((count, turned, shape[0] if turned else 1, start, size))
-    base, widths = sequences.class_base(np.array(classes, np.int64))
+    base, widths = gaps.class_base(np.array(classes, np.int64))
     steps = base + decoder.raws(widths).astype(np.int64) + 1
     parts = [np.empty(0, np.int64)]
     at = 0
@@ -140,20 +158,6 @@ def read(decoder: Decoder, layout: Layout) -> NDArray[np.int64]:
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and shape[0] > 1 and any(length > 1 for length in shape[1:])
-
-
-def _gaps(ascending: NDArray[np.int64]) -> NDArray[np.int64]:
-    gaps: NDArray[np.int64] = ascending.copy()
-    gaps[1:] -= ascending[:-1] + 1
-    return gaps
-
-
-def _rough_cost(gaps: NDArray[np.int64]) -> float:
-    """Bits of the gaps at the entropy of their classes."""
-    classes, widths = sequences.to_classes(gaps)
-    counts = np.bincount(classes)
-    counts = counts[counts > 0]
-    return float(counts @ np.log2(gaps.size / counts)) + float(widths.sum())
 
 
 def _presence(tensors: list[_Tensor]) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from edge_runtime.compression.gaps import bank
 from edge_runtime.compression.rans import Model
 from edge_runtime.errors import CodecError
 
@@ -28,66 +29,10 @@ if TYPE_CHECKING:
 
     from edge_runtime.compression.rans import Decoder, Encoder
 
-MANTISSA_BITS = 2
-CLASSES = 200
-"""Classes of gaps: values below 4 are their own class, above it each octave has four."""
-
 _DERIVED, _BANK, _TABLE = 0, 1, 3  # bank of 1 or 2 ranges, table of 1 to 4
 _KINDS = 7
-_PATTERN_OF_ZERO = 1024 << MANTISSA_BITS
-_SHAPES = (16, 12, 10, 8, 6, 4, 3)  # Weibull exponents in sixteenths
-_SCALES = 44  # of the Weibull laws: half octaves, the first at a quarter
 _LEAST_FOR_TABLE = 6
 _MAX_LEVEL = 64
-
-
-def class_base(classes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Smallest value of each class, and how many raw bits choose among its values."""
-    width = np.maximum((classes >> MANTISSA_BITS) - 1, 0)
-    mantissa = (classes & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
-    return np.where(classes >= 1 << MANTISSA_BITS, mantissa << width, classes), width
-
-
-def to_classes(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Class of each value >= 0 (exponential-Golomb with two bits of mantissa), and its number of raw bits."""
-    # exponent and two bits of mantissa of a float64 are the class of what is at least 4; exact below 2**53
-    pattern = values.astype(np.float64).view(np.int64)
-    classes = np.where(values < 1 << MANTISSA_BITS, values, (pattern >> 52 - MANTISSA_BITS) - _PATTERN_OF_ZERO)
-    return classes, np.maximum((classes >> MANTISSA_BITS) - 1, 0)
-
-
-def class_count(size: int) -> int:
-    """Classes of values below ``size``."""
-    return int(to_classes(np.array([max(size - 1, 0)], np.int64))[0][0]) + 1
-
-
-def expected_gaps(count: int, size: int) -> int:
-    """Row of the bank for the gaps of ``count`` hits among ``size`` places of which no more is known."""
-    ratio = (size + 1) // (count + 1)
-    return _SCALES + min(_SCALES - 1, (ratio * ratio).bit_length() + 3)
-
-
-@lru_cache(maxsize=1)
-def bank() -> NDArray[np.int64]:
-    """Weights ``[law, class]``: differences of ``exp(-(gap / scale) ** shape)``, in 40 bits."""
-    one = 1 << 40
-    # exp(-2**(j / 16)): sixteen values near 1 by their series, squared for each further octave
-    powers = [1 << 60]
-    for _ in range(4):
-        powers = [value for low, high in pairwise([*powers, 2 * powers[0]]) for value in (low, math.isqrt(low * high))]
-    decay = []
-    for power in powers:
-        x = power >> 36  # 2**(j / 16 - 16) in 40 bits
-        decay.append(one - x + (x * x >> 41) - x * x * x // (6 << 80))
-    for at in range(40 * 16):
-        decay.append(decay[at] * decay[at] >> 40)
-    survival = np.array(decay, np.int64)
-    base = class_base(np.arange(CLASSES))[0]
-    places = np.array([((value + 1) ** 16).bit_length() - 1 for value in base.tolist()])  # floor(16 * log2(value + 1))
-    scales = 8 * (np.arange(_SCALES) - 4)
-    steps = np.array(_SHAPES)[:, None, None] * (places[None, None, :] - scales[None, :, None]) // 16
-    alive = survival[np.clip(steps + 16 * 16, 0, survival.size - 1)].reshape(-1, CLASSES)
-    return np.maximum(alive - np.append(alive[:, 1:], np.zeros((len(alive), 1), np.int64), axis=1), one >> 13)
 
 
 @lru_cache(maxsize=32)
@@ -97,8 +42,7 @@ def _bank_costs(alphabet: int) -> NDArray[np.float64]:
     return costs
 
 
-def bank_model(law: int, alphabet: int) -> Model:
-    """The law ``law`` for gaps in the first ``alphabet`` classes."""
+def _bank_model(law: int, alphabet: int) -> Model:
     return Model(bank()[law, :alphabet].tolist())
 
 
@@ -132,7 +76,7 @@ def plan(symbols: NDArray[np.int64], alphabet: int, derived: int | None = None) 
 
     Args:
         symbols: ``[n]``, n > 0, below ``alphabet``.
-        alphabet: number of symbols, at most 4096; of gaps at most ``CLASSES``.
+        alphabet: number of symbols, at most 4096; of gaps at most 200.
         derived: law of the bank that the caller expects; None: the symbols are no gaps, all alike is expected.
     """
     before = np.concatenate([[0], symbols[:-1]])
@@ -173,12 +117,12 @@ def write(encoder: Encoder, plan: Plan, symbols: NDArray[np.int64], alphabet: in
     for row in plan.rows:
         if isinstance(row, int):
             write_uniform(encoder, row, len(bank()))
-            models.append(bank_model(row, alphabet))
+            models.append(_bank_model(row, alphabet))
         else:
             _write_levels(encoder, row, alphabet)
             models.append(_table_model(row))
     if not models:
-        models.append(uniform(alphabet) if derived is None else bank_model(derived, alphabet))
+        models.append(uniform(alphabet) if derived is None else _bank_model(derived, alphabet))
     if len(models) == 1:
         encoder.symbols(models[0], symbols)
         return
@@ -196,13 +140,13 @@ def read(decoder: Decoder, count: int, alphabet: int, derived: int | None = None
     if derived is None and _BANK <= kind < _TABLE:
         raise CodecError("a law of gaps stands where no gaps are")
     if kind == _DERIVED:
-        return decoder.symbols(uniform(alphabet) if derived is None else bank_model(derived, alphabet), count)
+        return decoder.symbols(uniform(alphabet) if derived is None else _bank_model(derived, alphabet), count)
     ranges = kind - (_BANK if kind < _TABLE else _TABLE) + 1
     splits = [read_uniform(decoder, alphabet) for _ in range(ranges - 1)]
     if any(high <= low for low, high in pairwise([0, *splits])):
         raise CodecError("the ranges of a model are not in order")
     if kind < _TABLE:
-        models = [bank_model(read_uniform(decoder, len(bank())), alphabet) for _ in range(ranges)]
+        models = [_bank_model(read_uniform(decoder, len(bank())), alphabet) for _ in range(ranges)]
     else:
         models = [read_table(decoder, alphabet) for _ in range(ranges)]
     if ranges == 1:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from edge_runtime.compression.base import Layout, Request, State, Vector
 
-_AUTO_LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 13, 15)
+_AUTO_LEVELS = (2, 3, 4, 5, 6, 7, 9, 11, 13, 15, 20, 28, 40, 64)
+_FEW_LEVELS = 15  # more pay only where there is half a bit per element of the vector, or all its entries fit
 _DENSITY_LEVELS = 15
 _USED = 0.985  # of the budget: the search stops there
 _TRIALS = 8
@@ -176,13 +177,16 @@ def within(vector: Vector, layout: Layout, budget_bytes: int, levels: int = 0) -
     Raises:
         CodecError: not even one entry fits.
     """
-    room = 8 * budget_bytes
-    largest = Largest(vector, min(vector.size, max(64, room // 4)))
+    room = 8 * max(0, budget_bytes)
+    largest = Largest(vector, min(vector.size, max(64, room // (4 if room < vector.size else 1))))
     if not largest.count:
         return Draft.of(vector, largest.top(0), layout, 1)
     count = min(largest.count, max(1, room // 8))
     if not levels:
-        levels, count = _choose(vector, layout, largest, count, room)
+        levels, chosen = _choose(vector, layout, largest, count, room)
+        if not 0.8 < chosen / count < 1.25:  # judged too far away
+            levels, chosen = _choose(vector, layout, largest, chosen, room)
+        count = chosen
     best: Draft | None = None
     low, high = 0, largest.count + 1  # fits, does not
     for _ in range(_TRIALS):
@@ -198,16 +202,16 @@ def within(vector: Vector, layout: Layout, budget_bytes: int, levels: int = 0) -
         if count <= low:
             break
     if best is None:
-        best = _least(vector, layout, largest, budget_bytes)
+        draft = Draft.of(vector, largest.top(1), layout, 1)
+        if len(draft.write()) <= budget_bytes:
+            return draft
+        raise CodecError(f"a budget of {budget_bytes} bytes is below the {len(draft.write())} that one entry needs")
     return best
 
 
-def _least(vector: Vector, layout: Layout, largest: Largest, budget_bytes: int) -> Draft:
-    draft = Draft.of(vector, largest.top(1), layout, 1)
-    needed = len(draft.write())
-    if needed > budget_bytes:
-        raise CodecError(f"a budget of {budget_bytes} bytes is below the {needed} that one entry needs")
-    return draft
+def least_bytes(vector: Vector, layout: Layout) -> int:
+    """Payload of the single largest entry of a vector that is not all zeros."""
+    return len(Draft.of(vector, Largest(vector, 1).top(1), layout, 1).write())
 
 
 def _choose(vector: Vector, layout: Layout, largest: Largest, count: int, room: int) -> tuple[int, int]:
@@ -215,10 +219,12 @@ def _choose(vector: Vector, layout: Layout, largest: Largest, count: int, room: 
     indices = largest.top(count)
     values = np.sort(vector[indices].astype(np.float64))
     places = positions.plan(indices, layout)
-    means = KMeans(values, _AUTO_LEVELS[-1])
+    many = 2 * room > vector.size or room > 12 * largest.count
+    choices = [levels for levels in _AUTO_LEVELS if levels <= _FEW_LEVELS or many]
+    means = KMeans(values, choices[-1])
     scale = float(np.abs(values).max())
     counts, errors = [], []
-    for levels in _AUTO_LEVELS:
+    for levels in choices:
         part = means.partition(levels, iterations=3)
         share = np.diff(part.bounds) / count
         bits = places.bits / count - float(share @ np.log2(share)) * _CONTEXT_GAIN
@@ -226,7 +232,7 @@ def _choose(vector: Vector, layout: Layout, largest: Largest, count: int, room: 
         counts.append(min(largest.count, max(1, int(spare / bits))))
         errors.append(part.sse / (scale * scale) * counts[-1] / count)
     best = int(np.argmin(np.array(errors) - largest.energy(np.array(counts))))
-    return _AUTO_LEVELS[best], counts[best]
+    return choices[best], counts[best]
 
 
 def decode(payload: memoryview | bytes, layout: Layout) -> Update:

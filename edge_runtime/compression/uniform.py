@@ -12,12 +12,13 @@ lanes; signs and low bits to the end.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edge_runtime.compression import sequences
+from edge_runtime.compression import gaps, sequences
 from edge_runtime.compression.bits import pack_fields, unpack_fields
 from edge_runtime.compression.container import read_varint, varint
 from edge_runtime.compression.rans import Decoder, Encoder
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _LARGE = 1 << 13  # elements from which on a tensor has a table and lanes of its own
 _STEP = struct.Struct("<f")
-_ROUNDING = 0.4
 _MOST_MULTIPLE = (1 << 23) - 1
 _TRIALS = 10
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -58,7 +58,7 @@ def encode_uniform(values: Vector, layout: Layout, budget_bytes: int) -> tuple[b
     if not peak:
         return None
     sample = _sample(values)
-    least = max(peak / _MOST_MULTIPLE, float(np.finfo(np.float32).smallest_subnormal))
+    least = _least_step(peak)
     aim = _AIM * 8 * budget_bytes / values.size
     best: tuple[bytes, Vector] | None = None
     low, high = 0.0, min(4 * peak, _FLOAT32_MAX)  # too fine, coarse enough
@@ -89,8 +89,8 @@ def expected_error(values: Vector, budget_bytes: int) -> float:
     """
     sample = _sample(values)
     peak = float(np.abs(values).max())
-    step = _step_for(sample, _AIM * 8 * budget_bytes / values.size, peak)
-    errors = sample - np.floor(sample / step + _ROUNDING) * step
+    step = max(_least_step(peak), _step_for(sample, _AIM * 8 * budget_bytes / values.size, peak))
+    errors = sample - _multiples(sample, step) * step
     return float(errors @ errors) * values.size / sample.size
 
 
@@ -100,7 +100,11 @@ def decode_uniform(payload: memoryview, layout: Layout) -> Vector:
     Raises:
         CodecError: damaged, or made for another layout.
     """
+    if len(payload) < _STEP.size:
+        raise CodecError("the step is cut off")
     (step,) = _STEP.unpack_from(payload)
+    if not math.isfinite(step):
+        raise CodecError("the step is not finite")
     length, at = read_varint(payload, _STEP.size, len(payload), len(payload))
     runs = _runs(layout)
     decoder = Decoder(payload[at : at + length])
@@ -108,14 +112,14 @@ def decode_uniform(payload: memoryview, layout: Layout) -> Vector:
     classes = np.empty(layout.size, np.int64)
     count = int(runs.small.sum())
     if count:
-        classes[runs.small] = sequences.read(decoder, count, sequences.CLASSES)
-    models = [sequences.read_table(decoder, sequences.CLASSES) for _ in runs.large]
+        classes[runs.small] = sequences.read(decoder, count, gaps.CLASSES)
+    models = [sequences.read_table(decoder, gaps.CLASSES) for _ in runs.large]
     decoder.finish()
     for (start, end), model in zip(runs.large, models, strict=True):
         length, at = read_varint(payload, at, len(payload), len(payload))
         classes[start:end] = decode_lanes(payload[at : at + length], model, end - start)
         at += length
-    base, widths = sequences.class_base(classes)
+    base, widths = gaps.class_base(classes)
     if widths.size and widths.max() > 23:
         raise CodecError("a multiple of the step is out of range")
     signed = base > 0
@@ -130,38 +134,40 @@ def decode_uniform(payload: memoryview, layout: Layout) -> Vector:
 def _encode(values: Vector, layout: Layout, step: float) -> tuple[bytes, Vector]:
     multiples = _quantise(values, step)
     magnitudes = np.abs(multiples)
-    classes, widths = sequences.to_classes(magnitudes)
+    classes, widths = gaps.to_classes(magnitudes)
     runs = _runs(layout)
     encoder = Encoder()
     small = classes[runs.small]
     if small.size:
-        sequences.write(encoder, sequences.plan(small, sequences.CLASSES), small, sequences.CLASSES)
+        sequences.write(encoder, sequences.plan(small, gaps.CLASSES), small, gaps.CLASSES)
     parts: list[bytes] = []
     for start, end in runs.large:
         part = classes[start:end]
-        model = sequences.write_table(encoder, np.bincount(part), sequences.CLASSES)
+        model = sequences.write_table(encoder, np.bincount(part), gaps.CLASSES)
         coded = encode_lanes(part, model)
         parts += [varint(len(coded)), coded]
     stream = encoder.finish()
     signed = magnitudes > 0
-    low = magnitudes - sequences.class_base(classes)[0]
+    low = magnitudes - gaps.class_base(classes)[0]
     fields = (low << 1 | (multiples < 0))[signed].astype(np.uint64)
     parts = [_STEP.pack(step), varint(len(stream)), stream, *parts, pack_fields(fields, widths[signed] + 1)]
     return b"".join(parts), _scaled(multiples, step)
 
 
 def _quantise(values: Vector, step: float) -> NDArray[np.int64]:
-    magnitudes = np.minimum(np.floor(np.abs(values).astype(np.float64) / step + _ROUNDING), _MOST_MULTIPLE)
-    signed: NDArray[np.int64] = np.copysign(magnitudes, values).astype(np.int64)
-    return signed
+    magnitudes = _multiples(np.abs(values).astype(np.float64), step)
+    return np.where(np.signbit(values), -magnitudes, magnitudes)
+
+
+def _multiples(magnitudes: NDArray[np.float64], step: float) -> NDArray[np.int64]:
+    """Multiples of the step, rounded towards zero the more the coarser the step is."""
+    rounding = 0.5 - 0.1 * min(1.0, step / max(4 * float(magnitudes.mean()), step * 1e-3))
+    return np.minimum(np.floor(magnitudes / step + rounding), _MOST_MULTIPLE).astype(np.int64)
 
 
 def _scaled(multiples: NDArray[np.int64], step: float) -> Vector:
     """Products in float64, which are exact, rounded once."""
-    wide = multiples * float(step)
-    if not np.isfinite(wide).all():
-        raise CodecError("the step is not finite")
-    vector: Vector = np.clip(wide, -_FLOAT32_MAX, _FLOAT32_MAX).astype(np.float32)
+    vector: Vector = np.clip(multiples * step, -_FLOAT32_MAX, _FLOAT32_MAX).astype(np.float32)
     return vector
 
 
@@ -173,6 +179,10 @@ def _runs(layout: Layout) -> _Runs:
     return _Runs(small, large)
 
 
+def _least_step(peak: float) -> float:
+    return max(peak / _MOST_MULTIPLE, 2.0**-149)
+
+
 def _sample(values: Vector) -> NDArray[np.float64]:
     sampled: NDArray[np.float64] = np.abs(values[:: max(1, values.size // _SAMPLE)]).astype(np.float64)
     return sampled
@@ -180,8 +190,8 @@ def _sample(values: Vector) -> NDArray[np.float64]:
 
 def _rate(sample: NDArray[np.float64], step: float) -> float:
     """Bits per element of a sample of magnitudes, float64 ``[n]``, at this step."""
-    multiples = np.minimum(np.floor(sample / step + _ROUNDING), _MOST_MULTIPLE).astype(np.int64)
-    classes, widths = sequences.to_classes(multiples)
+    multiples = _multiples(sample, step)
+    classes, widths = gaps.to_classes(multiples)
     counts = np.bincount(classes)
     counts = counts[counts > 0]
     bits = float(counts @ np.log2(sample.size / counts)) + float(widths.sum() + (multiples > 0).sum())

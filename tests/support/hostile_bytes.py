@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import zlib
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from backports import zstd
@@ -15,6 +15,10 @@ from edge_runtime.compression.container import unpack, varint
 from edge_runtime.compression.grid import SharedModel
 from edge_runtime.compression.pipeline import MODEL_CHANNEL, CodecSpec, encode
 from edge_runtime.compression.registry import codec_class
+from edge_runtime.errors import CodecError
+
+if TYPE_CHECKING:
+    from edge_runtime.compression.base import Value
 
 SNAPSHOT = "snapshot"  # stands among the codecs for the snapshots of a shared model
 LAYOUTS = {
@@ -31,6 +35,13 @@ LAYOUTS = {
     "none": {"delta": Layout((), ())},
     "large": {"delta": Layout(("w", "v"), ((300, 200), (5000,)))},
 }
+_FAMILIES: tuple[dict[str, Value], ...] = (  # of the default codec, each in its turn
+    {"family": "uniform", "target_ratio": 6.0},
+    {"family": "lowrank", "target_ratio": 8.0},
+    {},
+    {"family": "exact", "target_ratio": 0.7},
+    {"family": "sparse", "target_ratio": 12.0},
+)
 _BOMB = zstd.compress(bytes(1 << 24))
 _SPECIAL = (0, 1, 2, 0x7F, 0x80, 0x81, 0xFE, 0xFF)
 _NUMBERS = (0, 1, 2, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**64 - 1)
@@ -91,9 +102,16 @@ def _encoded(codec: str, name: str, variant: int) -> bytes:
         vectors[channel] = vector * np.float32((1, 1e-3, 0, 1, 0.01)[variant])
     if codec == SNAPSHOT:
         return SharedModel.start(vectors["delta"], LAYOUTS[name]["delta"]).encode()
-    options = {"density": 0.3} if variant == 3 and "density" in codec_class(codec).defaults else {}
+    options: dict[str, Value] = {}
+    if codec == "default":
+        options = _FAMILIES[variant]
+    elif variant == 3 and "density" in codec_class(codec).defaults:
+        options = {"density": 0.3}
     model = reference(name, predicted=variant == 4)
-    return encode(CodecSpec(codec, options), vectors, LAYOUTS[name], seed=variant, reference=model).data
+    try:
+        return encode(CodecSpec(codec, options), vectors, LAYOUTS[name], seed=variant, reference=model).data
+    except CodecError:  # a family that has no code for so small a layout
+        return encode(CodecSpec(codec), vectors, LAYOUTS[name], seed=variant, reference=model).data
 
 
 def make_case(blobs: list[Blob], seed: int, number: int) -> Case:

@@ -131,7 +131,7 @@ class RunShell:
             log.warning("update %s refused: this assignment belongs to device %s", update, known.device)
         reason = implausible(offer.meta)
         if reason:
-            meta = messages.UpdateMeta(round=0, model_version=offer.meta.model_version, samples=0, steps=0)
+            meta = messages.UpdateMeta(round=0, model_version=offer.meta.model_version, samples=1, steps=0)
             self._step(update.run, e.UpdateDamaged(now, update, offer.blob, meta, reason))
             return
         self._offer = offer

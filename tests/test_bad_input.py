@@ -34,7 +34,8 @@ from edge_runtime import messages, topics
 from edge_runtime.bundle import Bundle
 from edge_runtime.bundle.manifest import MANIFEST_NAME, PARAMETERS_NAME
 from edge_runtime.cli import main as agent_cli
-from edge_runtime.compression import encode
+from edge_runtime.compression.container import update_tag
+from edge_runtime.compression.pipeline import CodecSpec, encode
 from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta, UpdateOffer
 from edge_runtime.transport.paho import CallbackAPIVersion, MQTTProtocolVersion
 from edge_runtime.transport.paho import client as paho
@@ -58,6 +59,11 @@ deadline_s = 60.0
 [training]
 epochs = 1
 batch_size = 8
+[uplink]
+codec = "raw"
+max_norm = 1000.0
+[downlink]
+codec = "raw"
 """
 
 
@@ -352,11 +358,13 @@ class Raw:
         fields = {"update": UpdateId(job.run, "raw", job.assignment, 0), "blob": blob, "meta": meta, "first": first}
         return UpdateOffer(**{**fields, **changes})
 
-    def delta(self) -> bytes:
-        """An update that never was before."""
+    def delta(self, job: messages.Job, *, scale: float = 1.0, **changes: Any) -> bytes:
+        """An update for a job that never was before."""
         layout = Bundle.open(self.folder / "toy.bundle").layout()
-        vector = np.random.default_rng().normal(size=layout.size).astype(np.float32)
-        return encode("raw", {"delta": vector}, {"delta": layout})[0]
+        vector = np.random.default_rng().normal(scale=scale, size=layout.size).astype(np.float32)
+        tag = update_tag(UpdateId(job.run, "raw", job.assignment, 0))
+        fields = {"base_version": job.model_version, "tag": tag, **changes}
+        return encode(CodecSpec("raw"), {"delta": vector}, {"delta": layout}, **fields).data
 
     def status(self, run: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -410,13 +418,33 @@ def raw(tmp_path_factory: pytest.TempPathFactory, mosquitto_program: str) -> Ite
 def test_nan_in_an_update_is_refused_and_told(raw: Raw) -> None:
     """The update gets its verdict, the log one line, and status the reason why the job brought nothing."""
     job = raw.job()
-    offer = raw.offer(job, raw.delta()[:-4] + np.float32("nan").tobytes())
+    body = raw.delta(job)[:-8] + np.float32("nan").tobytes()
+    offer = raw.offer(job, body + zlib.crc32(body).to_bytes(4, "little"))
     with raw.one_line("update", str(offer.update), "refused"):
         raw.say(offer)
         verdict = raw.verdict(offer.update)
     assert not verdict.counted
     assert "NaN" in verdict.reason
     assert raw.status(job.run)["failures"] == [{"device": "raw", "round": 0, "reason": verdict.reason}]
+    coordinator_cli(["stop", job.run, "--state", str(raw.state)])
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tag": 77}, "the bytes are those of another update"),
+        ({"base_version": 5}, "relative to model version 5, expected 0"),
+        ({"scale": 1e6}, "1000 is the most that may be"),
+    ],
+)
+def test_updates_of_other_devices_versions_or_sizes_are_refused(raw: Raw, changes: dict[str, Any], said: str) -> None:
+    """A replayed update, one of another model, and a step longer than the plan allows reach no model."""
+    job = raw.job()
+    offer = raw.offer(job, raw.delta(job, **changes))
+    with raw.one_line("update", str(offer.update), said):
+        raw.say(offer)
+        assert not raw.verdict(offer.update).counted
     coordinator_cli(["stop", job.run, "--state", str(raw.state)])
 
 
@@ -427,6 +455,7 @@ IMPLAUSIBLE = {
         round=0, model_version=0, samples=5, steps=1, evaluation=Evaluation(samples=1, loss_sum=float("nan"))
     ),
     "samples": UpdateMeta(round=0, model_version=0, samples=1 << 63, steps=1),
+    "written bytes": UpdateMeta(round=0, model_version=0, samples=5, steps=1, written_bytes=1 << 63),
 }
 
 
@@ -435,7 +464,7 @@ IMPLAUSIBLE = {
 def test_figures_that_cannot_be_are_refused(raw: Raw, kind: str) -> None:
     """A loss of NaN or 2**63 samples must reach neither the model nor the database, which could not be read again."""
     job = raw.job()
-    offer = raw.offer(job, raw.delta(), meta=IMPLAUSIBLE[kind])
+    offer = raw.offer(job, raw.delta(job), meta=IMPLAUSIBLE[kind])
     with raw.one_line("update", str(offer.update), "refused"):
         raw.say(offer)
         assert not raw.verdict(offer.update).counted
@@ -488,9 +517,9 @@ def test_updates_of_unknown_devices_are_refused(raw: Raw) -> None:
     job = raw.job()
     stranger = UpdateId(job.run, "stranger", job.assignment, 0)
     with raw.one_line(f"update {stranger} refused: this assignment belongs to device raw"):
-        raw.say(raw.offer(job, raw.delta(), update=stranger), device="stranger")
+        raw.say(raw.offer(job, raw.delta(job), update=stranger), device="stranger")
     assert raw.status(job.run)["updates"] == {"counted": 0, "refused": 0, "pending": 0}
-    offer = raw.offer(job, raw.delta())
+    offer = raw.offer(job, raw.delta(job))
     raw.say(offer)
     assert raw.verdict(offer.update).counted
 
@@ -499,7 +528,7 @@ def test_updates_of_unknown_devices_are_refused(raw: Raw) -> None:
 def test_an_update_counts_once_however_often_it_comes(raw: Raw) -> None:
     """Offers before and after the verdict, and chunks that nobody asked for, change nothing."""
     job = raw.job()
-    offer = raw.offer(job, raw.delta())
+    offer = raw.offer(job, raw.delta(job))
     for _ in range(3):
         raw.say(offer)
     assert raw.verdict(offer.update).counted
@@ -514,7 +543,7 @@ def test_an_update_counts_once_however_often_it_comes(raw: Raw) -> None:
 def test_bad_chunks_are_refused_and_asked_again(raw: Raw) -> None:
     """A wrong CRC, a wrong length, a number that is not there and half a header: one line each, then the good one."""
     job = raw.job()
-    data = raw.delta()
+    data = raw.delta(job)
     offer = raw.offer(job, data, first=b"")
     raw.say(offer)
     wait_until(lambda: any(getattr(m, "sha256", "") == offer.blob.sha256 for m in raw.heard), 20, "the request")
@@ -528,6 +557,17 @@ def test_bad_chunks_are_refused_and_asked_again(raw: Raw) -> None:
     with raw.one_line("chunk packet of 7 bytes refused"):
         raw.say(good[:7], "chunk")
     raw.say(good, "chunk")
+    assert raw.verdict(offer.update).counted
+
+
+@pytest.mark.mosquitto
+def test_an_offer_that_is_all_of_its_update_is_checked(raw: Raw) -> None:
+    """Without a hash to compare with, the CRC decides; the good offer that follows counts."""
+    job = raw.job()
+    offer = raw.offer(job, raw.delta(job), blob=None)
+    with raw.one_line("the offer of update", str(offer.update), "carries a damaged chunk"):
+        raw.say(msgspec.structs.replace(offer, first=offer.first[:-1] + bytes([offer.first[-1] ^ 1])))
+    raw.say(offer)
     assert raw.verdict(offer.update).counted
 
 
@@ -558,12 +598,12 @@ def test_giants_do_not_fill_the_memory(raw: Raw) -> None:
 def test_a_model_offered_as_an_update_does_not_vanish(raw: Raw) -> None:
     """Refusing an "update" whose bytes are the run's model or bundle must not delete that model or bundle."""
     job = raw.job()
-    for number, blob in enumerate((job.model, job.bundle)):
+    for number, blob in enumerate((*job.model.blobs, job.bundle)):
         size = blob.size_bytes
         update = UpdateId(job.run, "raw", job.assignment, number)
         raw.say(raw.offer(job, b"", blob=BlobRef(sha256=blob.sha256, size_bytes=size), update=update, first=b""))
         assert not raw.verdict(update).counted
-    assert all((raw.state / "blobs" / blob.sha256).exists() for blob in (job.model, job.bundle))
+    assert all((raw.state / "blobs" / blob.sha256).exists() for blob in (*job.model.blobs, job.bundle))
     coordinator_cli(["stop", job.run, "--state", str(raw.state)])
 
 
@@ -573,7 +613,7 @@ JOB = messages.Job(
     round=0,
     model_version=0,
     bundle=BlobRef(sha256="cd" * 32, size_bytes=10_000_000_000),
-    model=BlobRef(sha256="ab" * 32, size_bytes=100),
+    model=messages.ModelRef(blobs=[BlobRef(sha256="ab" * 32, size_bytes=100)]),
     dataset="d",
     deadline_s=60.0,
     epochs=1,

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("coordinator.transfers")
 
-from coordinator.transfers import Downlink, Uplink, with_chunk_size
+from coordinator.transfers import Downlink, Uplink, named, with_chunk_size
 from edge_runtime import messages, topics
 from edge_runtime.agent.transfers import Downloads, Uploads
 from edge_runtime.messages import BlobRef, UpdateId, UpdateMeta
@@ -160,7 +160,7 @@ class Server:
                 self.needs.append((device, need))
                 self.downlink.on_need(device, need)
             case messages.UpdateOffer() as offer:
-                self.uplink.fetch(self.store, offer)
+                self.uplink.fetch(self.store, named(offer))
 
     def close(self) -> None:
         self.uplink.reset()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edge_runtime.compression.rans import Decoder, Encoder
 
 MAX_LEVELS = 64
-_GROUPS = 160
+_GROUPS = 128
 _ITERATIONS = 30
 _EXPONENT_BIAS = 82
 _EXPONENT_BITS = 8

@@ -162,7 +162,12 @@ def _exact(values: Vector, room: int) -> _Coded | None:
 
 
 def _coded(family: int, payload: bytes, update: Update, values: Vector) -> _Coded:
-    return _Coded(family, payload, update, _energy(update.subtracted_from(values)))
+    rest = values.astype(np.float64)  # a difference of float32 may be infinite
+    if update.indices is None:
+        rest -= update.values
+    else:
+        rest[update.indices] -= update.values
+    return _Coded(family, payload, update, float(rest @ rest))
 
 
 def _better(one: _Coded | None, other: _Coded | None) -> _Coded | None:

@@ -141,8 +141,8 @@ def _cluster(values: Vector, clusters: int) -> tuple[NDArray[np.int64], Vector]:
         counts = np.bincount(labels, minlength=clusters)
         sums = np.bincount(labels, wide, minlength=clusters)
         means = np.where(counts > 0, sums / np.maximum(counts, 1), means)
-    used, compact = np.unique(labels, return_inverse=True)
-    return compact.reshape(-1).astype(np.int64), means[used].astype(np.float32)
+    used = counts > 0
+    return (np.cumsum(used) - 1)[labels], means[used].astype(np.float32)
 
 
 def _label_bits(encoding: str, labels: NDArray[np.int64]) -> int:

@@ -88,23 +88,21 @@ def plan(symbols: NDArray[np.int64], alphabet: int, derived: int | None = None) 
     joint: NDArray[np.int64] = single[None, :]
     if count >= 2 * _LEAST_FOR_TABLE:
         joint = np.bincount(before * alphabet + symbols, minlength=alphabet * alphabet).reshape(alphabet, alphabet)
-    for ranges in range(1, 5):
-        if count < _LEAST_FOR_TABLE * ranges * ranges:
-            break
-        splits = _splits(joint, ranges) if ranges > 1 else []
-        if len(splits) != ranges - 1:
-            continue
-        counts = np.add.reduceat(joint, [0, *splits], axis=0)
+    divisions = _divisions(joint, count)
+    tables = _table_costs(np.concatenate([counts for _, counts in divisions])) if divisions else np.empty(0)
+    at = 0
+    for splits, counts in divisions:
+        ranges = len(counts)
         bits = head + len(splits) * math.log2(alphabet)
         if derived is not None and ranges <= 2:
             costs = _bank_costs(alphabet) @ counts.T
-            laws = costs.argmin(axis=0)
             total = bits + float(costs.min(axis=0).sum()) + ranges * math.log2(len(bank()))
             if total < best.bits:
-                best = Plan(total, _BANK + ranges - 1, splits, laws.tolist())
-        tabled = bits + sum(_table_cost(row) for row in counts)
-        if tabled < best.bits:
-            best = Plan(tabled, _TABLE + ranges - 1, splits, [_levels(row) for row in counts])
+                best = Plan(total, _BANK + ranges - 1, splits, costs.argmin(axis=0).tolist())
+        total = bits + float(tables[at : at + ranges].sum())
+        if total < best.bits:
+            best = Plan(total, _TABLE + ranges - 1, splits, [_levels(row) for row in counts])
+        at += ranges
     return best
 
 
@@ -156,12 +154,17 @@ def read(decoder: Decoder, count: int, alphabet: int, derived: int | None = None
     return decoder.chain(after, count)
 
 
-def _splits(joint: NDArray[np.int64], ranges: int) -> list[int]:
-    """Where to divide the symbol before, so that the parts are about as frequent; fewer if they would be empty."""
+def _divisions(joint: NDArray[np.int64], count: int) -> list[tuple[list[int], NDArray[np.int64]]]:
+    """Ways to divide the symbol before into ranges that are about as frequent, with the counts ``[range, symbol]``."""
     below = np.cumsum(joint.sum(axis=1))
-    wanted = below[-1] * np.arange(1, ranges) / ranges
-    splits = np.unique(np.searchsorted(below, wanted) + 1)
-    return [int(split) for split in splits if split < len(joint) and below[split - 1] < below[-1]]
+    found = []
+    for ranges in range(1, 5):
+        if count < _LEAST_FOR_TABLE * ranges * ranges:
+            break
+        splits: list[int] = sorted({*(np.searchsorted(below, below[-1] * np.arange(1, ranges) / ranges) + 1).tolist()})
+        if len(splits) == ranges - 1 and (not splits or below[splits[-1] - 1] < below[-1]):
+            found.append((splits, np.add.reduceat(joint, [0, *splits], axis=0)))
+    return found
 
 
 def _levels(counts: NDArray[np.int64]) -> list[int]:
@@ -189,7 +192,6 @@ def _delta_model(absent: int) -> Model:
 _AFTER = (_delta_model(1 << 15), _delta_model(1 << 12))  # after an absent symbol, after a present one
 _AFTER_COSTS = [model.costs for model in _AFTER]
 _FIRST_LEVEL = 9
-_BEFORE = np.array([-1])
 
 
 def _steps(levels: list[int]) -> Iterator[tuple[int, int]]:
@@ -201,18 +203,22 @@ def _steps(levels: list[int]) -> Iterator[tuple[int, int]]:
         last, context = level or last, int(level > 0)
 
 
-def _table_cost(counts: NDArray[np.int64]) -> float:
-    """Bits of a table and of the symbols that it codes, very nearly."""
-    present = counts.nonzero()[0]
-    logarithms = np.rint(2 * np.log2(counts[present]))
-    deltas = (logarithms - np.concatenate([_BEFORE + _FIRST_LEVEL, logarithms[:-1]])).astype(np.int64)
-    gaps = present - np.concatenate([_BEFORE, present[:-1]])
-    steps = np.where(deltas > 0, 2 * deltas, 1 - 2 * deltas)
-    table = _AFTER_COSTS[1][steps] + (gaps > 1) * (_AFTER_COSTS[0][steps] - _AFTER_COSTS[1][steps])
-    absent = (gaps > 1).sum() * _AFTER_COSTS[1][0] + np.maximum(gaps - 2, 0).sum() * _AFTER_COSTS[0][0]
-    weights = np.exp2(logarithms / 2)
-    coded = counts[present] @ (np.log2(weights.sum()) - logarithms / 2)
-    return float(table.sum() + absent + coded) + math.log2(counts.size)
+def _table_costs(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Bits of a table and of the symbols that it codes, very nearly, for each row; all have a count above 0."""
+    row, symbol = counts.nonzero()
+    first = np.searchsorted(row, np.arange(len(counts)))
+    present = counts[row, symbol]
+    logarithms = np.rint(2 * np.log2(present))
+    deltas, skipped = logarithms.copy(), symbol.copy()
+    deltas[1:] -= logarithms[:-1]
+    skipped[1:] -= symbol[:-1] + 1
+    deltas[first], skipped[first] = logarithms[first] - (_FIRST_LEVEL - 1), symbol[first]
+    steps = np.where(deltas > 0, 2 * deltas, 1 - 2 * deltas).astype(np.int64)
+    table = np.where(skipped > 0, _AFTER_COSTS[0][steps] + _AFTER_COSTS[1][0], _AFTER_COSTS[1][steps])
+    table += np.maximum(skipped - 1, 0) * _AFTER_COSTS[0][0] - present * logarithms / 2
+    weights = np.add.reduceat(np.exp2(logarithms / 2), first)
+    costs: NDArray[np.float64] = np.add.reduceat(table, first) + counts.sum(axis=1) * np.log2(weights)
+    return costs + math.log2(counts.shape[1])
 
 
 def write_table(encoder: Encoder, counts: NDArray[np.int64], alphabet: int) -> Model:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LARGE = 1 << 13  # elements from which on a tensor has a table and lanes of its own
 _STEP = struct.Struct("<f")
 _MOST_MULTIPLE = (1 << 23) - 1
-_TRIALS = 10
+_TRIALS = 16
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _SAMPLE = 1 << 14
 _AIM, _ENOUGH = 0.99, 0.97  # share of the budget that is aimed at, and that is enough
@@ -63,7 +63,7 @@ def encode_uniform(values: Vector, layout: Layout, budget_bytes: int) -> tuple[b
     best: tuple[bytes, Vector] | None = None
     low, high = 0.0, min(4 * peak, _FLOAT32_MAX)  # too fine, coarse enough
     step = min(max(least, _step_for(sample, aim, peak)), high)
-    for _ in range(_TRIALS):
+    for trial in range(_TRIALS):
         step = float(np.float32(step))
         payload, vector = _encode(values, layout, step)
         if len(payload) <= budget_bytes:
@@ -74,7 +74,7 @@ def encode_uniform(values: Vector, layout: Layout, budget_bytes: int) -> tuple[b
             low = step
         rate = _rate(sample, step) * _AIM * budget_bytes / max(1, len(payload))  # the sample's rate is off as much
         guess = max(least, _step_for(sample, rate, peak))
-        step = guess if low < guess < high else max(least, (low or least) ** 0.5 * high**0.5)
+        step = guess if low < guess < high and (best or trial < 4) else max(least, (low or least) ** 0.5 * high**0.5)
         if low and high < 1.0005 * low:
             break
     return best

@@ -34,7 +34,6 @@ bundle = "har.bundle"
 dataset = "windows"
 rounds = {rounds}
 seed = {seed}
-codec = "{codec}"
 test_set = "test.npz"
 evaluate_on_devices = false
 server_method = "fedavgm"
@@ -49,7 +48,7 @@ deadline_s = 300.0
 epochs = {epochs}
 batch_size = {batch_size}
 hyper = {{ lr = {lr} }}
-"""
+{tables}"""
 
 
 def main() -> int:
@@ -78,6 +77,11 @@ def main() -> int:
         "rounds": federated["rounds"],
         "bytes_up": federated["bytes_up"],
         "bytes_down": federated["bytes_down"],
+        "bytes_bundle": federated["bytes_bundle"],
+        "ratio_up": federated["ratio_up"],
+        "ratio_down": federated["ratio_down"],
+        "encode_cpu_ms_per_update": federated["encode_cpu_ms"],
+        "written_bytes_per_update": federated["written_bytes"],
         "seconds": round(federated["seconds"], 1),
         "seconds_centralised": round(time.monotonic() - began, 1),
     }
@@ -127,7 +131,7 @@ def run_federated(
         plan = PLAN.format(
             rounds=options.rounds,
             seed=options.seed,
-            codec=options.codec,
+            tables=_tables(options),
             devices=len(shares),
             epochs=options.epochs,
             batch_size=options.batch_size,
@@ -174,6 +178,19 @@ def train_centralised(
     return float((predicted == test[1]).mean())
 
 
+def _tables(options: argparse.Namespace) -> str:
+    """The plan's tables of codecs, where they are not the product's default."""
+    text = ""
+    for table, codec, ratio in (
+        ("uplink", options.codec, options.ratio),
+        ("downlink", options.downlink_codec, options.downlink_ratio),
+    ):
+        text += f"\n[{table}]\n" if codec or ratio else ""
+        text += f'codec = "{codec}"\n' if codec else ""
+        text += f"target_ratio = {ratio}\n" if ratio else ""
+    return text
+
+
 def _show_round(entry: dict[str, Any]) -> None:
     accuracy = "" if entry["accuracy"] is None else f", accuracy {entry['accuracy']:.4f}"
     print(
@@ -189,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--batch-size", type=int, default=32, help="samples in a step")
     result.add_argument("--lr", type=float, default=0.002, help="learning rate of Adam, on devices and centralised")
     result.add_argument("--server-momentum", type=float, default=0.8, help="momentum of FedAvgM")
-    result.add_argument("--codec", default="zstd", help="codec of the updates")
+    result.add_argument("--codec", help="codec of the updates (default: the product's)")
+    result.add_argument("--ratio", type=float, help="float32 bytes of an update over its own (default: the codec's)")
+    result.add_argument("--downlink-codec", help="codec of the models (default: the product's)")
+    result.add_argument("--downlink-ratio", type=float, help="the same of the changes of the model")
     result.add_argument("--seed", type=int, default=1, help="of the run and the centralised training")
     result.add_argument("--work", type=Path, default=None, help="folder on a real disk for the state")
     return result

@@ -2,11 +2,11 @@
 
     python -m benchmarks.round_overhead --devices 2 --parameters 60000 --rounds 30
 
-mosquitto, ``edge-coordinator serve`` and ``edge-agent run`` (with its worker) as a user starts them; raw codec, spool
-and fsync on both ends. Agents run from an environment with the device's dependencies only. The model's parameters are
-perturbed instead of trained. A round lasts from its opening (the jobs are sent) to its closing (the next model is on
-disk). Idle figures are taken after the run, when the lingering worker has ended, over a window that holds keepalive
-and telemetry.
+mosquitto, ``edge-coordinator serve`` and ``edge-agent run`` (with its worker) as a user starts them; raw codec unless
+``--codec`` names another, spool and fsync on both ends. Agents run from an environment with the device's dependencies
+only. The model's parameters are perturbed instead of trained. A round lasts from its opening (the jobs are sent) to its
+closing (the next model is on disk). Idle figures are taken after the run, when the lingering worker has ended, over a
+window that holds keepalive and telemetry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.device_install import install
 from benchmarks.perturbing_bundle import write_perturbing_bundle
 from benchmarks.report import parser, print_report
 from benchmarks.testbed import Testbed, cpu_s, memory_mb
-from coordinator.plan import Participation, Plan, Training
+from coordinator.plan import Downlink, Participation, Plan, Training, Uplink
 from coordinator.store import Store
 from coordinator.submission import submit
 
@@ -137,6 +137,8 @@ def _plan(folder: Path, options: argparse.Namespace, rounds: int) -> Plan:
         rounds=rounds,
         participation=Participation(target=options.devices, minimum=options.devices, deadline_s=120.0),
         training=Training(steps=1, batch_size=8),
+        uplink=Uplink(codec=options.codec),
+        downlink=Downlink(codec=options.codec),
         evaluate_on_devices=False,
     )
 
@@ -204,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--devices", type=int, default=2, help="how many agents")
     result.add_argument("--parameters", type=int, default=60000, help="float32 numbers in the model")
     result.add_argument("--rounds", type=int, default=30, help="measured rounds")
+    result.add_argument("--codec", default="raw", help="of updates and models")
     result.add_argument("--idle-s", type=float, default=130.0, help="length of the idle window")
     result.add_argument("--work", type=Path, default=None, help="folder on a real disk for the state")
     return result

@@ -13,7 +13,7 @@ from edge_runtime.messages import Name
 if TYPE_CHECKING:
     from pathlib import Path
 
-DEFAULT_CODEC = "zstd"  # both ways, where a plan names none
+DEFAULT_CODEC = "default"  # both ways, where a plan names none
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

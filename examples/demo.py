@@ -32,7 +32,6 @@ bundle = "{bundle}"
 dataset = "digits"
 rounds = {rounds}
 seed = {seed}
-codec = "zstd"
 test_set = "test.npz"
 
 [participation]
@@ -122,10 +121,25 @@ def _show_round(entry: dict[str, Any]) -> None:
 
 
 def _table(summary: dict[str, Any]) -> None:
+    updates = sum(entry["updates"] for entry in summary["history"])
+    dense = 4 * summary["elements"] * updates
+    models = summary["bytes_down"] - summary["bytes_bundle"]
     _say("")
-    for key in ("run", "status", "accuracy", "rounds", "devices", "bytes_up", "bytes_down", "seconds"):
+    for key in ("run", "status", "accuracy", "rounds", "devices", "seconds"):
         value = summary[key]
         _say(f"  {key:12s} {value:.4f}" if isinstance(value, float) else f"  {key:12s} {value}")
+    if updates:
+        _say(f"\n  {'':12s} {'sent':>12s} {'as float32':>12s} {'saving':>8s}")
+        for name, sent, ratio in (
+            ("updates up", summary["bytes_up"], summary["ratio_up"]),
+            ("models down", models, summary["ratio_down"]),
+        ):
+            _say(f"  {name:12s} {sent / 1e3:9.1f} kB {dense / 1e3:9.1f} kB {ratio or 0:7.1f}x")
+        _say(f"  {'bundle':12s} {summary['bytes_bundle'] / 1e3:9.1f} kB, once for each device")
+        _say(
+            f"\n  per update: {summary['encode_cpu_ms']:.1f} ms of CPU to encode, "
+            f"{summary['written_bytes'] / 1e3:.1f} kB written to the device's storage"
+        )
 
 
 def _say(text: str) -> None:

@@ -139,11 +139,12 @@ class FederatedRun:
             seed=round_ * 1009 + device,
             base_version=round_,
             tag=update_tag(name),
+            reference=held,
         )
         self._encode_cpu_s += time.process_time() - began
         self._states[device] = encoded.state
         self._wire.update(name, encoded.data, round_, self._samples[device])
-        return decode(encoded.data, layouts, base_version=round_, tag=update_tag(name))["delta"]
+        return decode(encoded.data, layouts, base_version=round_, tag=update_tag(name), reference=held)["delta"]
 
     def _budget(self, device: int) -> int | None:
         """Bytes of one update, so that all packets together come to the ratio."""
@@ -168,9 +169,11 @@ class FederatedRun:
             layouts,
             budget_bytes=None if ratio is None else int(size / ratio - wire.job_bytes),
             base_version=round_,
+            reference=self._shared.vector,
         )
         wire.change_bytes = len(change.data)
-        self._shared = self._shared.plus(decode(change.data, layouts)["model"].vector())
+        decoded = decode(change.data, layouts, reference=self._shared.vector)["model"]
+        self._shared = self._shared.plus(decoded.vector())
 
 
 def main() -> int:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from edge_runtime.compression.lowrank_search import Weights
 
 _ATTEMPTS = 6
-_SMALL = 200_000  # parameters
 
 
 def encode_low_rank(
@@ -61,15 +60,7 @@ def encode_low_rank(
         raise CodecError("an update with values that are not finite cannot be encoded")
     exponent = math.frexp(peak)[1]
     scaled = np.ldexp(values, -exponent) if peak else values
-    tried = [_encode(scaled, exponent, layout, budget_bytes, known) for known in _choices(layout, weights)]
-    if len(tried) == 1:
-        return tried[0]
-    return min(tried, key=lambda encoded: float(np.square(np.ldexp(encoded[1], -exponent) - scaled).sum()))
-
-
-def _choices(layout: Layout, weights: Weights) -> list[Weights]:
-    """With the pairs of layers and without, where trying both costs little; the better one is not known before."""
-    return [weights, []] if weights and layout.size <= _SMALL else [weights]
+    return _encode(scaled, exponent, layout, budget_bytes, weights)
 
 
 def _encode(scaled: Vector, exponent: int, layout: Layout, budget_bytes: int, weights: Weights) -> tuple[bytes, Vector]:

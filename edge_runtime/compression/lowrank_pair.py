@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RANK = 8
 MAX_OUTPUTS = 64
+MIN_UNITS = 256  # with fewer, the factors of the two layers cost no more than the code of the pair
 BUCKETS = 8
 LEVEL_BITS = 4
 INPUT_LIMIT = (1 << 10) - 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edge_runtime.compression.lowrank_coefficients import best_tables
+from edge_runtime.compression.lowrank_factors import quantise
 from edge_runtime.compression.lowrank_pair import (
     BUCKETS,
     INPUT_LIMIT,
@@ -47,15 +48,6 @@ class FittedPair(NamedTuple):
     gains: list[float]
 
 
-def quantise(values: NDArray[np.float32], step: float, offset: float) -> NDArray[np.float32]:
-    """Rounds ``values / step`` to whole numbers; ``offset`` 0.5 is to the nearest, less favours 0."""
-    scaled = np.abs(values)
-    scaled *= np.float32(1 / step)
-    scaled += np.float32(offset)
-    np.floor(scaled, out=scaled)
-    return np.copysign(scaled, values)
-
-
 def fit_pair(
     first: Matrix, second: Matrix, weights: tuple[Integers, Integers], step: float, price: float
 ) -> FittedPair | None:
@@ -73,7 +65,7 @@ def fit_pair(
     if fitted is None:
         return None
     scales, directions, levels = fitted
-    inputs = quantise(directions * scales.astype(np.float32)[:, None], step * _FINER, 0.42)
+    inputs = quantise(directions * scales.astype(np.float32)[:, None], step * _FINER)
     inputs = np.clip(inputs, -INPUT_LIMIT, INPUT_LIMIT)
     bits, _ = best_tables(inputs)
     outputs = len(second)

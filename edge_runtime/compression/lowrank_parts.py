@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edge_runtime.compression.lowrank_pair import MAX_OUTPUTS
+from edge_runtime.compression.lowrank_pair import MAX_OUTPUTS, MIN_UNITS
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def parts(layout: Layout) -> Parts:
 
     A tensor of at least 256 elements and two dimensions is a matrix of its first dimension times the rest (each up to
     2**18); the tensor
-    after it is its bias if the shape fits. Of dense layers in a row the last two make a pair.
+    after it is its bias if the shape fits. Two dense layers with at least 256 units between
+    them and at most 64 outputs make a pair.
 
     Raises:
         CodecError: more than 2**31 elements.
@@ -101,7 +102,8 @@ def _parts(shapes: tuple[tuple[int, ...], ...]) -> Parts:
         start += size
     pairs: list[int] = []
     for index, (one, two) in reversed(list(enumerate(pairwise(matrices)))):
-        fits = two.columns == one.rows and 1 < two.rows <= MAX_OUTPUTS and min(one.bias, two.bias) >= 0
-        if fits and dense[index] and dense[index + 1] and (not pairs or index < pairs[-1] - 1):
+        wide = two.columns == one.rows >= MIN_UNITS and 1 < two.rows <= MAX_OUTPUTS
+        flat = dense[index] and dense[index + 1] and min(one.bias, two.bias) >= 0
+        if wide and flat and (not pairs or index < pairs[-1] - 1):
             pairs.append(index)
     return Parts(tuple(matrices), tuple(reversed(pairs)), tuple(chunks))

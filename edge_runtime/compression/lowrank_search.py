@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edge_runtime.compression.lowrank_coefficients import LIMIT, best_tables
+from edge_runtime.compression.lowrank_factors import Coded, Factored, code, components, left_factor, quantise
 from edge_runtime.compression.lowrank_format import (
     EXPONENT_BITS,
-    GAIN_BITS,
-    LEAST_GAIN,
     MANTISSA_BITS,
     PAIR_RANK_BITS,
     PAIR_SHIFT_BITS,
     RANK_BITS,
     CodedPair,
-    Component,
     Content,
     split_outputs,
 )
 from edge_runtime.compression.lowrank_pair import BUCKETS, LEVEL_BITS
-from edge_runtime.compression.lowrank_pair_fit import fit_pair, quantise
+from edge_runtime.compression.lowrank_pair_fit import fit_pair
 from edge_runtime.compression.lowrank_parts import parts
-from edge_runtime.compression.lowrank_product import GAIN_CENTRE, NORM_BITS, PAIR_GAIN_BITS, pair_gain, unit_scale
+from edge_runtime.compression.lowrank_product import PAIR_GAIN_BITS, pair_gain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,44 +35,23 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Weights = list[tuple[Integers, Integers]]
 
-PRICE = 0.14  # squared steps a bit must save: 2 ln 2 / 12 at high rate
-ROUNDING = 0.42
+PRICE = 0.12  # squared steps a bit must save: 2 ln 2 / 12 at high rate
 _STEP = (0.0055, 4120.0, 0.7)  # first guess: relative to the norm at that many bytes, and the power of the bytes
 _BITS_PER_ROW = 1.2  # of a component that pays, about
-_TRIALS, _REFINEMENTS = 4, 5
+_TRIALS, _REFINEMENTS = 6, 5
 _SLOPE = 2.2  # bits grow with this power of 1 / step, about
 _EXCESS, _MOST = 1.7, 2.0  # bits of all that pays, relative to those there are: aim and most
 _LARGE = 0.2  # share of all bits from which a component may be worth a larger step
 _AIM, _WINDOW = 0.997, 0.993  # share of the bits that is aimed at, and that ends the search
-_RIDGE = 1e-7
 _PAIR_SAVES = 2.0  # squared error a pair must save, relative to the price of its bits
-
-
-class _Factored(NamedTuple):
-    """What is left of a matrix, ``[rows, width]``, and ``U s`` as rows ``[k, rows]``."""
-
-    rest: Array
-    left: Array
 
 
 class _Problem(NamedTuple):
     """What there is to code, and the step below which coefficients would pass their limit."""
 
-    factored: list[_Factored]
+    factored: list[Factored]
     chunks: list[Array]
     least_step: float
-
-
-class _Coded(NamedTuple):
-    """Quantised components ``[k, rows]`` and ``[k, width]``, tables, rest times left; bits, squared error saved."""
-
-    left: Array
-    right: Array
-    left_tables: NDArray[np.int64]
-    right_tables: NDArray[np.int64]
-    product: Array
-    bits: NDArray[np.float64]
-    saved: NDArray[np.float64]
 
 
 class _Chunks(NamedTuple):
@@ -90,7 +67,7 @@ class _Trial(NamedTuple):
     """All that could be sent with one step: bits and saved squared errors of components and chunks, end to end."""
 
     step: float
-    matrices: list[_Coded]
+    matrices: list[Coded]
     chunks: _Chunks
     bits: NDArray[np.float64]
     saved: NDArray[np.float64]
@@ -112,22 +89,28 @@ def search(values: Vector, layout: Layout, budget_bits: float, weights: Weights)
     share, at, power = _STEP
     step = norm * share * (8 * at / max(budget_bits, 8.0)) ** power
     found = _search(values, layout, budget_bits, weights, step)
-    if found is not None and any(found.pairs) and not 2 / 3 < found.step / step < 1.5:
-        found = _search(values, layout, budget_bits, weights, found.step)
-    return found
+    if found is not None and any(found[0].pairs) and not 2 / 3 < found[0].step / step < 1.5:
+        again = _search(values, layout, budget_bits, weights, found[0].step)
+        found = found if again is None else max(found, again, key=lambda result: result[1])
+    return None if found is None else found[0]
 
 
-def _search(values: Vector, layout: Layout, budget_bits: float, weights: Weights, step: float) -> Content | None:
+def _search(
+    values: Vector, layout: Layout, budget_bits: float, weights: Weights, step: float
+) -> tuple[Content, float] | None:
+    """The content for pairs coded with this step, and the squared error that it saves."""
     plan = parts(layout)
     rests = [matrix.take(values) for matrix in plan.matrices]
     pairs: list[tuple[FittedPair, tuple[int, ...]] | None] = []
+    saved = -sum(float(np.vdot(rest, rest)) for rest in rests)
     bits = 1.0 + EXPONENT_BITS + MANTISSA_BITS + RANK_BITS * len(rests) + len(plan.chunks)
     for index, known in zip(plan.pairs, weights or repeat(None), strict=False):
         pair, spent = (None, 0.0) if known is None else _pair(rests, index, known, step)
         pairs.append(pair)
         bits += spent + PAIR_RANK_BITS
+    saved += sum(float(np.vdot(rest, rest)) for rest in rests)
     ranks = [min(m.rank, 4 + int(budget_bits / (_BITS_PER_ROW * (m.rows + m.width)))) for m in plan.matrices]
-    factored = [_Factored(rest, left_factor(rest, rank)) for rest, rank in zip(rests, ranks, strict=True)]
+    factored = [Factored(rest, left_factor(rest, rank)) for rest, rank in zip(rests, ranks, strict=True)]
     chunks = [values[start : start + size] for start, size in plan.chunks]
     if budget_bits <= bits:
         return None
@@ -140,15 +123,15 @@ def _search(values: Vector, layout: Layout, budget_bits: float, weights: Weights
     coded_pairs = [None if pair is None else _with_gains(*pair, best.step) for pair in pairs]
     if any(pair is not None and coded is None for pair, coded in zip(pairs, coded_pairs, strict=True)):
         return _search(values, layout, budget_bits, [], step)  # a gain that the format does not hold
-    components = []
+    sent = []
     start = 0
     for coded in best.matrices:
         end = start + len(coded.bits)
-        components.append(_components(coded, np.flatnonzero(chosen[start:end]), best.step))
+        sent.append(components(coded, np.flatnonzero(chosen[start:end]), best.step))
         start = end
-    sent = zip(chosen[start:].tolist(), best.chunks.numbers, best.chunks.tables, strict=True)
-    listed = [(numbers.astype(np.float64), table) if used else None for used, numbers, table in sent]
-    return Content(best.step, coded_pairs, components, listed)
+    rest = zip(chosen[start:].tolist(), best.chunks.numbers, best.chunks.tables, strict=True)
+    listed = [(numbers.astype(np.float64), table) if used else None for used, numbers, table in rest]
+    return Content(best.step, coded_pairs, sent, listed), float(best.saved[chosen].sum()) - saved
 
 
 def _pair(
@@ -162,17 +145,20 @@ def _pair(
         return None, 0.0
     tables, bits = _pair_tables(fitted)
     left_over = [
-        rest - (left.astype(np.float32) * np.float32(gain)) @ right.T.astype(np.float32)
+        _without(rest, left, right, gain)
         for rest, (left, right), gain in zip(both, fitted.factors, fitted.gains, strict=True)
     ]
-    saved = sum(
-        float(np.vdot(before, before)) - float(np.vdot(after, after))
-        for before, after in zip(both, left_over, strict=True)
-    )
+    saved = sum(float(np.vdot(rest, rest)) for rest in both) - sum(float(np.vdot(rest, rest)) for rest in left_over)
     if saved < _PAIR_SAVES * price * bits:
         return None, 0.0
     rests[index : index + 2] = left_over
     return (fitted, tables), bits
+
+
+def _without(rest: Array, left: Integers, right: Integers, gain: float) -> Array:
+    out: Array = (left * gain).astype(np.float32) @ right.T.astype(np.float32)
+    np.subtract(rest, out, out=out)
+    return out
 
 
 def _with_gains(fitted: FittedPair, tables: tuple[int, ...], step: float) -> CodedPair | None:
@@ -188,29 +174,6 @@ def _pair_tables(fitted: FittedPair) -> tuple[tuple[int, ...], float]:
     bits = sum(float(cost[0]) for cost, _ in costs)
     bits += LEVEL_BITS * BUCKETS + 2 * (PAIR_GAIN_BITS + PAIR_SHIFT_BITS)
     return tuple(int(table[0]) for _, table in costs), bits
-
-
-def left_factor(matrix: Array, rank: int) -> Array:
-    """Left singular vectors times singular values, as rows ``[k, rows]``, k up to ``rank``.
-
-    Narrow matrices by the eigenvectors of the smaller Gram matrix; others by randomised subspace iteration (Halko,
-    Martinsson, Tropp, "Finding structure with randomness", arXiv 0909.4061, algorithm 4.4), with a fixed seed.
-    """
-    rows, columns = matrix.shape
-    if rows <= 96:
-        values, vectors = np.linalg.eigh((matrix @ matrix.T).astype(np.float64))
-        scales = np.sqrt(np.maximum(values[::-1][:rank], 0.0))
-        return np.ascontiguousarray((vectors[:, ::-1][:, :rank] * scales).T, np.float32)
-    if columns <= 96:
-        basis = np.eye(columns, dtype=np.float32)
-    else:
-        start = np.random.default_rng(0).standard_normal((columns, min(rank + 4, columns, rows)))
-        basis = start.astype(np.float32)
-        for _ in range(2):
-            basis = np.linalg.qr(matrix.T @ (matrix @ basis))[0]
-    image = matrix @ basis
-    _, vectors = np.linalg.eigh((image.T @ image).astype(np.float64))
-    return np.ascontiguousarray((image @ vectors[:, ::-1][:, :rank].astype(np.float32)).T)
 
 
 def _fill(problem: _Problem, target: float, step: float) -> tuple[_Trial, NDArray[np.bool_]]:
@@ -305,7 +268,7 @@ def _choices(trial: _Trial, target: float) -> list[NDArray[np.bool_]]:
 
 def _try(problem: _Problem, step: float) -> _Trial:
     step = max(step, problem.least_step)
-    matrices = [_code(matrix, step) for matrix in problem.factored]
+    matrices = [code(matrix, step) for matrix in problem.factored]
     coded = _code_chunks(problem.chunks, step)
     bits = np.concatenate([*(matrix.bits for matrix in matrices), coded.bits])
     return _Trial(step, matrices, coded, bits, np.concatenate([*(matrix.saved for matrix in matrices), coded.saved]))
@@ -314,51 +277,11 @@ def _try(problem: _Problem, step: float) -> _Trial:
 def _code_chunks(chunks: list[Array], step: float) -> _Chunks:
     out = _Chunks([], [], np.ones(len(chunks)), np.zeros(len(chunks)))
     for index, chunk in enumerate(chunks):
-        numbers = _round(chunk[None], step)[0]
+        numbers = quantise(chunk[None], step)[0]
         out.numbers.append(numbers)
         out.tables.append(0)
         if numbers.any():
             bits, tables = best_tables(numbers[None])
             out.tables[-1], out.bits[index] = int(tables[0]), bits[0]
             out.saved[index] = step * float(np.dot(numbers, 2 * chunk - np.float32(step) * numbers))
-    return out
-
-
-def _code(matrix: _Factored, step: float) -> _Coded:
-    """Rounds U s, then V s as the least-squares answer to the rounded U."""
-    left = _round(matrix.left, step)
-    product = left @ matrix.rest
-    gram = (left @ left.T).astype(np.float64)
-    sizes = np.diag(gram).copy()
-    gram[np.diag_indices_from(gram)] += np.where(sizes > 0, sizes * _RIDGE, 1.0)
-    right = np.linalg.solve(gram, product.astype(np.float64)) * np.sqrt(sizes)[:, None]
-    right = _round(right.astype(np.float32), step)
-    left_bits, left_tables = best_tables(left)
-    right_bits, right_tables = best_tables(right)
-    overlap = np.einsum("ij,ij->i", product, right, dtype=np.float64)
-    power = sizes * np.einsum("ij,ij->i", right, right, dtype=np.float64)
-    saved = overlap * np.abs(overlap) / np.maximum(power, 1e-300)
-    return _Coded(left, right, left_tables, right_tables, product, left_bits + right_bits + GAIN_BITS, saved)
-
-
-def _round(values: Array, step: float) -> Array:
-    """Whole numbers ``[k, n]``."""
-    return np.clip(quantise(values, step, ROUNDING), -LIMIT, LIMIT)
-
-
-def _components(coded: _Coded, chosen: NDArray[np.int64], step: float) -> list[Component]:
-    """What is sent of a matrix, with least-squares gains."""
-    if not chosen.size:
-        return []
-    left, right = coded.left[chosen].astype(np.float64), coded.right[chosen].astype(np.float64)
-    gram = (left @ left.T) * (right @ right.T)
-    aim = np.einsum("ij,ij->i", coded.product[chosen], right, dtype=np.float64)
-    gram[np.diag_indices_from(gram)] *= 1 + _RIDGE
-    gains = np.linalg.solve(gram, aim)
-    out = []
-    for index, u, v, gain in zip(chosen.tolist(), left, right, gains, strict=True):
-        nominal = step * math.ldexp(unit_scale(u), -NORM_BITS)
-        number = round(GAIN_CENTRE * gain / nominal) - GAIN_CENTRE
-        number = min(max(number, LEAST_GAIN), LEAST_GAIN + (1 << GAIN_BITS) - 1)
-        out.append(Component(u, v, int(coded.left_tables[index]), int(coded.right_tables[index]), number))
     return out

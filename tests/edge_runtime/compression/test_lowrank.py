@@ -17,11 +17,12 @@ from edge_runtime.compression.lowrank_product import GAIN_CENTRE, NORM_BITS, pai
 from edge_runtime.errors import CodecError
 
 MLP = ((64, 40), (64,), (10, 64), (10,))
-WIDE = ((600, 40), (600,), (10, 600), (10,))
+WIDE = ((600, 40), (600,), (10, 600), (10,))  # its two layers make a pair
 CNN = ((8, 1, 5, 5), (8,), (16, 8, 3, 3), (16,), *MLP)
 SHAPES = (
     MLP,
     CNN,
+    WIDE,
     (),
     ((0,),),
     ((0, 5), (3, 0)),
@@ -120,7 +121,7 @@ def test_equal_values_and_zeros():
     layout = layout_of(CNN)
     values = np.full(layout.size, 0.25, np.float32)
     _, decoded = encode_low_rank(values, layout, 400)
-    assert error_of(values, decoded) < 2e-3
+    assert error_of(values, decoded) < 5e-3
     payload, decoded = encode_low_rank(np.zeros(layout.size, np.float32), layout, 400)
     assert payload == b""
     assert not decoded.any()
@@ -206,9 +207,13 @@ def test_prediction_is_made_of_whole_numbers():
 @pytest.mark.parametrize("referenced", [False, True], ids=["alone", "reference"])
 def test_damaged_bytes_give_only_codec_errors(referenced):
     """Flipped, cut, lengthened and random bytes: a CodecError or another update, nothing else."""
-    layout = layout_of(CNN)
+    layout = layout_of((*CNN[:4], *WIDE))
     reference = model_of(layout) if referenced else None
-    payload, _ = encode_low_rank(update_of(layout), layout, 300, reference)
+    values = update_of(layout, noise=0.01)
+    if referenced:
+        values[-layout_of(WIDE).size :] = gradient_of(reference[-layout_of(WIDE).size :])
+    payload, _ = encode_low_rank(values, layout, 600, reference)
+    assert any(read(payload, layout).pairs) == referenced
     rng = np.random.default_rng(5)
     refused = 0
     for trial in range(600):
@@ -242,7 +247,7 @@ def test_any_bytes_give_only_codec_errors(data, shapes):
 
 def test_wrong_arguments_are_refused():
     """Sizes, values that are not finite, negative budgets, references of another model."""
-    layout = layout_of(MLP)
+    layout = layout_of(WIDE)
     values = update_of(layout)
     payload, _ = encode_low_rank(values, layout, 100)
     for bad in (values[1:], np.full(layout.size, np.nan, np.float32), np.full(layout.size, np.inf, np.float32)):

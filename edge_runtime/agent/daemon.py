@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import edge_runtime
 from edge_runtime import compression, messages, methods, telemetry, topics
-from edge_runtime.agent import jobs, pipe
+from edge_runtime.agent import events, jobs, pipe
 from edge_runtime.agent.config import MB, check_agent_config, link_settings
 from edge_runtime.agent.health import unhealthy
 from edge_runtime.agent.supervisor import Supervisor
@@ -104,8 +104,8 @@ class Agent:
             self.cache,
             self.loop,
             self.link,
-            on_ready=lambda sha: self._step(jobs.BlobReady(self.loop.now(), sha)),
-            on_failed=lambda sha, reason: self._step(jobs.BlobFailed(self.loop.now(), sha, reason)),
+            on_ready=lambda sha: self._step(events.BlobReady(self.loop.now(), sha)),
+            on_failed=lambda sha, reason: self._step(events.BlobFailed(self.loop.now(), sha, reason)),
         )
         self.supervisor = Supervisor(limits, self.loop, on_reply=self._on_reply, on_end=self._on_worker_end)
 
@@ -155,7 +155,7 @@ class Agent:
         self._announce()
         self.downloads.on_up()
         self._send_telemetry(telemetry.measure(self._started_s, self.link.sent_bytes, self.link.received_bytes))
-        self._step(jobs.Connected())
+        self._step(events.Connected())
 
     def _on_down(self, _reason: str) -> None:
         self.pump.reset()
@@ -222,18 +222,18 @@ class Agent:
                 crashes = self.spool.crashes(message.bundle.sha256)
                 base = message.model.base
                 held = base is None or self.models.has(message.run, base)
-                self._step(jobs.JobArrived(now, message, known.state if known else None, crashes, held))
+                self._step(events.JobArrived(now, message, known.state if known else None, crashes, held))
             case messages.Cancel(run=run, assignment=assignment):
-                self._step(jobs.JobCancelled(run, assignment))
+                self._step(events.JobCancelled(run, assignment))
             case messages.Need():
                 if not self.uploads.on_need(message):
                     self._send(messages.Gone(sha256=message.sha256))
             case messages.Gone(sha256=sha256):
                 self.downloads.on_gone(sha256)
             case messages.Done(update=update):
-                self._step(jobs.DoneArrived(update))
+                self._step(events.DoneArrived(update))
             case messages.Verdict(update=update, counted=counted, reason=reason):
-                self._step(jobs.VerdictArrived(now, update, counted, reason))
+                self._step(events.VerdictArrived(now, update, counted, reason))
             case messages.CoordinatorState(online=online, session=session):
                 if online and session != self._coordinator_session:
                     known_before, self._coordinator_session = self._coordinator_session, session
@@ -242,43 +242,43 @@ class Agent:
 
     # Effects
 
-    def _step(self, event: jobs.Event) -> None:
+    def _step(self, event: events.Event) -> None:
         for effect in jobs.step(self.state, event):
             try:
                 self._carry_out(effect)
             except EdgeError as error:  # a full disk must not end the agent; what was not noted is told again
                 log.error("%s", error)  # noqa: TRY400 - one line for the user
 
-    def _carry_out(self, effect: jobs.Effect) -> None:  # noqa: C901 - one arm per effect
+    def _carry_out(self, effect: events.Effect) -> None:  # noqa: C901 - one arm per effect
         match effect:
-            case jobs.FetchBlob(blob, inline):
+            case events.FetchBlob(blob, inline):
                 self._make_room(blob)
                 self.downloads.fetch(blob, inline)
-            case jobs.StopFetch(sha256):
+            case events.StopFetch(sha256):
                 self.downloads.stop(sha256)
-            case jobs.StartTraining(job):
+            case events.StartTraining(job):
                 self._start_training(job)
-            case jobs.StopTraining(reason):
+            case events.StopTraining(reason):
                 self.supervisor.kill(reason)
-            case jobs.SpoolUpdate(spooled, change):
+            case events.SpoolUpdate(spooled, change):
                 self._until_written(
                     lambda: self.spool.add(spooled, change), lambda: self.uploads.offer(spooled.update, push=True)
                 )
-            case jobs.Offer(update, push):
+            case events.Offer(update, push):
                 self.uploads.offer(update, push=push)
-            case jobs.CloseUpdate(update, state, reason):
+            case events.CloseUpdate(update, state, reason):
                 self.uploads.delivered(update)
                 if state != "delivered":
                     self.uploads.close(update)
                     log.info("update %s: %s%s", update, state, f": {reason}" if reason else "")
                 self._until_written(lambda: self.spool.set_state(update, state, reason))
-            case jobs.Report(status):
+            case events.Report(status):
                 if status.reason:
                     log.warning("job %s/%s %s: %s", status.run, status.assignment, status.status, status.reason)
                 self._send(status)
-            case jobs.CountCrash(bundle):
+            case events.CountCrash(bundle):
                 self.spool.crashed(bundle)
-            case jobs.ForgiveCrashes(bundle):
+            case events.ForgiveCrashes(bundle):
                 self.spool.forgive(bundle)
 
     def _until_written(self, write: Callable[[], None], then: Callable[[], None] | None = None) -> None:
@@ -312,7 +312,7 @@ class Agent:
         limits = self.config.limits
         if self.spool.used_bytes() > limits.spool_mb * MB:
             reason = f"the spool holds more than limits.spool_mb = {limits.spool_mb:g}: waiting updates come first"
-            self.loop.call_soon(lambda: self._step(jobs.TrainingFailed(self.loop.now(), reason)))
+            self.loop.call_soon(lambda: self._step(events.TrainingFailed(self.loop.now(), reason)))
             return
         self.supervisor.request(
             pipe.TrainRequest(
@@ -328,18 +328,23 @@ class Agent:
                     pipe.RefusedUpdate(update=refused.update, path=str(self.spool.path(refused)), key=refused.key)
                     for refused in self.spool.refused(job.run)
                 ],
-                pinned=self.spool.needed_versions(job.run),
+                pinned=self._pinned(job.run),
                 threads=limits.worker_threads,
                 code_dir=self.config.code_dir,
             )
         )
+
+    def _pinned(self, run: str) -> list[int]:
+        """Versions of a run's model that waiting jobs build on, or updates that may yet come back."""
+        waiting = {job.model.base for job in (entry.job for entry in self.state.jobs.values()) if job.run == run}
+        return sorted({*self.spool.needed_versions(run), *(base for base in waiting if base is not None)})
 
     def _on_reply(self, reply: pipe.FromWorker) -> None:
         match reply:
             case pipe.Trained():
                 self._on_trained(reply)
             case pipe.Failed(reason=reason):
-                self._step(jobs.TrainingFailed(self.loop.now(), reason))
+                self._step(events.TrainingFailed(self.loop.now(), reason))
             case pipe.Progress(step=step, steps_total=total, loss=loss):
                 log.info("training step %d of %d, loss %.4f", step, total, loss)
             case pipe.Ready():
@@ -361,11 +366,11 @@ class Agent:
             try:
                 path, sha256 = self._empty_update()
             except OSError as error:
-                self._step(jobs.TrainingFailed(now, str(storage_error(self.spool.folder, error))))
+                self._step(events.TrainingFailed(now, str(storage_error(self.spool.folder, error))))
                 return
         chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
         blob = messages.BlobRef(sha256=sha256, size_bytes=done.size_bytes, chunk_bytes=chunk_bytes)
-        self._step(jobs.Trained(now, Path(path).name, blob, meta, done.key, change))
+        self._step(events.Trained(now, Path(path).name, blob, meta, done.key, change))
         self.models.prune_runs(self.spool.runs() | {name for name, _ in self.state.jobs})
 
     def _empty_update(self) -> tuple[str, str]:
@@ -374,7 +379,7 @@ class Agent:
         return str(path), hashlib.sha256(b"").hexdigest()
 
     def _on_worker_end(self, reason: str, ours: bool) -> None:
-        self._step(jobs.WorkerCrashed(self.loop.now(), reason, ours))
+        self._step(events.WorkerCrashed(self.loop.now(), reason, ours))
 
     # Health
 
@@ -389,7 +394,7 @@ class Agent:
                 self._send_telemetry(measured)
         if self.link.is_up and self.loop.now() >= self._next_announcement_s and self._samples_are_news():
             self._announce()
-        self._step(jobs.Tick(self.loop.now()))
+        self._step(events.Tick(self.loop.now()))
         self.loop.call_later(TICK_S, self._tick)
 
     def _send_telemetry(self, measured: messages.Telemetry) -> None:
@@ -401,7 +406,7 @@ class Agent:
         reason = unhealthy(measured, self.config)
         if bool(reason) != bool(self.state.paused):  # the figures in it change all the time
             log.warning("training paused: %s", reason) if reason else log.info("training may run again")
-            self._step(jobs.Paused(self.loop.now(), reason))
+            self._step(events.Paused(self.loop.now(), reason))
 
 
 def _instance(folder: Path) -> str:

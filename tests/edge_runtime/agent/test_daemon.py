@@ -229,6 +229,35 @@ def test_job_from_arrival_to_verdict(world):
     assert agent.uploads._waiting == {}
 
 
+def test_a_job_leaves_one_line_of_what_it_took(world, caplog):
+    """Time, bytes to send, CPU time of the codec and bytes written to the flash."""
+    caplog.set_level(logging.INFO, "edge.agent")
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+    meta = UpdateMeta(round=0, model_version=0, samples=3, steps=1, train_ms=1250, encode_cpu_ms=8, written_bytes=5006)
+    train(world, agent, meta=meta)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    line = "job run/a1: 3 samples in 1.2 s, 6 bytes encoded in 8 ms of CPU, 5006 bytes written"
+    assert line in caplog.text
+
+
+def test_models_that_others_build_on_are_kept(world):
+    """A job is told which versions must stay: those of updates that may come back, and those that waiting jobs need."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    for version in (3, 4):
+        agent.models.keep("run", version, b"model", base=3)
+    chain = {"blobs": [world.blob(500, 7)], "vector_sha256": "0" * 64}
+    world.tell(world.job("e1", epochs=None, model=ModelRef(base=3, **chain)))
+    world.until(lambda: world.requests)
+    world.tell(world.job("a2", model=ModelRef(base=4, **chain)))
+    world.until(lambda: ("run", "a2") in agent.state.jobs)
+    assert agent._pinned("run") == [3, 4]
+    assert agent._pinned("other") == []
+
+
 def test_large_update_is_offered_with_its_hash(world):
     """What does not fit the offer is named in it, and its chunks follow."""
     agent = world.agent()
@@ -271,7 +300,7 @@ def test_refused_update_goes_to_the_worker_with_the_next_job(world):
     assert agent.spool.run_state("run").read_bytes() == b"state after two"
 
 
-def test_bytes_in_a_job_need_no_transfer(world):
+def test_bytes_in_a_job_need_no_transfer(world, caplog):
     """The last change of a chain comes with the job; damaged bytes are fetched like any other blob."""
     agent = world.agent()
     world.until(lambda: world.states)
@@ -287,6 +316,7 @@ def test_bytes_in_a_job_need_no_transfer(world):
         world.job("b1", run="other", model=ModelRef(base=0, blobs=[other], vector_sha256="0" * 64), inline=bytes(500))
     )
     world.until(lambda: agent.cache.has(other.sha256))
+    assert "in a job's message is damaged" in caplog.text
     assert other.sha256 in {need.sha256 for need in world.heard(messages.Need)}
 
 

@@ -35,9 +35,8 @@ class Device:
 
     def do(self, assignment: str, **job):
         request = self.jobs.request(assignment=assignment, **job)
-        plain = msgspec.structs.replace(request, job=msgspec.structs.replace(request.job, codec="raw"))
-        plain = msgspec.structs.replace(plain, job=msgspec.structs.replace(plain.job, codec_options={}))
-        self.trained += self.jobs.delta(JobRunner().run(plain))
+        plain = msgspec.structs.replace(request.job, codec="raw", codec_options={}, byte_budget=None)
+        self.trained += self.jobs.delta(JobRunner().run(msgspec.structs.replace(request, job=plain)))
         request = msgspec.structs.replace(request, state_path=self.state_path, refused=self.refused)
         done = self.runner.run(request)
         assert done.returned == [refused.update for refused in self.refused]
@@ -211,3 +210,17 @@ def test_unknown_options_and_budgets_that_cannot_be_kept_are_told(device):
     with pytest.raises(CodecError, match="but 3 are allowed"):
         device.runner.run(device.jobs.request(codec="zstd", byte_budget=3))
     assert list(device.jobs.out.iterdir()) == []
+
+
+@pytest.mark.parametrize("codec", ["topk", "default"])
+def test_a_byte_budget_is_kept_and_nothing_is_lost_for_it(device, codec):
+    """What does not fit into the budget is held back for the next update."""
+    for number, budget in enumerate((60, 45, None, 60)):
+        done = device.do(str(number), codec=codec, byte_budget=budget)
+        assert budget is None or done.size_bytes <= budget
+        sent = outgoing.decode(
+            device.jobs.read(done), {"delta": device.layout}, reference=device.jobs.bundle.initial_vector()
+        )
+        device.counted += sent["delta"].vector()
+    np.testing.assert_allclose(device.counted + device.residual(codec=codec), device.trained, atol=1e-5)
+    assert device.residual(codec=codec).any()

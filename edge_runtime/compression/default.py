@@ -83,14 +83,17 @@ class Default(Codec):
             draft = sparse.with_density(values, layout, self._density)
             return Encoded(bytes([_SPARSE]) + draft.write(), draft.update(), state)
         room = allowed_bytes(values.size, self._ratio, request) - 1
-        chosen = (
-            _choose(values, layout, room) if self._family == "auto" else _encode(self._family, values, layout, room)
-        )
+        coder = _Coder(values, layout, room, request.reference)
+        chosen = coder.best() if self._family == "auto" else coder.encode(self._family)
         if chosen is None:
             raise CodecError(f"a budget of {room + 1} bytes is too small for the family {self._family!r}")
         return Encoded(bytes([chosen.family]) + chosen.payload, chosen.update, state)
 
     def decode(self, payload: memoryview, layout: Layout) -> Update:
+        """The update of an encoding without ``Request.reference``, sparse or dense; raises CodecError."""
+        return self.decode_against(payload, layout, None)
+
+    def decode_against(self, payload: memoryview, layout: Layout, reference: Vector | None) -> Update:
         """The update, sparse or dense; raises CodecError."""
         if not len(payload):
             return _zeros(layout)
@@ -98,7 +101,7 @@ class Default(Codec):
         if family == _SPARSE:
             return sparse.decode(rest, layout)
         if family == _LOW_RANK:
-            return Update(decode_low_rank(rest, layout))
+            return Update(decode_low_rank(rest, layout, reference))
         if family == _UNIFORM:
             return Update(decode_uniform(rest, layout))
         if family == _ZSTD:
@@ -108,46 +111,54 @@ class Default(Codec):
         raise CodecError(f"the family {family} of an update is unknown, or its length is wrong")
 
 
-def _choose(values: Vector, layout: Layout, room: int) -> _Coded:
-    """The best code of at most ``room`` bytes; raises CodecError if there is none."""
-    bits = 8 * max(room, 1) / values.size
-    tiny = values.size <= _TINY
-    if bits >= _EXACT_FROM:
-        exact = _encode("exact", values, layout, room)
-        if exact is not None:
-            return exact
-    best: _Coded | None = None
-    dense = expected_error(values, room) if room > 0 and (tiny or bits >= _UNIFORM_FROM) else math.inf
-    if tiny or (dense > _SMALL * _energy(values) and _has_matrix(layout)):
-        best = _encode("lowrank", values, layout, room)
-    if dense < math.inf and (best is None or dense < best.error):
-        best = _better(best, _encode("uniform", values, layout, room))
-    if best is None or tiny or (bits <= _SPARSE_UP_TO and _sparse_bound(values, room) < best.error):
+class _Coder:
+    """Codes ``values`` in at most ``room`` bytes."""
+
+    def __init__(self, values: Vector, layout: Layout, room: int, reference: Vector | None) -> None:
+        self._values, self._layout, self._room, self._reference = values, layout, room, reference
+
+    def best(self) -> _Coded:
+        """The code of the least error; raises CodecError if there is none."""
+        values, layout, room = self._values, self._layout, self._room
+        bits = 8 * max(room, 1) / values.size
+        tiny = values.size <= _TINY
+        if bits >= _EXACT_FROM:
+            exact = self.encode("exact")
+            if exact is not None:
+                return exact
+        best: _Coded | None = None
+        dense = expected_error(values, room) if room > 0 and (tiny or bits >= _UNIFORM_FROM) else math.inf
+        if tiny or (dense > _SMALL * _energy(values) and _has_matrix(layout)):
+            best = self.encode("lowrank")
+        if dense < math.inf and (best is None or dense < best.error):
+            best = _better(best, self.encode("uniform"))
+        if best is None or tiny or (bits <= _SPARSE_UP_TO and _sparse_bound(values, room) < best.error):
+            try:
+                best = _better(best, self.encode("sparse"))
+            except CodecError as error:
+                if best is None:
+                    least = sparse.least_bytes(values, layout) + 1
+                    raise CodecError(f"a budget of {room + 1} bytes is too small; this update needs {least}") from error
+        if best is None:
+            raise CodecError(f"no code of {room + 1} bytes or less was found")
+        return best
+
+    def encode(self, family: str) -> _Coded | None:
+        """The update in one family; None if the room holds nothing (of sparse: raises CodecError)."""
+        values, layout, room = self._values, self._layout, self._room
+        if family == "sparse":
+            draft = sparse.within(values, layout, room)
+            return _coded(_SPARSE, draft.write(), draft.update(), values)
+        if family == "exact":
+            return _exact(values, room)
         try:
-            best = _better(best, _encode("sparse", values, layout, room))
-        except CodecError as error:
-            if best is None:
-                least = sparse.least_bytes(values, layout) + 1
-                raise CodecError(f"a budget of {room + 1} bytes is too small; this update needs {least}") from error
-    if best is None:
-        raise CodecError(f"no code of {room + 1} bytes or less was found")
-    return best
-
-
-def _encode(family: str, values: Vector, layout: Layout, room: int) -> _Coded | None:
-    """The update in one family, at most ``room`` bytes; None if they hold nothing (of sparse: raises CodecError)."""
-    if family == "sparse":
-        draft = sparse.within(values, layout, room)
-        return _coded(_SPARSE, draft.write(), draft.update(), values)
-    if family == "exact":
-        return _exact(values, room)
-    try:
-        found = (encode_low_rank if family == "lowrank" else encode_uniform)(values, layout, max(0, room))
-    except CodecError:  # values at the end of float32's range may be rounded beyond it
-        return None
-    if found is None or not found[0]:
-        return None
-    return _coded(_LOW_RANK if family == "lowrank" else _UNIFORM, found[0], Update(found[1]), values)
+            if family == "lowrank":
+                found = encode_low_rank(values, layout, max(0, room), self._reference)
+                return _coded(_LOW_RANK, found[0], Update(found[1]), values) if found[0] else None
+            uniform = encode_uniform(values, layout, max(0, room))
+        except CodecError:  # values at the end of float32's range may be rounded beyond it
+            return None
+        return _coded(_UNIFORM, uniform[0], Update(uniform[1]), values) if uniform and uniform[0] else None
 
 
 def _exact(values: Vector, room: int) -> _Coded | None:

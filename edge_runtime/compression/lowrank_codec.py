@@ -38,11 +38,15 @@ class LowRank(Codec):
         """The payload; an empty one, an update of zeros, if the budget holds nothing."""
         room = allowed_bytes(values.size, self._ratio, request)
         try:
-            payload, vector = encode_low_rank(values, layout, room)
+            payload, vector = encode_low_rank(values, layout, room, request.reference)
         except CodecError:  # rounded beyond float32's range, which half of it is not
-            payload, vector = encode_low_rank(values * np.float32(0.5), layout, room)
+            payload, vector = encode_low_rank(values * np.float32(0.5), layout, room, request.reference)
         return Encoded(payload, Update(vector), state)
 
     def decode(self, payload: memoryview, layout: Layout) -> Update:
+        """The dense update of an encoding without ``Request.reference``; raises CodecError."""
+        return self.decode_against(payload, layout, None)
+
+    def decode_against(self, payload: memoryview, layout: Layout, reference: Vector | None) -> Update:
         """The dense update; raises CodecError."""
-        return Update(decode_low_rank(payload, layout))
+        return Update(decode_low_rank(payload, layout, reference))

@@ -11,6 +11,8 @@ One local epoch changes a weight matrix by little more than a few outer products
   their bits are left out, and the step is searched until the bytes are used,
 * all other tensors rounded with the same step.
 
+Errors in kernels of convolutions weigh twice as much as others (:mod:`edge_runtime.compression.lowrank_parts`).
+
 Entropy coding: :mod:`edge_runtime.compression.lowrank_coefficients`; exact product of the factors:
 :mod:`edge_runtime.compression.lowrank_product`.
 """

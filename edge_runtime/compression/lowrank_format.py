@@ -124,7 +124,7 @@ def read(payload: bytes | memoryview, layout: Layout) -> Content | None:
                 for _ in range(count)
             ]
         )
-    chunks = [reader.read(size) if stream.raw(1) else None for _, size in plan.chunks]
+    chunks = [reader.read(size) if stream.raw(1) else None for _, size, _ in plan.chunks]
     vectors = reader.finish()
     stream.finish()
     content = Content(

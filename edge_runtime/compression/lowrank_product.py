@@ -82,9 +82,9 @@ def rebuild(layout: Layout, content: Content, weights: list[tuple[Integers, Inte
         for matrix, given in zip(plan.matrices, factors, strict=True):
             if given:
                 _multiply(matrix, given, content.step, out)
-        for (start, size), chunk in zip(plan.chunks, content.chunks, strict=True):
+        for (start, size, weight), chunk in zip(plan.chunks, content.chunks, strict=True):
             if chunk is not None:
-                out[start : start + size] = chunk[0] * content.step + 0.0
+                out[start : start + size] = chunk[0] * (content.step / weight) + 0.0
     if not np.isfinite(out).all():
         raise CodecError("a low-rank update holds values that float32 cannot")
     return out
@@ -116,7 +116,7 @@ def _multiply(matrix: Matrix, factors: list[tuple[Integers, Integers]], step: fl
     bound = float((np.abs(left).max(0) * np.abs(right).max(0)).sum())
     if not bound < 2.0**53:
         raise CodecError("the factors of a low-rank update are too large")
-    scale = math.ldexp(step, -_POINT)
+    scale = math.ldexp(step / matrix.weight, -_POINT)
     values = matrix.view(out)
     rows = max(1, _BLOCK // matrix.width)
     for at in range(0, matrix.rows, rows):

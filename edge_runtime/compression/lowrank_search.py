@@ -111,7 +111,7 @@ def _search(
     saved += sum(float(np.vdot(rest, rest)) for rest in rests)
     ranks = [min(m.rank, 4 + int(budget_bits / (_BITS_PER_ROW * (m.rows + m.width)))) for m in plan.matrices]
     factored = [Factored(rest, left_factor(rest, rank)) for rest, rank in zip(rests, ranks, strict=True)]
-    chunks = [values[start : start + size] for start, size in plan.chunks]
+    chunks = [values[start : start + size] * np.float32(weight) for start, size, weight in plan.chunks]
     if budget_bits <= bits:
         return None
     peaks = [float(np.linalg.norm(matrix.left[0])) for matrix in factored if matrix.left.size]

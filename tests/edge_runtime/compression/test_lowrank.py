@@ -1,6 +1,8 @@
 """Low-rank updates: what is decoded is what the encoder said, within the bytes, the same bits on every machine."""
 
+import base64
 import contextlib
+import hashlib
 import math
 
 import numpy as np
@@ -16,6 +18,15 @@ from edge_runtime.compression.lowrank_parts import parts
 from edge_runtime.compression.lowrank_product import GAIN_CENTRE, NORM_BITS, pair_weights, unit_scale
 from edge_runtime.errors import CodecError
 
+GOLDEN = (
+    "0oeh`^f8C2++RV36zs<=xXkQox@~G;XJbe>TR+HU>O==9z>@eJB<g@;1Bym%=JchkgO}6kY<vdY2_EXbDuRa$w`;Tl6j*rT-FRIcd6j!J^rZ~?"
+    "PK|#!3jOU8-nRq6YA1OIm3F2e$6*+^{(jN>E5ziTp|i`{BduDms<Ztg{h6<lOgS0vxO@vHG7um*0=08{k1xbR#(kD0_HvpO{R<F4JM4EC_LK1J"
+    "@lg6k0nh6tUh<2p9YpI(OLNHm8_in$b%8b@c00u}yt^2rbx}>^Rh-d%J#IL<jpX55JP#CStc)v^eS#;Kq=FmkwgLx+#<i(N85&`V>aXJ`QwDTz"
+    "+fw~Ny6y14N(X(LS?W4RzIU|;L@MZN#X=7%;Dao?D9$#+dQ}>?0@evO2ChVZ%y|i@s8Wvt0MH+W5zqht000004*vo0m9tn<J_)xd5G-8rOA`;6"
+    "hr9Z&$G`vdZ+gG=e|-1L_cuvbZ@2ya|NsC0Gt+_SCX+cqOhC9H#m75N#Ckpu5EvvxFeU_m2@yhIf&d0a04W#"
+)
+GOLDEN_LAYOUT = ((8, 3, 5, 5), (8,), (300, 40), (300,), (10, 300), (10,), (50,))
+GOLDEN_SHA256 = "95ab28ef68c66fd773f70abde08cbb54f13614fd9cfeb66a5bfad1b48e1d7865"
 MLP = ((64, 40), (64,), (10, 64), (10,))
 WIDE = ((600, 40), (600,), (10, 600), (10,))  # its two layers make a pair
 CNN = ((8, 1, 5, 5), (8,), (16, 8, 3, 3), (16,), *MLP)
@@ -163,30 +174,41 @@ def test_the_model_predicts_the_update_of_two_dense_layers():
 
 def test_the_product_is_exact():
     """Decoding equals sums of Python's whole numbers, with one rounding to float64 and one to float32."""
-    layout = layout_of(WIDE)
+    layout = layout_of((*WIDE, (8, 3, 5, 5), (8,)))
     model = model_of(layout)
-    payload, decoded = encode_low_rank(gradient_of(model), layout, 200, model)
+    rng = np.random.default_rng(2)
+    kernel = (rng.standard_normal((8, 2)) @ rng.standard_normal((2, 75))).ravel()
+    values = np.concatenate([gradient_of(model[: layout_of(WIDE).size]), kernel, np.zeros(8)]).astype(np.float32)
+    payload, decoded = encode_low_rank(values, layout, 400, model)
     content = read(payload, layout)
-    plan = parts(layout)
-    weights = pair_weights(layout, model)
-    predicted = dict(enumerate(predict(content.pairs[0].code, *weights[0])))
+    (pair,) = content.pairs
+    predicted = [[factor.T.tolist() for factor in both] for both in predict(pair.code, *pair_weights(layout, model)[0])]
     slow = np.zeros(layout.size, np.float32)
-    for number, matrix in enumerate(plan.matrices):
-        mantissa, shift = content.pairs[0].gains[number]
-        columns = zip(*(factor.T.tolist() for factor in predicted[number]), strict=True)
-        terms = [((128 + mantissa) << shift, left, right) for left, right in columns]
-        terms += [
+    for number, matrix in enumerate(parts(layout).matrices):
+        terms = [
             (unit_scale(part.u) * (GAIN_CENTRE + part.gain), part.u.tolist(), part.v.tolist())
             for part in content.components[number]
         ]
+        if number < 2:
+            mantissa, shift = pair.gains[number]
+            terms += [((128 + mantissa) << shift, *columns) for columns in zip(*predicted[number], strict=True)]
+        assert terms
+        scale = math.ldexp(content.step / matrix.weight, -NORM_BITS - 5)
         for row in range(matrix.rows):
             for column in range(matrix.width):
                 total = sum(gain * int(u[row]) * int(v[column]) for gain, u, v in terms)
                 assert abs(total) < 2**53
                 at = matrix.start + row * matrix.columns + column if column < matrix.columns else matrix.bias + row
-                slow[at] = np.float32(total * math.ldexp(content.step, -NORM_BITS - 5))
+                slow[at] = np.float32(total * scale)
     assert slow.tobytes() == decoded.tobytes()
-    assert any(content.components)
+
+
+def test_yesterdays_bytes_give_the_same_bits_everywhere():
+    """A stored payload with a pair, components and a chunk; made against a model of exact fractions."""
+    layout = layout_of(GOLDEN_LAYOUT)
+    model = ((np.arange(layout.size) * 7919 % 1009 - 504) / 4096).astype(np.float32)
+    decoded = decode_low_rank(base64.b85decode(GOLDEN), layout, model)
+    assert hashlib.sha256(decoded.astype("<f4").tobytes()).hexdigest() == GOLDEN_SHA256
 
 
 def test_prediction_is_made_of_whole_numbers():

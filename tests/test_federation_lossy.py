@@ -14,6 +14,7 @@ pytest.importorskip("onnx")
 
 from coordinator.aggregation import recompute
 from coordinator.model_blobs import read_shared
+from coordinator.plan import DEFAULT_CODEC
 from coordinator.report import run_summary
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.grid import SharedModel
@@ -51,8 +52,8 @@ def plan(**changes: Any) -> dict[str, Any]:
         "retain_updates": "all",
         "participation": {"target": 2, "minimum": 1, "deadline_s": DEADLINE_S},
         "training": {"epochs": 1, "batch_size": 16},
-        "uplink": {"codec": "topk", "target_ratio": 20.0},
-        "downlink": {"codec": "topk", "target_ratio": 20.0, "chain": 3},
+        "uplink": {"target_ratio": 20.0},
+        "downlink": {"target_ratio": 20.0, "chain": 3},
     }
     return {**fields, **changes}
 
@@ -84,12 +85,14 @@ def test_bytes_reported_are_those_of_the_link(federation: Federation) -> None:
     assert all(made.same for made in recompute(federation.store.blobs, stored.plan, stored.row, rounds, layout))
 
 
-def test_devices_that_miss_versions_or_lose_them_come_to_the_same_model(federation: Federation) -> None:
+@pytest.mark.parametrize("codec", [DEFAULT_CODEC, "topk"])
+def test_devices_that_miss_versions_or_lose_them_come_to_the_same_model(federation: Federation, codec: str) -> None:
     """One that was away gets the changes it missed; one that lost what it held says so and gets a whole model."""
     fed, data = federation, digits(50, 2)
     fed.agent("a", digits(40, 1), hold=True)
     fed.agent("b", data)
-    run = fed.submit(**plan(rounds=8))
+    ways_of = {table: {**plan()[table], "codec": codec} for table in ("uplink", "downlink")}
+    run = fed.submit(**plan(rounds=8, **ways_of))
 
     def work_of_b(number: int) -> None:
         fed.until(

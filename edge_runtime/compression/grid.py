@@ -161,5 +161,5 @@ def _snap(vector: Vector, exponents: NDArray[np.int8], layout: Layout) -> Vector
     out = np.empty(layout.size, np.float32)
     for exponent, (_, _, start, end) in zip(exponents.tolist(), layout.spans(), strict=True):
         steps = np.rint(vector[start:end].astype(np.float64) * 2.0**-exponent)
-        out[start:end] = steps * 2.0**exponent
+        out[start:end] = steps * 2.0**exponent + 0.0  # never -0.0, which a snapshot could not tell from 0.0
     return out

@@ -36,7 +36,7 @@ from tests.support.hostile_bytes import LAYOUTS, SNAPSHOT, Blob, Case, corpus, m
 MAX_NORM = 1e6
 SLOW_S = 5.0
 HANG_S = 60.0
-MEMORY_SAMPLE = 16  # one case in so many runs under tracemalloc, which is slow
+MEMORY_SAMPLE = 32  # one case in so many runs under tracemalloc, which is slow and loses some bytes each time
 
 
 def try_case(case: Case, *, memory: bool) -> tuple[bool, float]:
@@ -152,7 +152,7 @@ def _work(codecs: list[str], seed: int, numbers: range, shared: Any, pipe: Any) 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts = fuzz(blobs, seed, numbers, shared)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 200_000, f"the process grew by {grown} kB"
+    assert grown < 100_000 + len(numbers) // 10, f"the process grew by {grown} kB"
     pipe.send((counts, grown))
 
 

@@ -160,6 +160,14 @@ def test_better_than_dropping_components():
     assert error_of(values, decoded) < 0.1 * error_of(values, dropped.ravel())
 
 
+def test_errors_in_kernels_weigh_more():
+    """Of a convolution and a dense layer with the same values, the convolution is the better kept."""
+    layout = layout_of(((40, 10, 3, 3), (40, 90)))
+    half = update_of(layout_of(((40, 90),)), noise=1.0)
+    _, decoded = encode_low_rank(np.concatenate([half, half]), layout, 1000)
+    assert error_of(half, decoded[: half.size]) < 0.9 * error_of(half, decoded[half.size :])
+
+
 def test_the_model_predicts_the_update_of_two_dense_layers():
     """With the weights that both ends hold, the same bytes leave a fraction of the error."""
     layout = layout_of(WIDE)

@@ -217,7 +217,8 @@ def test_bad_bundles_are_refused_on_the_device(
     """What a coordinator let through is refused by the device's worker, with the reason in status; the agent stays."""
     BAD_BUNDLES[kind][0](toy)
     monkeypatch.setattr(submission, "check_fit", lambda *_: None)
-    monkeypatch.setattr(Bundle, "initial_vector", lambda bundle: np.zeros(bundle.layout().size, np.float32))
+    if kind == "wrong hash":  # in the others the parameters are whole, and both ends must start from the same
+        monkeypatch.setattr(Bundle, "initial_vector", lambda bundle: np.zeros(bundle.layout().size, np.float32))
     agent = federation.agent("pi", toy_data())
     run = federation.submit(**plan(toy, participation={"target": 1, "deadline_s": 20.0, "attempts": 1}))
     federation.until(lambda: federation.row(run).status == "failed", "the run to fail")

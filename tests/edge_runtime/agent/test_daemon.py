@@ -271,6 +271,26 @@ def test_large_update_is_offered_with_its_hash(world):
     assert len(offer.first) == offer.blob.chunk_bytes + 4
 
 
+def test_bytes_can_be_asked_for_until_the_verdict(world):
+    """A coordinator that was restored from a backup asks for what it had acknowledged: the bytes are still here. Once
+    they were counted, it is told that they are gone."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+    train(world, agent)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    update = world.heard(messages.UpdateOffer)[0].update
+    need = messages.Need(sha256=sha256(b"update").hexdigest(), ranges=[(0, 1)])
+    world.tell(messages.Done(update=update))
+    world.tell(need)
+    world.until(lambda: agent.pump.sent_chunks == 1)
+    world.tell(messages.Verdict(update=update, counted=True))
+    world.tell(need)
+    world.until(lambda: world.heard(messages.Gone))
+    assert agent.pump.sent_chunks == 1
+
+
 def test_refused_update_goes_to_the_worker_with_the_next_job(world):
     """The next job waits for the verdict; then the worker gets the refused bytes and the state of the run, and when
     its update is durable both are replaced."""

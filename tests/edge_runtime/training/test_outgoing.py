@@ -201,6 +201,21 @@ def test_key_names_bundle_codec_and_options():
     assert codec_key("b", spec("topk", {"momentum": 0.5, "density": 0.1})) == keys[3]
 
 
+def test_a_full_disk_leaves_neither_update_nor_state(device, monkeypatch):
+    """If the second of the two files cannot be written, the first one goes too."""
+    real = outgoing.write_durably
+
+    def full(path, data):
+        if path.suffix == ".update":
+            raise StorageError(f"{path}: no space left on the device")
+        real(path, data)
+
+    monkeypatch.setattr(outgoing, "write_durably", full)
+    with pytest.raises(StorageError, match="no space left"):
+        device.runner.run(device.jobs.request(**LOSSY))
+    assert list(device.jobs.out.iterdir()) == []
+
+
 def test_unknown_options_and_budgets_that_cannot_be_kept_are_told(device):
     """Before anything is trained, or when it is encoded; no file is left."""
     with pytest.raises(CodecError, match="codec 'topk' has no option 'densety'; it has density"):

@@ -12,6 +12,7 @@ from coordinator.background import DISK_RETRY_S, Background
 from coordinator.errors import StoreError
 from coordinator.evaluation_numbers import accuracy
 from coordinator.job_message import inline_bytes, make_job
+from coordinator.plausibility import LARGEST_NUMBER, implausible
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.runner import RunFiles
@@ -38,9 +39,6 @@ log = logging.getLogger("edge.coordinator")
 
 POLL_S = 0.25  # how soon a submission or a stop request of another process is noticed
 TICK_S = 1.0
-LARGEST_NUMBER = 1 << 53  # of samples or a sequence: what a float64 weight and every database still hold exactly
-LARGEST_LOSS = 1e100
-LARGEST_COST = 1 << 45  # milliseconds or bytes of one update; sums of many fit a database
 
 
 class RunShell:
@@ -414,20 +412,3 @@ def _tidy(action: Callable[[], None]) -> None:
         action()
     except (StorageError, StoreError) as error:
         log.error("%s; the run goes on", error)  # noqa: TRY400 - one line for the operator
-
-
-def implausible(meta: UpdateMeta) -> str:
-    """Why what a device says about its update cannot be true; empty if it can."""
-    if meta.samples > LARGEST_NUMBER:
-        return f"claims {meta.samples} samples"
-    evaluation = meta.evaluation
-    losses = [meta.loss] + ([] if evaluation is None else [evaluation.loss_sum])
-    wrong = [value for value in losses if value is not None and not abs(value) <= LARGEST_LOSS]
-    if wrong:
-        return f"reports a loss of {wrong[0]}"
-    costs = max(meta.train_ms, meta.encode_cpu_ms, meta.written_bytes)
-    if costs > LARGEST_COST:
-        return f"reports {costs} milliseconds or written bytes"
-    if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_NUMBER:
-        return f"claims an evaluation of {evaluation.samples} samples"
-    return ""

@@ -89,12 +89,15 @@ class RunFiles:
         if self._plan.retain_updates == "all":
             return
         self._store.drop_update_blobs(state.run.run, state.run.round)
-        current = (state.run.model, state.run.down)
-        for row in self._rounds(state):
+        run, rounds = state.run, self._rounds(state)
+        recent = [row for row in rounds if row.version >= state.oldest_version]
+        needed = {blob for row in recent for blob in (row.model, row.down, row.method_state)}
+        needed |= {run.initial_model, run.initial_method_state}  # versions may be equal
+        for row in rounds:
             old = [row.model, row.down, row.method_state] if row.version < state.oldest_version else []
             if not state.needs_change(row.version):
                 old.append(row.change)
-            self._delete(state, [blob for blob in old if blob not in current])
+            self._delete(state, [blob for blob in old if blob not in needed])
 
     def clean_up(self, state: RunState) -> None:
         """The run has ended: deletes its updates and the ways to its models, unless they are to be kept."""

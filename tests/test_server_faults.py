@@ -106,7 +106,7 @@ def test_the_embedded_broker_is_started_again(federation: Federation, tmp_path: 
 
 
 def test_nothing_of_an_ended_run_stays_but_its_models(federation: Federation, tmp_path: Path) -> None:
-    """The bytes of updates are gone when a run has ended, unless the plan keeps them."""
+    """The bytes of updates, changes and snapshots are gone when a run has ended, unless the plan keeps them."""
     run = federation.submit(**_plan(tmp_path))
     federation.finish(run)
     federation.until(lambda: not federation.coordinator.shell.runs, "the run to be put away")
@@ -114,6 +114,8 @@ def test_nothing_of_an_ended_run_stays_but_its_models(federation: Federation, tm
     for row in rounds:
         for update in federation.store.counted_updates(run, row.round):
             assert not federation.store.blobs.has(update.blob.sha256)
+        assert not federation.store.blobs.has(row.change.sha256)
+        assert not federation.store.blobs.has(row.down.sha256)
     assert federation.store.blobs.has(rounds[-1].model.sha256)
 
 
@@ -125,3 +127,20 @@ def test_the_server_clock_ignores_steps_of_the_system_clock(monkeypatch: pytest.
     before, real = clock(), time.time
     monkeypatch.setattr(time, "time", lambda: real() - 3600)
     assert 0 <= clock() - before < 60
+
+
+def test_old_changes_and_snapshots_are_deleted_while_a_run_goes_on(federation: Federation, tmp_path: Path) -> None:
+    """The chain has its length, and whole models go when no update can be relative to them any more."""
+    participation = {"target": 2, "minimum": 2, "deadline_s": 30.0, "max_staleness": 0}
+    run = federation.submit(
+        **_plan(tmp_path, rounds=40, participation=participation, downlink={"codec": "topk", "chain": 3})
+    )
+    federation.until(lambda: len(federation.store.rounds(run)) >= 12, "some rounds")
+    rows, there = federation.store.rounds(run), federation.store.blobs.has
+    old = [row.version for row in rows if row.version < rows[-1].version - 6]
+    assert not [version for version in old if there(rows[version - 1].change.sha256)]
+    assert not [version for version in old if there(rows[version - 1].down.sha256)]
+    assert not [version for version in old if there(rows[version - 1].model.sha256)]
+    assert there(rows[-1].change.sha256)
+    federation.store.request_stop(run)
+    federation.until(lambda: federation.row(run).status == "stopped", "the run to stop")

@@ -121,7 +121,7 @@ def test_a_codec_that_cannot_be_imported_is_named():
         Update(np.zeros(2, np.float32), np.array([3, 4]), 16),
         Update(np.zeros(3, np.float32), np.array([3, 4]), 15),
     ],
-    ids=str,
+    ids=lambda result: type(result).__name__,
 )
 def test_a_faulty_codec_gives_a_codec_error(monkeypatch, result):
     """Whatever a codec raises or returns, the receiver goes on with the next update."""

@@ -1,6 +1,6 @@
 """The main job on real data: phones of 21 people learn activities together, tested on nine other people.
 
-    python -m benchmarks.main_job --data ../shared/data/uci_har --devices 30
+    python -m benchmarks.main_job --data FOLDER/uci_har --devices 30
 
 One agent process per training subject, a coordinator, a broker: the programs a user starts. The model is a 1-D CNN with
 GroupNorm: every device holds one person, whose batch statistics are not those of the next. Devices train with Adam, and

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 FLOAT_BYTES = 4
 LEAST_BYTES = 64  # a container's header and some values; less is no use to any codec
+LEAST_SHARE = 0.125  # of the mean budget, for a device with few samples: its buffers take what they take
 
 
 def update_budget(
@@ -32,10 +33,15 @@ def update_budget(
         return None
     budget = dense / warmed_up(ratio, round_, uplink.warmup_rounds)
     if uplink.by_samples and samples is not None and mean_samples:
-        budget *= samples / mean_samples
+        budget *= max(LEAST_SHARE, samples / mean_samples)
     if uplink.budget_bytes is not None and not uplink.by_samples and round_ >= uplink.warmup_rounds:
         return uplink.budget_bytes
     return max(LEAST_BYTES, int(budget))
+
+
+def smallest_budget(uplink: Uplink, elements: int) -> int | None:
+    """The least that :func:`update_budget` gives any device in any round; None where the codec chooses itself."""
+    return update_budget(uplink, uplink.warmup_rounds, elements, 0, 1.0)
 
 
 def warmed_up(ratio: float, round_: int, warmup_rounds: int) -> float:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation import make_initial
+from coordinator.budget import change_budget, smallest_budget
 from coordinator.methods import create_method
 from coordinator.plan import check_codecs
 from coordinator.run_state import RunState
 from edge_runtime.bundle import Bundle
-from edge_runtime.errors import BundleError, ConfigError, DataError, TrainingError
+from edge_runtime.compression.pipeline import MODEL_CHANNEL, CodecSpec, encode
+from edge_runtime.errors import BundleError, CodecError, ConfigError, DataError, TrainingError
 from edge_runtime.messages import BlobRef
 from edge_runtime.methods import registry as client_methods
 
@@ -37,6 +39,7 @@ def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
         raise BundleError(f"{path}: is a folder; devices receive one file, export the bundle as NAME.bundle")
     bundle = Bundle.open(path)
     check_fit(plan, bundle)
+    check_budgets(plan, bundle)
     test_set = None
     if plan.test_set is not None:
         check_test_set(plan, bundle)
@@ -123,6 +126,38 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
             f"plan {plan.name!r}: training.batch_size is {plan.training.batch_size}, bundle "
             f"{bundle.manifest.name!r} takes batches of {batch.size} only"
         )
+
+
+def check_budgets(plan: Plan, bundle: Bundle) -> None:
+    """Whether the codecs can keep to the bytes that the plan gives them, tried with as little as an update may hold.
+
+    Raises:
+        ConfigError: they cannot; the message names the table.
+    """
+    import numpy as np
+
+    layout = bundle.layout()
+    channels = client_methods.create_method(plan.method, plan.options).channels
+    up = smallest_budget(plan.uplink, layout.size * len(channels))
+    down = change_budget(plan.downlink.target_ratio, plan.downlink.budget_bytes, layout.size)
+    little = np.zeros(layout.size, np.float32)
+    little[:1] = 1e-3
+    for table, compression, names, budget in (
+        ("uplink", plan.uplink, channels, up),
+        ("downlink", plan.downlink, (MODEL_CHANNEL,), down),
+    ):
+        if budget is None:
+            continue
+        try:
+            spec = CodecSpec(compression.codec, compression.options)
+            encode(spec, dict.fromkeys(names, little), dict.fromkeys(names, layout), budget_bytes=budget)
+        except CodecError as error:
+            buffers = layout.only(buffers=True).size
+            dense = f" (the model has {buffers} buffers, as of BatchNorm, which travel dense)" if buffers else ""
+            raise ConfigError(
+                f"plan {plan.name!r}: [{table}] comes to {budget} bytes, which codec {compression.codec!r} cannot "
+                f"keep{dense}: {error}"
+            ) from error
 
 
 def _reference(stored: StoredBlob) -> BlobRef:

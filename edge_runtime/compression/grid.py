@@ -28,7 +28,7 @@ SNAPSHOT = 16  # stands for a snapshot where a container names its codec
 GRID_BITS = 10  # steps from zero to the largest initial value of a tensor: 2**10
 BUFFER_BITS = 18  # running statistics are few and worth more
 _EXPONENT_RANGE = (-60, 60)
-_LARGEST = 2**31 - 1
+_LARGEST = 2**30  # steps: folded to whole numbers they fit 32 bits
 _WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4"}  # bytes of a multiple
 _BYTE = 256
 
@@ -74,11 +74,14 @@ class SharedModel:
         """The snapshot: a container of exponents and multiples.
 
         Raises:
-            CodecError: a value has grown to 2**31 steps.
+            CodecError: a value has grown to more than 2**30 steps.
         """
         multiples = np.empty(self._layout.size, np.int64)
         for exponent, (_, _, start, end) in zip(self.exponents.tolist(), self._layout.spans(), strict=True):
-            multiples[start:end] = np.ldexp(self.vector[start:end].astype(np.float64), -exponent)
+            exact = np.ldexp(self.vector[start:end].astype(np.float64), -exponent)
+            if np.abs(exact).max(initial=0) > _LARGEST:
+                raise CodecError("a value has grown beyond the grid of the run; lower the learning rates")
+            multiples[start:end] = exact
         parts = [self.exponents.tobytes()]
         for buffers in (True, False):
             parts += _pack_multiples(multiples[_rows(self._layout, buffers=buffers)])
@@ -121,8 +124,6 @@ def _rows(layout: Layout, *, buffers: bool) -> NDArray[np.int64]:
 def _pack_multiples(multiples: NDArray[np.int64]) -> list[bytes]:
     """Bytes of a multiple, then planes of bytes of equal significance, the lowest first, each with its length."""
     largest = int(np.abs(multiples).max(initial=0))
-    if largest > _LARGEST:
-        raise CodecError("a value has grown beyond the grid of the run; lower the learning rates")
     folded = np.where(multiples < 0, -2 * multiples - 1, 2 * multiples)  # small, whatever the sign
     width = next(width for width, dtype in _WIDTHS.items() if 2 * largest <= np.iinfo(dtype).max)
     planes = folded.astype(_WIDTHS[width]).view(np.uint8).reshape(-1, width).T

@@ -6,10 +6,13 @@ import msgspec
 import pytest
 
 from coordinator import events as e
-from coordinator.budget import change_budget, update_budget, warmed_up
-from coordinator.plan import Uplink
+from coordinator.budget import change_budget, smallest_budget, update_budget, warmed_up
+from coordinator.plan import Downlink, Uplink
 from coordinator.rounds import step
 from coordinator.selection.random import RandomSelector
+from coordinator.submission import check_budgets
+from edge_runtime.compression import Layout
+from edge_runtime.errors import ConfigError
 from edge_runtime.messages import DatasetInfo
 from tests.coordinator import helpers as h
 
@@ -35,6 +38,9 @@ def test_bytes_follow_the_samples_and_add_up_to_the_same(limit):
     assert budgets == [100, 200, 300, 1000, 400]
     assert update_budget(uplink, 0, ELEMENTS, None, 120.0) == 400
     assert update_budget(uplink, 0, ELEMENTS, 10, None) == 400
+    assert update_budget(uplink, 0, ELEMENTS, 1, 120.0) == smallest_budget(uplink, ELEMENTS) == 64
+    wide = Uplink(codec="topk", by_samples=True, target_ratio=10.0)
+    assert update_budget(wide, 0, ELEMENTS, 1, 120.0) == smallest_budget(wide, ELEMENTS) == 500  # an eighth of the mean
 
 
 def test_warm_up_grows_the_ratio_exponentially():
@@ -77,3 +83,25 @@ def test_a_selector_may_decide_itself(monkeypatch):
         "b": ("raw", None),
         "c": ("topk", 400),
     }
+
+
+class Statistics:
+    """A bundle of one small matrix and many running statistics, as BatchNorm has them."""
+
+    def layout(self):
+        return Layout(("w", "mean"), ((20, 50), (400,)), frozenset({"mean"}))
+
+
+@pytest.mark.parametrize(
+    ("tables", "reason"),
+    [
+        ({"uplink": Uplink(codec="default", budget_bytes=400)}, r"\[uplink\] comes to 400 bytes.*400 buffers"),
+        ({"downlink": Downlink(codec="topk", budget_bytes=100)}, r"\[downlink\] comes to 100 bytes.*400 buffers"),
+        ({"uplink": Uplink(codec="default", budget_bytes=1600, by_samples=True)}, r"\[uplink\] comes to 200 bytes"),
+    ],
+)
+def test_budgets_that_cannot_be_kept_are_refused_at_submission(tables, reason):
+    """Not by every device in every round; what dense buffers take is named."""
+    with pytest.raises(ConfigError, match=reason):
+        check_budgets(h.plan(**tables), Statistics())
+    check_budgets(h.plan(uplink=Uplink(codec="default", budget_bytes=1000)), Statistics())

@@ -5,8 +5,8 @@
 All devices train every round, one epoch on their share of 4,000 images; the test is on all 10,000 test images, the
 accuracy is the mean over the last three rounds. The learning rate is chosen for uncompressed training from a grid, on
 the first seed, and used with every codec, as are the schedule and the server's optimiser; seeds are paired. Models move
-by what was decoded from the bytes. Bytes are those of the MQTT packets: topics, messages and headers included. The
-bundle, which every device fetches once, is not among them.
+by what was decoded from the bytes. Bytes are those of the MQTT packets of jobs, models, requests, updates, receipts and
+verdicts: topics, messages and headers included. The bundle, which every device fetches once, is not among them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class FederatedRun:
         self._task, self._setting, self._options, self._lr = task, setting, options, lr
         self._layout = task.layout
         self._samples = [len(view.train) for view in task.views]
-        self._wire = Wire(task.layout, options.model)
+        self._wire = Wire(task.layout, options.model, len(task.views))
         self._spec = CodecSpec(setting.up, setting.up_options)
         self._states: list[State] = [{} for _ in task.views]
         self._server: Vector = task.initial

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coordinator.job_message import inline_limit
 from edge_runtime import messages, topics
 from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
+from edge_runtime.transport.link import CHUNK_BYTES, packet_bytes
+from edge_runtime.transport.transfer import CHUNK_HEADER_BYTES
 
 if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout
 
-CHUNK_BYTES = 96 * 1024
-CHUNK_HEADER_BYTES = 24
 CRC_BYTES = 4
-INLINE_LIMIT_BYTES = 8 * 1024
 HASH = "0" * 64
-
-
-def packet_bytes(topic: str, payload: int) -> int:
-    """Bytes of a PUBLISH packet with QoS 1 (MQTT 3.1.1, section 3.3)."""
-    remaining = 2 + len(topic) + 2 + payload
-    return 1 + _length_bytes(remaining) + remaining
-
-
-def _length_bytes(number: int) -> int:
-    return 1 if number < 128 else 2 if number < 16_384 else 3 if number < 2_097_152 else 4
 
 
 class Wire:
     """Counts packets, with names as the programs make them."""
 
-    def __init__(self, layout: Layout, run: str) -> None:
+    def __init__(self, layout: Layout, run: str, devices: int) -> None:
         self.bytes_up = self.bytes_down = 0
         self.change_bytes = 0  # of the last change of the shared model; version 0 is in the bundle
+        self._inline_limit = inline_limit(devices)
         self._run, self._bundle = run, BlobRef(sha256=HASH, size_bytes=4 * layout.size, chunk_bytes=CHUNK_BYTES - 1)
         sample = UpdateId(run, self.device(0), self.assignment(10, 0), 0)
         self.envelope_bytes = self._offer_bytes(sample, 4000, 10, 400) - 4000
@@ -49,17 +40,21 @@ class Wire:
         return f"r{round_}-{round_ * 10 + number}"
 
     def update(self, update: UpdateId, data: bytes, round_: int, samples: int) -> None:
-        """An update goes up, in chunks where it does not fit one packet."""
+        """An update goes up, with chunks where it does not fit one packet."""
         self.bytes_up += self._offer_bytes(update, len(data), round_, samples)
 
     def model(self, round_: int, size: int, devices: int) -> None:
-        """A round's job and model go down to every device, and what answers its update."""
+        """A round's job and model go down to every device, and what answers its update; the request for it goes up."""
         sample = UpdateId(self._run, self.device(0), self.assignment(round_, 0), 0)
         topic = topics.to_device(sample.device, "message")
         done = len(messages.encode(messages.Done(update=sample)))
         verdict = len(messages.encode(messages.Verdict(update=sample, counted=True)))
         control = packet_bytes(topic, done) + packet_bytes(topic, verdict)
         self.bytes_down += devices * (self._job_bytes(round_, size) + control)
+        if size > self._inline_limit:
+            need = messages.Need(sha256=HASH, ranges=[(0, -(-size // CHUNK_BYTES))])
+            topic = topics.from_device(sample.device, "message")
+            self.bytes_up += devices * packet_bytes(topic, len(messages.encode(need)))
 
     def _offer_bytes(self, update: UpdateId, size: int, round_: int, samples: int) -> int:
         whole = size <= CHUNK_BYTES
@@ -85,7 +80,7 @@ class Wire:
         return total + self._chunks_bytes(topics.from_device(update.device, "chunk"), max(0, size - CHUNK_BYTES))
 
     def _job_bytes(self, round_: int, size: int) -> int:
-        inline = size <= INLINE_LIMIT_BYTES
+        inline = size <= self._inline_limit
         blob = BlobRef(sha256=HASH, size_bytes=size, chunk_bytes=CHUNK_BYTES - 1)
         job = messages.Job(
             run=self._run,

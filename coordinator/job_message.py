@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from coordinator.plan import Plan
     from edge_runtime.store.blobs import BlobStore
 
-INLINE_BYTES = 8 * 1024  # a last blob up to this size travels inside the job, and needs no request
+# A last blob travels inside the job, and needs no request, no subscription and no second packet of the device, if it is
+# small, or if so few devices share it that sending it to each of them costs the coordinator little.
+INLINE_BYTES = 8 * 1024
+INLINE_LIMIT_BYTES = 64 * 1024
+INLINE_ROUND_BYTES = 4 * 1024 * 1024
 _ENVELOPE_BYTES = 2048  # of the smallest packet that is left to the rest of the job
 
 
@@ -62,9 +66,14 @@ def make_job(
     )
 
 
-def inline_bytes(blobs: BlobStore, model: messages.ModelRef, chunk_bytes: int) -> bytes:
-    """The bytes of the model's last blob if they fit into the job; else none, and the device asks for them."""
-    if not model.blobs or model.blobs[-1].size_bytes > min(INLINE_BYTES, chunk_bytes - _ENVELOPE_BYTES):
+def inline_limit(devices: int) -> int:
+    """Largest blob that travels inside the jobs of a round with so many devices, in bytes."""
+    return max(INLINE_BYTES, min(INLINE_LIMIT_BYTES, INLINE_ROUND_BYTES // devices))
+
+
+def inline_bytes(blobs: BlobStore, model: messages.ModelRef, chunk_bytes: int, devices: int) -> bytes:
+    """The bytes of the model's last blob if they belong into the job; else none, and the device asks for them."""
+    if not model.blobs or model.blobs[-1].size_bytes > min(inline_limit(devices), chunk_bytes - _ENVELOPE_BYTES):
         return b""
     try:
         return blobs.path(model.blobs[-1].sha256).read_bytes()

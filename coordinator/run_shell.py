@@ -277,7 +277,7 @@ class RunShell:
             return  # DeviceJoined repeats it
         state = self.runs[run]
         model, chunk_bytes = state.model_of(assignment), self.link.chunk_bytes
-        inline = inline_bytes(self.store.blobs, model, chunk_bytes)
+        inline = inline_bytes(self.store.blobs, model, chunk_bytes, state.plan.participation.target)
         job = make_job(
             state.plan, state.run, assignment, model, now=self.clock(), chunk_bytes=chunk_bytes, inline=inline
         )

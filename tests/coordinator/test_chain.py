@@ -168,14 +168,21 @@ def test_changes_are_kept_as_long_as_somebody_may_ask():
 
 
 @pytest.mark.parametrize(
-    ("size", "chunk", "inside"), [(300, 98304, True), (INLINE_BYTES + 1, 98304, False), (900, 2560, False)]
+    ("size", "chunk", "devices", "inside"),
+    [
+        (300, 98304, 10_000, True),
+        (INLINE_BYTES + 1, 98304, 1000, False),
+        (INLINE_BYTES + 1, 98304, 10, True),
+        (65_537, 98304, 10, False),
+        (900, 2560, 1, False),
+    ],
 )
-def test_a_small_last_blob_travels_inside_the_job(tmp_path, size, chunk, inside):
+def test_a_small_last_blob_travels_inside_the_job(tmp_path, size, chunk, devices, inside):
     """It needs no request then; a large one, or one for a broker with small packets, is asked for."""
     blobs = BlobStore(tmp_path)
     stored = blobs.put(bytes(size))
     model = ModelRef(base=3, blobs=[h.blob(1), BlobRef(sha256=stored.sha256, size_bytes=size)], vector_sha256="0" * 64)
-    assert inline_bytes(blobs, model, chunk) == (bytes(size) if inside else b"")
+    assert inline_bytes(blobs, model, chunk, devices) == (bytes(size) if inside else b"")
 
 
 def test_a_job_says_how_its_update_is_encoded():

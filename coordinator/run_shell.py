@@ -311,10 +311,11 @@ class RunShell:
 
     def _answer_from_store(self, update: UpdateId) -> None:
         row = self.store.stored_verdict(update)
-        if row is None and self.store.is_active(update.run):
+        if row is None and update.run not in self.runs and self.store.is_active(update.run):
             return  # the run is about to be taken up, the device will offer again
-        if row is None:
-            reason = "the coordinator knows no such run or assignment"
+        if row is None:  # without an answer the device could never train for this run again
+            known = "the coordinator knows no such run or assignment"
+            reason = "its assignment is unknown here, or too long ago to count" if update.run in self.runs else known
             log.warning("update %s refused: %s", update, reason)
             self._send(update.run, update.device, messages.Verdict(update=update, counted=False, reason=reason))
         elif row.verdict == "pending":

@@ -18,7 +18,7 @@ from coordinator.plan import DEFAULT_CODEC
 from coordinator.report import run_summary
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.grid import SharedModel
-from edge_runtime.messages import Job, JobStatus, Telemetry
+from edge_runtime.messages import Job, JobStatus, Telemetry, Verdict
 from tests.support.federation import Federation
 
 if TYPE_CHECKING:
@@ -143,6 +143,30 @@ def test_devices_that_miss_versions_or_lose_them_come_to_the_same_model(federati
     for home in "ab":
         hashes.add(SharedModel.decode(fed.agents[home].models.path(run, 7).read_bytes(), layout).sha256())
     assert len(hashes) == 1
+
+
+def test_an_update_of_a_forgotten_assignment_is_refused_and_its_device_goes_on(federation: Federation) -> None:
+    """Finished, then away until its assignment was cancelled and forgotten: one refusal, and it takes part again."""
+    fed = federation
+    fed.agent("a", digits(40, 1))
+    fed.agent("b", digits(40, 2), hold=True)
+    participation = {"target": 2, "minimum": 1, "deadline_s": 2.0, "max_staleness": 0}
+    run = fed.submit(**plan(rounds=2000, participation=participation))
+    fed.until(lambda: "b" in fed.held, "the update of b")
+    (late,) = fed.agents["b"].state.updates
+    fed.stop("b")
+    fed.until(lambda: fed.row(run).version >= 4, "rounds without b")
+    assert late.assignment not in fed.coordinator.shell.runs[run].assignments
+    fed.agent("b", digits(40, 2))
+
+    def verdicts() -> list[Verdict]:
+        told = [packet.message for packet in fed.packets["b"] if not packet.up]
+        return [message for message in told if isinstance(message, Verdict)]
+
+    fed.until(lambda: any(verdict.counted for verdict in verdicts()), "an update of b that counts")
+    assert verdicts()[0].update == late
+    assert not verdicts()[0].counted
+    assert "too long ago" in verdicts()[0].reason
 
 
 def jobs_of(fed: Federation, device: str) -> list[list[Job]]:

@@ -2,11 +2,16 @@
 
 The worker writes the state that a run has after an update beside that update; the agent's spool makes both exist in
 one transaction (:mod:`edge_runtime.store.spool`). So the state is never ahead of the updates, nor behind them.
+
+A file that rotted on the disk costs what it held, not the run: the next job starts without it, and its update replaces
+the file.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from edge_runtime.errors import StorageError
+from edge_runtime.errors import CodecError, StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +30,10 @@ if TYPE_CHECKING:
     from edge_runtime.compression.pipeline import CodecSpec
     from edge_runtime.methods.base import Memory
 
+log = logging.getLogger("edge.worker")
+
 _CRC_BYTES = 4
+_LOST = (errno.ENOENT, errno.EIO)  # what the disk does not give back, however often it is asked
 
 
 @dataclass
@@ -85,31 +93,58 @@ def load_state(path: Path | None, bundle_sha256: str, key: str) -> RunState:
     """The state of a run for a job with this bundle and this :func:`codec_key`.
 
     What was made with another bundle is left out, and so is the codec's part with another key. The codec's arrays are
-    read-only views.
+    read-only views. A file that is gone or damaged is as none, with an error in the log.
 
     Raises:
-        StorageError: the file cannot be read or is damaged.
+        StorageError: the file cannot be read now, but maybe later.
     """
     if path is None:
         return RunState()
     try:
+        stored = _read(path)
+    except CodecError as error:
+        log.error(  # noqa: TRY400 - one line for the user
+            "%s: %s; the run goes on without it: lost are the residual (what its codec had not sent yet), the memory "
+            "of its method and its personal tensors",
+            *(path, error),
+        )
+        return RunState()
+    if stored.bundle != bundle_sha256:
+        return RunState()
+    return RunState(
+        codec=_arrays(stored.codec) if stored.key == key else {},
+        memory={name: array.copy() for name, array in _arrays(stored.memory).items()},
+        personal={name: array.copy() for name, array in _arrays(stored.personal).items()},
+    )
+
+
+def _read(path: Path) -> _Stored:
+    """What the file holds, all arrays of it usable.
+
+    Raises:
+        CodecError: it is lost.
+        StorageError: it cannot be read now, but maybe later.
+    """
+    try:
         data = memoryview(path.read_bytes())
     except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}); restart the agent to start afresh") from error
+        if error.errno in _LOST:
+            raise CodecError(f"cannot be read ({error.strerror})") from error
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
     content, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
     if zlib.crc32(content) != int.from_bytes(crc, "little"):
-        raise StorageError(f"{path}: is damaged (CRC); delete it and restart the agent to start afresh")
+        raise CodecError("is damaged (CRC)")
     try:
         stored = _decoder.decode(content)
-        if stored.bundle != bundle_sha256:
-            return RunState()
-        return RunState(
-            codec={name: _array(entry) for name, entry in stored.codec.items()} if stored.key == key else {},
-            memory={name: _array(entry).copy() for name, entry in stored.memory.items()},
-            personal={name: _array(entry).copy() for name, entry in stored.personal.items()},
-        )
+        for arrays in (stored.codec, stored.memory, stored.personal):
+            _arrays(arrays)
     except (msgspec.MsgspecError, ValueError, TypeError) as error:
-        raise StorageError(f"{path}: is damaged ({error}); delete it and restart the agent to start afresh") from error
+        raise CodecError(f"is damaged ({error})") from error
+    return stored
+
+
+def _arrays(stored: dict[str, _Array]) -> dict[str, NDArray[Any]]:
+    return {name: _array(entry) for name, entry in stored.items()}
 
 
 def _stored(array: NDArray[Any]) -> _Array:

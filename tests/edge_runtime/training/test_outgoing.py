@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -174,17 +176,44 @@ def test_state_survives_and_belongs_to_bundle_and_codec(tmp_path):
     assert not load_state(None, "bundle", "key")
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:10] + b"x" + data[11:], lambda _: b""])
-def test_damaged_state_is_an_error_that_says_what_to_do(tmp_path, damage):
-    """Nothing is trained on top of a state that rotted."""
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:30] + b"x" + path.read_bytes()[31:]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\xc0" + zlib.crc32(b"\xc0").to_bytes(4, "little")),
+        Path.unlink,
+    ],
+)
+def test_a_damaged_state_costs_itself_and_not_the_run(device, caplog, damage):
+    """The log names the file and what is lost; the next job does not start from what rotted, but it is done."""
+    device.do("a", **LOSSY)
+    assert device.residual(**LOSSY).any()
+    damage(Path(device.state_path))
+    lost = device.state_path
+    device.trained[:] = 0
+    done = device.do("b", **LOSSY)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.message.startswith(f"{lost}: ")
+    assert "lost are the residual" in record.message
+    assert device.state_path != lost
+    np.testing.assert_allclose(device.jobs.delta(done) + device.residual(**LOSSY), device.trained, atol=1e-5)
+
+
+def test_a_state_that_cannot_be_read_for_now_is_not_given_up(tmp_path, monkeypatch):
+    """Too many open files, or permissions, are no loss: the job fails, and a later one finds the state."""
     path = tmp_path / "s"
     path.write_bytes(encode_state(RunState(memory={"m": np.float32([1])}), "bundle", "key"))
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(StorageError, match=r"is damaged .*; delete it and restart the agent"):
-        load_state(path, "bundle", "key")
-    path.unlink()
-    with pytest.raises(StorageError, match="cannot be read"):
-        load_state(path, "bundle", "key")
+
+    def refuse(_path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(StorageError, match="Too many open files"):
+            load_state(path, "bundle", "key")
+    assert load_state(path, "bundle", "key").memory["m"] == [1]
 
 
 def test_key_names_bundle_codec_and_options():

@@ -63,6 +63,26 @@ class Layout(msgspec.Struct, frozen=True):
         chosen = [(name, shape) for name, shape, _, _ in self.spans() if (name in self.buffers) == buffers]
         return Layout(tuple(name for name, _ in chosen), tuple(shape for _, shape in chosen))
 
+    def take(self, vector: Vector, *, buffers: bool) -> Vector:
+        """The buffers of a vector ``[size]``, or all else, in new memory."""
+        import numpy as np
+
+        parts = [vector[start:end] for name, _, start, end in self.spans() if (name in self.buffers) == buffers]
+        return np.concatenate([np.empty(0, vector.dtype), *parts])
+
+    def join(self, trained: Vector, buffers: Vector) -> Vector:
+        """The inverse of both :meth:`take`, in new memory."""
+        import numpy as np
+
+        vector = np.empty(self.size, np.float32)
+        at = {False: 0, True: 0}
+        for name, _, start, end in self.spans():
+            kind = name in self.buffers
+            part = buffers if kind else trained
+            vector[start:end] = part[at[kind] : at[kind] + end - start]
+            at[kind] += end - start
+        return vector
+
     def flatten(self, tensors: Mapping[str, np.ndarray]) -> Vector:
         """Vector float32 ``[size]`` of the tensors in layout order.
 
@@ -176,6 +196,7 @@ class Codec:
         name: the name jobs and plans use.
         number: stands for the name in the container; 0 for codecs of other packages, which travel by name.
         lossless: every float32 comes back bit for bit.
+        keeps_budget: whether the payload keeps to ``Request.budget_bytes``; others take what they take.
         feedback: whether what was not sent is kept and added the next time, unless the options say otherwise.
         alignment: 1, 2 or 4: the payload begins at a multiple of this, so that arrays can be viewed in place.
         defaults: the options and their defaults; an option has the type of its default.
@@ -184,6 +205,7 @@ class Codec:
     name: ClassVar[str]
     number: ClassVar[int] = 0
     lossless: ClassVar[bool] = False
+    keeps_budget: ClassVar[bool] = False
     feedback: ClassVar[bool] = True
     alignment: ClassVar[int] = 1
     defaults: ClassVar[Mapping[str, Value]] = {}
@@ -226,6 +248,10 @@ class Codec:
     def decode_against(self, payload: memoryview, layout: Layout, reference: Vector | None) -> Update:  # noqa: ARG002
         """Like :meth:`decode`, for codecs that predict from ``Request.reference``, which must be the encoder's."""
         return self.decode(payload, layout)
+
+    def predicts(self, payload: memoryview, layout: Layout) -> bool:  # noqa: ARG002
+        """Whether decoding this payload needs the reference that it was encoded with; raises like :meth:`decode`."""
+        return False
 
 
 def check_options(owner: str, given: Mapping[str, Value], defaults: Mapping[str, Value]) -> dict[str, Value]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_runtime.compression import sparse
 from edge_runtime.compression.base import Codec, Encoded, Update, Value
-from edge_runtime.compression.lowrank import decode_low_rank, encode_low_rank
+from edge_runtime.compression.lowrank import decode_low_rank, encode_low_rank, predicts
 from edge_runtime.compression.ratio import allowed_bytes
 from edge_runtime.compression.uniform import decode_uniform, encode_uniform, expected_error
 from edge_runtime.compression.zstd import pack_planes, unpack_planes
@@ -56,6 +56,7 @@ class Default(Codec):
 
     name: ClassVar[str] = "default"
     number: ClassVar[int] = 3
+    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"target_ratio": 0.0, "family": "auto", "density": 0.0}
 
     def __init__(self, options: Mapping[str, Value] | None = None) -> None:
@@ -109,6 +110,10 @@ class Default(Codec):
         if family == _RAW and len(rest) == 4 * layout.size:
             return Update(np.frombuffer(rest, "<f4").astype(np.float32))
         raise CodecError(f"the family {family} of an update is unknown, or its length is wrong")
+
+    def predicts(self, payload: memoryview, layout: Layout) -> bool:
+        """Only the low-rank family may."""
+        return len(payload) > 0 and payload[0] == _LOW_RANK and predicts(payload[1:], layout)
 
 
 class _Coder:

@@ -89,3 +89,9 @@ def decode_low_rank(payload: bytes | memoryview, layout: Layout, reference: Vect
     content = read(payload, layout)
     weights = pair_weights(layout, reference)
     return np.zeros(layout.size, np.float32) if content is None else rebuild(layout, content, weights)
+
+
+def predicts(payload: bytes | memoryview, layout: Layout) -> bool:
+    """Whether decoding needs the reference; raises CodecError if the payload is damaged."""
+    content = read(payload, layout)
+    return content is not None and any(pair is not None for pair in content.pairs)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from edge_runtime.compression.base import Codec, Encoded, Update, Value
-from edge_runtime.compression.lowrank import decode_low_rank, encode_low_rank
+from edge_runtime.compression.lowrank import decode_low_rank, encode_low_rank, predicts
 from edge_runtime.compression.ratio import allowed_bytes
 from edge_runtime.errors import CodecError
 
@@ -25,6 +25,7 @@ class LowRank(Codec):
 
     name: ClassVar[str] = "lowrank"
     number: ClassVar[int] = 4
+    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"target_ratio": 0.0}
 
     def __init__(self, options: Mapping[str, Value] | None = None) -> None:
@@ -50,3 +51,7 @@ class LowRank(Codec):
     def decode_against(self, payload: memoryview, layout: Layout, reference: Vector | None) -> Update:
         """The dense update; raises CodecError."""
         return Update(decode_low_rank(payload, layout, reference))
+
+    def predicts(self, payload: memoryview, layout: Layout) -> bool:
+        """Where pairs of layers are predicted."""
+        return predicts(payload, layout)

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _PRESENCE = [Model([64 - share, share]) for share in (1, 4, 16, 32, 48, 60, 63)]
 
 
+def most_entries(size: int) -> int:
+    """Entries that a sparse update of ``size`` elements may have: what has more is dense, and costs less so."""
+    return max(1 << 16, size // 4)
+
+
 class _Tensor(NamedTuple):
     """Entries of one tensor, ready to be written; ``turned`` is None where there is no choice of order."""
 
@@ -132,12 +137,15 @@ def read(decoder: Decoder, layout: Layout) -> NDArray[np.int64]:
     Raises:
         CodecError: damaged.
     """
-    found = []
+    found, total = [], 0
     classes: list[int] = []
     presence = _PRESENCE[sequences.read_uniform(decoder, len(_PRESENCE))]
     for _, shape, start, end in layout.spans():
         size = end - start
         count = _read_count(decoder, size, presence)
+        total += count
+        if total > most_entries(layout.size):
+            raise CodecError(f"{total} entries or more; a sparse update of this model has {most_entries(layout.size)}")
         if count:
             turned = bool(decoder.raw(1)) if _is_matrix(shape) else False
             expected = gaps.expected_gaps(count, size)

@@ -40,6 +40,7 @@ class PowerSgd(Codec):
 
     name: ClassVar[str] = "powersgd"
     number: ClassVar[int] = 15
+    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"rank": 4}
 
     def __init__(self, options: Mapping[str, Value] | None = None) -> None:

@@ -44,6 +44,7 @@ class RandomK(Codec):
 
     name: ClassVar[str] = "randomk"
     number: ClassVar[int] = 13
+    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"density": 0.01, "half": True, "unbiased": False}
 
     def __init__(self, options: Mapping[str, Value] | None = None) -> None:

@@ -49,6 +49,7 @@ class Sparse(Codec):
 
     name: ClassVar[str] = "sparse"
     number: ClassVar[int] = 5
+    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"density": 0.0, "levels": 0, "target_ratio": 0.0}
 
     def __init__(self, options: Mapping[str, Value] | None = None) -> None:
@@ -86,6 +87,7 @@ class Largest:
     """
 
     def __init__(self, vector: Vector, count: int) -> None:
+        count = min(count, positions.most_entries(vector.size))
         pattern = np.ascontiguousarray(vector, np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)  # ordered like |x|
         self._indices = np.flatnonzero(pattern >= np.uint32(_threshold(pattern, count)))
         self._pattern = pattern[self._indices]
@@ -160,7 +162,10 @@ class Draft(NamedTuple):
 
 
 def with_density(vector: Vector, layout: Layout, density: float, levels: int = 0) -> Draft:
-    """The draft with this share of the entries, rounded, and at least one; ``levels`` 0: 15 centroids."""
+    """The draft with this share of the entries, rounded, and at least one; ``levels`` 0: 15 centroids.
+
+    No more than a quarter of a large vector is taken, since from there on a dense code is the better one.
+    """
     largest = Largest(vector, max(1, round(density * vector.size)))
     return Draft.of(vector, largest.top(largest.count), layout, levels or _DENSITY_LEVELS)
 

@@ -32,6 +32,7 @@ class Stc(Codec):
 
     name: ClassVar[str] = "stc"
     number: ClassVar[int] = 11
+    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"density": 0.0025}
 
     def __init__(self, options: Mapping[str, Value] | None = None) -> None:

@@ -31,6 +31,7 @@ class TopK(Codec):
 
     name: ClassVar[str] = "topk"
     number: ClassVar[int] = 7
+    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"density": 0.01}
 
     def __init__(self, options: Mapping[str, Value] | None = None) -> None:

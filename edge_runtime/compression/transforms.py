@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edge_runtime.compression.base import State, Update, Vector
 
-_LARGEST = np.finfo(np.float32).max
+LARGEST = np.finfo(np.float32).max
 
 
 class Transform:
@@ -99,11 +99,29 @@ class Feedback(Transform):
         """The new residual; what is beyond float32 saturates, so that one absurd round does not end all others."""
         with np.errstate(over="ignore"):
             residual = update.subtracted_from(values)
-        np.clip(residual, -_LARGEST, _LARGEST, out=residual)
+        np.clip(residual, -LARGEST, LARGEST, out=residual)
         return {"residual": residual} if residual.any() else {}
 
 
-OPTIONS: Mapping[str, Value] = {"clip_norm": 0.0, "momentum": 0.0, "error_feedback": True}
+class Limit(Transform):
+    """Keeps what is sent below the L2 norm that the coordinator refuses; with feedback the rest goes in later updates.
+
+    A code may come out a little longer than what went in, so some room is left.
+    """
+
+    name: ClassVar[str] = "limit"
+
+    def __init__(self, norm: float) -> None:
+        if not norm > 0:
+            raise CodecError(f"option 'max_norm' is {norm}; it must be above 0, or left out")
+        self._clip = Clip(0.95 * norm)
+
+    def apply(self, values: Vector, state: State) -> tuple[Vector, State]:
+        """The vector, scaled down if need be."""
+        return self._clip.apply(values, state)
+
+
+OPTIONS: Mapping[str, Value] = {"clip_norm": 0.0, "momentum": 0.0, "error_feedback": True, "max_norm": 0.0}
 
 
 def chain(options: Mapping[str, Value], *, feedback: bool) -> list[Transform]:
@@ -124,4 +142,6 @@ def chain(options: Mapping[str, Value], *, feedback: bool) -> list[Transform]:
         transforms.append(Momentum(float(values["momentum"])))
     if values["error_feedback"]:
         transforms.append(Feedback())
+    if values["max_norm"] != 0:
+        transforms.append(Limit(float(values["max_norm"])))
     return transforms

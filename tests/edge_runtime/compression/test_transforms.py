@@ -5,7 +5,8 @@ import warnings
 import numpy as np
 import pytest
 
-from edge_runtime.compression.base import Update
+from edge_runtime.compression.base import Layout, Update
+from edge_runtime.compression.pipeline import CodecSpec, check_spec, decode, encode
 from edge_runtime.compression.transforms import Clip, Feedback, Momentum, Transform, chain
 from edge_runtime.errors import CodecError
 
@@ -114,3 +115,24 @@ def test_impossible_options_are_refused(options, reason):
     """The message names the option."""
     with pytest.raises(CodecError, match=reason):
         chain(options, feedback=True)
+
+
+def test_an_update_over_the_limit_goes_in_parts():
+    """What the coordinator would refuse is never sent, and all of it arrives in the end."""
+    layouts = {"delta": Layout(("w", "mean"), ((400,), (8,)), frozenset({"mean"}))}
+    vector = np.random.default_rng(0).standard_normal(408).astype(np.float32) * 3
+    vector[400:] = 9.0
+    spec, state, sums = CodecSpec("default", {"max_norm": 5.0}), {}, np.zeros(408, np.float32)
+    for round_ in range(20):
+        values = vector if round_ == 0 else np.zeros_like(vector)
+        encoded = encode(spec, {"delta": values}, layouts, state, budget_bytes=700)
+        sums += decode(encoded.data, layouts, max_norm=5.0)["delta"].vector()
+        state = encoded.state
+    np.testing.assert_allclose(sums, vector, atol=0.02)
+
+
+def test_unbiased_random_k_does_not_go_with_feedback():
+    """It would amplify what it keeps from round to round."""
+    with pytest.raises(CodecError, match="diverge"):
+        check_spec(CodecSpec("randomk", {"unbiased": True, "error_feedback": True}))
+    check_spec(CodecSpec("randomk", {"unbiased": True}))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -11,7 +12,10 @@ from edge_runtime.files import load_toml
 from edge_runtime.messages import Name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from edge_runtime.compression.base import Codec
 
 DEFAULT_CODEC = "default"  # both ways, where a plan names none
 
@@ -54,8 +58,8 @@ class Uplink(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``target_ratio`` (float32 bytes over encoded bytes) or ``budget_bytes`` of an update; neither: the codec's own
     choice. ``by_samples`` gives a device bytes in proportion to its samples, the mean of the fleet getting the budget.
     Over the first ``warmup_rounds`` rounds the ratio grows exponentially (Lin et al., "Deep Gradient Compression",
-    ICLR 2018, section 3.3). An update with an L2 norm above ``max_norm`` is refused. ``options`` are the codec's, and
-    ``clip_norm``, ``momentum`` and ``error_feedback``.
+    ICLR 2018, section 3.3). An update with an L2 norm above ``max_norm`` is refused; devices with a lossy codec stay
+    below it. ``options`` are the codec's, and ``clip_norm``, ``momentum`` and ``error_feedback``.
     """
 
     codec: str = DEFAULT_CODEC
@@ -118,6 +122,7 @@ def load_plan(path: Path) -> Plan:
     if plan.participation.minimum > plan.participation.target:
         raise ConfigError(f"{path}: participation.minimum is above participation.target")
     try:
+        check_finite(plan)
         check_codecs(plan)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -127,6 +132,25 @@ def load_plan(path: Path) -> Plan:
         bundle=str(folder / plan.bundle),
         test_set=None if plan.test_set is None else str(folder / plan.test_set),
     )
+
+
+def check_finite(plan: Plan) -> None:
+    """Whether all numbers are finite: TOML knows others, the stored plan does not.
+
+    Raises:
+        ConfigError: one is not; the message names it.
+    """
+    for key, value in _numbers("", msgspec.to_builtins(plan)):
+        if not math.isfinite(value):
+            raise ConfigError(f"{key} is {value}; give a finite number, or leave it out")
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _numbers(f"{key}.{name}" if key else name, part)
+    elif isinstance(value, float):
+        yield key, value
 
 
 def check_codecs(plan: Plan) -> None:
@@ -139,17 +163,17 @@ def check_codecs(plan: Plan) -> None:
     from edge_runtime.compression.registry import codec_class
 
     for table, part in (("uplink", plan.uplink), ("downlink", plan.downlink)):
+        if "max_norm" in part.options:
+            cure = "set max_norm in [uplink] itself" if table == "uplink" else "there is max_norm in [uplink]"
+            raise ConfigError(f"{table}: no option 'max_norm'; {cure}")
         try:
             check_spec(CodecSpec(part.codec, part.options))
         except CodecError as error:
             raise ConfigError(f"{table}: {error}") from error
         if part.target_ratio is not None and part.budget_bytes is not None:
             raise ConfigError(f"{table}: set one of target_ratio and budget_bytes, or neither")
-        limited = part.target_ratio is not None or part.budget_bytes is not None
-        if limited and codec_class(part.codec).lossless:
-            raise ConfigError(
-                f"{table}: codec {part.codec!r} loses nothing, so it keeps no target_ratio or budget_bytes"
-            )
+        if part.target_ratio is not None or part.budget_bytes is not None:
+            _check_rate_control(table, part, codec_class(part.codec))
     if (plan.uplink.by_samples or plan.uplink.warmup_rounds) and not (
         plan.uplink.target_ratio is not None or plan.uplink.budget_bytes is not None
     ):
@@ -157,6 +181,24 @@ def check_codecs(plan: Plan) -> None:
     stateful = sorted({"error_feedback", "momentum"} & set(plan.downlink.options))
     if stateful:
         raise ConfigError(f"downlink: no option {stateful[0]!r}; what was not sent stays in the server's model anyway")
+
+
+def _check_rate_control(table: str, part: Uplink | Downlink, codec: type[Codec]) -> None:
+    given = "target_ratio" if part.target_ratio is not None else "budget_bytes"
+    if codec.lossless:
+        raise ConfigError(f"{table}: codec {part.codec!r} loses nothing, so it keeps no target_ratio or budget_bytes")
+    if not codec.keeps_budget:
+        raise ConfigError(
+            f"{table}: codec {part.codec!r} has no rate control, so it cannot keep {given}; leave {given} out, or "
+            f"choose one that has it, as {DEFAULT_CODEC!r}"
+        )
+    if part.options.get("target_ratio"):
+        raise ConfigError(f"{table}: set one of {given} and options.target_ratio, not both")
+    fixed = "options.density" if part.options.get("density") else ""
+    if part.options.get("family") == "exact":
+        fixed = "options.family = 'exact'"
+    if fixed:
+        raise ConfigError(f"{table}: {fixed} decides how many bytes it takes, not {given}; leave one of them out")
 
 
 def is_lossless(codec: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from coordinator.aggregation import make_initial
 from coordinator.budget import change_budget, smallest_budget
 from coordinator.methods import create_method
-from coordinator.plan import check_codecs
+from coordinator.plan import check_codecs, check_finite
 from coordinator.run_state import RunState
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.pipeline import MODEL_CHANNEL, CodecSpec, encode
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from coordinator.plan import Plan
     from coordinator.store import Store
     from edge_runtime.store.blobs import StoredBlob
+
+_PROBE_SCALE = 1e-3
+_PROBE_VERSION = 1 << 20  # a header that long will do for any run
 
 
 def submit(store: Store, plan: Plan, *, now: float | None = None) -> str:
@@ -90,6 +92,10 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
         ConfigError: an unknown codec, method, option or hyper-parameter, or a batch size the graphs do not take.
         PluginError: no such server method, or options it does not take.
     """
+    try:
+        check_finite(plan)
+    except ConfigError as error:
+        raise ConfigError(f"plan {plan.name!r}: {error}") from error
     server = create_method(plan)
     try:
         client = client_methods.create_method(plan.method, plan.options)
@@ -115,7 +121,7 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
             f"plan {plan.name!r}: training.hyper has {unknown[0]!r}, bundle {bundle.manifest.name!r} knows "
             f"{', '.join(known)}"
         )
-    wrong = [name for name, value in plan.training.hyper.items() if not (math.isfinite(value) and value >= 0)]
+    wrong = [name for name, value in plan.training.hyper.items() if value < 0]
     if wrong:
         raise ConfigError(
             f"plan {plan.name!r}: training.hyper.{wrong[0]} is {plan.training.hyper[wrong[0]]:g}; give 0 or more"
@@ -129,7 +135,7 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
 
 
 def check_budgets(plan: Plan, bundle: Bundle) -> None:
-    """Whether the codecs can keep to the bytes that the plan gives them, tried with as little as an update may hold.
+    """Whether the codecs can keep to the bytes that the plan gives them, tried with noise in every element.
 
     Raises:
         ConfigError: they cannot; the message names the table.
@@ -140,8 +146,7 @@ def check_budgets(plan: Plan, bundle: Bundle) -> None:
     channels = client_methods.create_method(plan.method, plan.options).channels
     up = smallest_budget(plan.uplink, layout.size * len(channels))
     down = change_budget(plan.downlink.target_ratio, plan.downlink.budget_bytes, layout.size)
-    little = np.zeros(layout.size, np.float32)
-    little[:1] = 1e-3
+    noise = (_PROBE_SCALE * np.random.default_rng(0).standard_normal(layout.size)).astype(np.float32)
     for table, compression, names, budget in (
         ("uplink", plan.uplink, channels, up),
         ("downlink", plan.downlink, (MODEL_CHANNEL,), down),
@@ -150,7 +155,8 @@ def check_budgets(plan: Plan, bundle: Bundle) -> None:
             continue
         try:
             spec = CodecSpec(compression.codec, compression.options)
-            encode(spec, dict.fromkeys(names, little), dict.fromkeys(names, layout), budget_bytes=budget)
+            vectors, layouts = dict.fromkeys(names, noise), dict.fromkeys(names, layout)
+            encode(spec, vectors, layouts, budget_bytes=budget, base_version=_PROBE_VERSION)
         except CodecError as error:
             buffers = layout.only(buffers=True).size
             dense = f" (the model has {buffers} buffers, as of BatchNorm, which travel dense)" if buffers else ""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
+import numpy as np
 import pytest
 
 from coordinator import events as e
 from coordinator.budget import change_budget, smallest_budget, update_budget, warmed_up
-from coordinator.plan import Downlink, Uplink
+from coordinator.plan import Downlink, Uplink, check_codecs, check_finite
 from coordinator.rounds import step
 from coordinator.selection.random import RandomSelector
 from coordinator.submission import check_budgets
 from edge_runtime.compression import Layout
+from edge_runtime.compression.pipeline import CodecSpec, encode
 from edge_runtime.errors import ConfigError
 from edge_runtime.messages import DatasetInfo
 from tests.coordinator import helpers as h
@@ -96,6 +100,7 @@ class Statistics:
     ("tables", "reason"),
     [
         ({"uplink": Uplink(codec="default", budget_bytes=400)}, r"\[uplink\] comes to 400 bytes.*400 buffers"),
+        ({"uplink": Uplink(codec="default", budget_bytes=820)}, r"\[uplink\] comes to 820 bytes.*400 buffers"),
         ({"downlink": Downlink(codec="topk", budget_bytes=100)}, r"\[downlink\] comes to 100 bytes.*400 buffers"),
         ({"uplink": Uplink(codec="default", budget_bytes=1600, by_samples=True)}, r"\[uplink\] comes to 200 bytes"),
     ],
@@ -105,3 +110,54 @@ def test_budgets_that_cannot_be_kept_are_refused_at_submission(tables, reason):
     with pytest.raises(ConfigError, match=reason):
         check_budgets(h.plan(**tables), Statistics())
     check_budgets(h.plan(uplink=Uplink(codec="default", budget_bytes=1000)), Statistics())
+
+
+@pytest.mark.parametrize("table", ["uplink", "downlink"])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        *(
+            ({"codec": name, "target_ratio": 30.0}, "leave target_ratio out")
+            for name in ("int4", "half", "fedzip", "eden")
+        ),
+        ({"codec": "int8", "budget_bytes": 900}, "leave budget_bytes out, or choose one that has it"),
+        ({"codec": "sparse", "target_ratio": 9.0, "options": {"density": 0.1}}, "options.density decides"),
+        ({"budget_bytes": 900, "options": {"density": 0.1}}, "options.density decides"),
+        ({"target_ratio": 9.0, "options": {"family": "exact"}}, "options.family = 'exact' decides"),
+        ({"target_ratio": 9.0, "options": {"target_ratio": 8.0}}, "one of target_ratio and options.target_ratio"),
+        ({"budget_bytes": 900, "options": {"target_ratio": 8.0}}, "one of budget_bytes and options.target_ratio"),
+        ({"options": {"max_norm": 8.0}}, "no option 'max_norm'"),
+    ],
+)
+def test_bytes_that_nothing_keeps_are_refused(table, values, reason):
+    """A codec without rate control, or options that decide the bytes by themselves, beside a ratio or a budget."""
+    part = {"uplink": Uplink, "downlink": Downlink}[table](**values)
+    with pytest.raises(ConfigError, match=f"{table}: .*{reason}"):
+        check_codecs(h.plan(**{table: part}))
+
+
+@pytest.mark.parametrize("codec", ["default", "lowrank", "sparse", "topk", "stc", "randomk", "powersgd"])
+def test_codecs_with_rate_control_may_have_a_budget(codec):
+    """What passes at submission holds for updates of any content, late in a long run."""
+    uplink = Uplink(codec=codec, budget_bytes=2000)
+    check_codecs(h.plan(uplink=uplink))
+    check_budgets(h.plan(uplink=uplink), Statistics())
+    layout = Statistics().layout()
+    for seed, scale in enumerate((1e-6, 1e-2, 1.0, 100.0)):
+        update = np.random.default_rng(seed).laplace(0, scale, layout.size).astype(np.float32)
+        data = encode(CodecSpec(codec), {"delta": update}, {"delta": layout}, budget_bytes=2000, base_version=9999).data
+        assert len(data) <= 2000
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_are_not_finite_are_refused_by_name(value):
+    """The stored plan knows none, so a run without the limit would come of it."""
+    for plan, name in (
+        (h.plan(uplink=Uplink(max_norm=value)), "uplink.max_norm"),
+        (h.plan(downlink=Downlink(target_ratio=value)), "downlink.target_ratio"),
+        (h.plan(deadline_s=value), "participation.deadline_s"),
+        (h.plan(server_options={"lr": value}), "server_options.lr"),
+        (h.plan(uplink=Uplink(options={"clip_norm": value})), "uplink.options.clip_norm"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} is {value}"):
+            check_finite(plan)

@@ -21,6 +21,7 @@ NAMES = {
     "fp32": "float32",
     "default": "default, both ways",
     "default-up": "default",
+    "default-double": "default, twice the ratio",
     "fedzip": "FedZip",
     "fedzip-feedback": "FedZip + feedback",
     "topk": "top-k, float32 values",

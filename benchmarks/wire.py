@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout
 
 CRC_BYTES = 4
+PUBACK_BYTES = 4  # of every PUBLISH with QoS 1, the other way
 HASH = "0" * 64
+
+
+def _chunks(size: int) -> int:
+    return -(-size // CHUNK_BYTES)
 
 
 class Wire:
@@ -42,6 +47,7 @@ class Wire:
     def update(self, update: UpdateId, data: bytes, round_: int, samples: int) -> None:
         """An update goes up, with chunks where it does not fit one packet."""
         self.bytes_up += self._offer_bytes(update, len(data), round_, samples)
+        self.bytes_down += PUBACK_BYTES * (1 + _chunks(max(0, len(data) - CHUNK_BYTES)))
 
     def model(self, round_: int, size: int, devices: int) -> None:
         """A round's job and model go down to every device, and what answers its update; the request for it goes up."""
@@ -51,10 +57,18 @@ class Wire:
         verdict = len(messages.encode(messages.Verdict(update=sample, counted=True)))
         control = packet_bytes(topic, done) + packet_bytes(topic, verdict)
         self.bytes_down += devices * (self._job_bytes(round_, size) + control)
+        self.bytes_up += devices * self.request_bytes(size)
         if size > self._inline_limit:
-            need = messages.Need(sha256=HASH, ranges=[(0, -(-size // CHUNK_BYTES))])
-            topic = topics.from_device(sample.device, "message")
-            self.bytes_up += devices * packet_bytes(topic, len(messages.encode(need)))
+            self.bytes_down += devices * PUBACK_BYTES
+
+    def request_bytes(self, size: int) -> int:
+        """What a device sends to get a model of this size and acknowledges; the request only if no job carries it."""
+        acknowledged = 3 * PUBACK_BYTES  # job, receipt, verdict
+        if size <= self._inline_limit:
+            return acknowledged
+        acknowledged += PUBACK_BYTES * _chunks(size)
+        need = messages.Need(sha256=HASH, ranges=[(0, _chunks(size))])
+        return acknowledged + packet_bytes(topics.from_device(self.device(0), "message"), len(messages.encode(need)))
 
     def _offer_bytes(self, update: UpdateId, size: int, round_: int, samples: int) -> int:
         whole = size <= CHUNK_BYTES

@@ -71,8 +71,9 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="tra
     """The job is done and its update durable at ``path``. A job that only evaluates has no update: ``path`` is empty.
 
     ``state_path`` is the run's state after this update, durable too; empty: nothing is to be kept. The updates in
-    ``returned`` are part of it, or dropped. ``key`` names bundle and codec with which this update can be taken back if
-    it is refused; empty: it cannot. ``dataset_samples`` is what the dataset holds now, before windows and hold-out.
+    ``returned`` are part of it, or dropped. ``key`` names bundle, codec and (of one that was predicted) model with
+    which this update can be taken back if it is refused; empty: it cannot. ``dataset_samples`` is what the dataset
+    holds now, before windows and hold-out.
     """
 
     path: str

@@ -49,8 +49,8 @@ State = Literal["ready", "delivered", "counted", "refused"]
 class SpooledUpdate(msgspec.Struct, kw_only=True):
     """One finished update. ``file`` lies in the spool folder while its bytes are kept; empty: they are gone.
 
-    ``key`` names bundle and codec with which the bytes can be taken back if they are refused; empty: they cannot, and
-    go with any verdict.
+    ``key`` names what the bytes can be taken back with if they are refused (bundle, codec, model); empty: they cannot,
+    and go with any verdict.
     """
 
     update: UpdateId

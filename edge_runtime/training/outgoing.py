@@ -15,7 +15,7 @@ from edge_runtime.compression.registry import codec_class
 from edge_runtime.errors import CodecError, StorageError
 from edge_runtime.files import remove, write_durably
 from edge_runtime.messages import UpdateId
-from edge_runtime.training.received import hold, reference
+from edge_runtime.training.received import hold, reference, vector_sha256
 from edge_runtime.training.schedule import job_seed
 from edge_runtime.training.state import codec_key, encode_state
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from edge_runtime.training.state import RunState
 
 log = logging.getLogger("edge.worker")
+
+_KEY_SEPARATOR = ":"  # between the codec's key and the hash of the model from which an update was predicted
 
 
 class Written(NamedTuple):
@@ -79,7 +81,9 @@ def write_update(
     )
     encode_cpu_s = time.process_time() - began_s
     state.codec = encoded.state
-    written = hold(request, received, predicts=_predicts(spec.name))
+    predicts = _predicts(spec.name)
+    made_with = key + _KEY_SEPARATOR + _model_sha256(request, received) if predicts else key
+    written = hold(request, received, predicts=predicts)
     stored = encode_state(state, job.bundle.sha256, key) if state else b""
     state_path, path = _write(request, stored, encoded.data)
     return Written(
@@ -87,7 +91,7 @@ def write_update(
         sha256=hashlib.sha256(encoded.data).hexdigest(),
         size_bytes=len(encoded.data),
         state_path=state_path,
-        key=key if keeps_residual(spec) else "",
+        key=made_with if keeps_residual(spec) else "",
         encode_cpu_s=encode_cpu_s,
         written_bytes=written + len(stored) + len(encoded.data),
     )
@@ -103,6 +107,10 @@ def _predicts(codec: str | int) -> bool:
     return codec_class(codec).decode_against is not Codec.decode_against
 
 
+def _model_sha256(request: TrainRequest, received: Received) -> str:
+    return request.job.model.vector_sha256 or vector_sha256(received.vector)
+
+
 def _take_back(
     request: TrainRequest,
     refused: RefusedUpdate,
@@ -112,15 +120,22 @@ def _take_back(
     *,
     bundle: Bundle,
 ) -> None:
-    """Adds what was refused to what the codec has not sent yet, unless it was made by another codec or bundle."""
-    if refused.key != key:
+    """Adds what was refused to what the codec has not sent yet, unless it was made by another codec or bundle.
+
+    What was predicted from a model that is gone from the disk, or is another one now, is dropped, and so is what was
+    damaged where it lay: faults of the disk are the one case in which what was trained may be lost.
+    """
+    made_with, _, model_sha256 = refused.key.partition(_KEY_SEPARATOR)
+    if made_with != key:
         log.info("update %s was refused and is dropped: codec or bundle changed since", refused.update)
         return
     try:
         data = _read(Path(refused.path), size_limit(layouts))
         header, _ = unpack(data, layouts)
         layout = next(iter(layouts.values()))
-        model = reference(request, header.base_version, bundle, layout) if _predicts(header.codec) else None
+        model = None
+        if _predicts(header.codec):
+            model = reference(request, header.base_version, model_sha256, bundle, layout)
         updates = decode(data, layouts, tag=update_tag(refused.update), reference=model)
     except (CodecError, StorageError) as error:  # damaged where it lay: better to go on without
         log.warning("update %s was refused and cannot be sent again: %s", refused.update, error)

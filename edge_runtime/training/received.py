@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from edge_runtime.compression.container import size_limit, unpack
 from edge_runtime.compression.grid import SNAPSHOT, SharedModel
@@ -90,11 +93,18 @@ def hold(request: TrainRequest, received: Received, *, predicts: bool = False) -
     return written
 
 
-def reference(request: TrainRequest, version: int, bundle: Bundle, layout: Layout) -> Vector:
+def reference(request: TrainRequest, version: int, sha256: str, bundle: Bundle, layout: Layout) -> Vector:
     """The model of an earlier job of this run, from which its update was predicted, float32 ``[layout.size]``.
 
+    Args:
+        request: of the job now.
+        version: of the earlier job's model.
+        sha256: of its vector (:func:`vector_sha256`). Only then does the update decode to what it held.
+        bundle: of both jobs.
+        layout: of the vector.
+
     Raises:
-        CodecError: what is held is damaged.
+        CodecError: what is held is damaged or another model.
         StorageError: it is not held any more.
         BundleError: the initial parameters cannot be read.
     """
@@ -103,8 +113,17 @@ def reference(request: TrainRequest, version: int, bundle: Bundle, layout: Layou
         with _naming(path):
             data = _read(path, layout)
             is_snapshot = unpack(data, {MODEL_CHANNEL: layout})[0].codec == SNAPSHOT
-            return SharedModel.decode(data, layout).vector if is_snapshot else decode_model(data, layout)
-    return _held(request, version, bundle, layout).vector
+            vector = SharedModel.decode(data, layout).vector if is_snapshot else decode_model(data, layout)
+    else:
+        vector = _held(request, version, bundle, layout).vector
+    if vector_sha256(vector) != sha256:  # as version 0 of a run without a shared model, which is not the bundle's
+        raise CodecError(f"model version {version} of run {request.job.run!r} is not here as it was then")
+    return vector
+
+
+def vector_sha256(vector: Vector) -> str:
+    """Hash of the little-endian float32 values, as a job names that of a shared model."""
+    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data.cast("B")).hexdigest()
 
 
 def _held(request: TrainRequest, version: int, bundle: Bundle, layout: Layout) -> SharedModel:

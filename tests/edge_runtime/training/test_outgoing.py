@@ -12,10 +12,12 @@ import pytest
 
 from edge_runtime.agent.pipe import RefusedUpdate
 from edge_runtime.compression import registry
+from edge_runtime.compression.pipeline import encode_model
 from edge_runtime.errors import CodecError, StorageError
 from edge_runtime.messages import UpdateId
 from edge_runtime.training import outgoing
 from edge_runtime.training.job import JobRunner
+from edge_runtime.training.received import vector_sha256
 from edge_runtime.training.state import RunState, codec_key, encode_state, load_state
 from tests.edge_runtime.toy_codec import Predicting
 from tests.edge_runtime.toy_jobs import ToyJobs
@@ -92,7 +94,8 @@ def test_a_refused_update_that_needs_its_model_finds_it(device, monkeypatch):
     done = device.do("a", codec="predicting", model_version=4)
     device.settle("a", done, counted=False)
     refused = msgspec.structs.replace(device.jobs.request(codec="predicting"), refused=device.refused)
-    before = outgoing.reference(refused, 4, device.jobs.bundle, device.layout)
+    sha256 = vector_sha256(device.jobs.bundle.initial_vector())
+    before = outgoing.reference(refused, 4, sha256, device.jobs.bundle, device.layout)
     np.testing.assert_array_equal(before, device.jobs.bundle.initial_vector())
     device.jobs.write_model(device.jobs.bundle.initial_vector() + np.float32(1))
     held = device.jobs.folder / "models" / "r"
@@ -113,6 +116,24 @@ def test_a_refused_update_whose_model_is_gone_is_dropped_with_a_word(device, mon
     (device.jobs.folder / "models" / "r" / "4.model").unlink()
     device.do("b", codec="predicting", model_version=5)
     assert "update r/pi/a/0 was refused and cannot be sent again: model version 4 of run 'r'" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.with_name("other").replace(path)])
+def test_bytes_predicted_from_another_model_are_not_decoded(device, monkeypatch, caplog, damage):
+    """Without a shared model, version 0 is not what the bundle's grid gives, and a file may be that of another run: the
+    numbers that would come out look right, but nothing of them gets into the residual."""
+    monkeypatch.setitem(registry._loaded, "predicting", Predicting)
+    start = device.jobs.bundle.initial_vector() + np.float32(0.001)  # off the grid
+    device.jobs.write_model(start)
+    device.settle("a", device.do("a", codec="predicting", model_version=0), counted=False)
+    held = device.jobs.folder / "models" / "r" / "0.model"
+    held.with_name("other").write_bytes(encode_model(device.jobs.bundle.initial_vector(), device.layout))
+    damage(held)
+    device.trained = device.residual(codec="predicting")
+    done = device.do("b", codec="predicting", model_version=5)
+    assert "refused and cannot be sent again: model version 0 of run 'r' is not here as it was then" in caplog.text
+    sent = outgoing.decode(device.jobs.read(done), {"delta": device.layout}, reference=start)["delta"].vector()
+    np.testing.assert_allclose(device.residual(codec="predicting") + sent, device.trained, atol=1e-3)
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"half"), Path.unlink])

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from edge_runtime.transport.link import packet_bytes
 
+ACKNOWLEDGEMENT_BYTES = 4  # of the PUBACK that answers every packet, the other way
+
 
 class Bytes(NamedTuple):
     """Packets of one run. ``bundle`` is that part of ``down`` that was chunks of its bundle."""
@@ -19,21 +21,26 @@ class Traffic:
     """Counts packets by run: updates, requests and reports up; jobs, models, bundles and answers down.
 
     A chunk that several devices asked for counts for each of them, however it travelled: what a device's link carried
-    is counted. Bundles are counted apart, since a device fetches one once, for all runs that use it.
+    is counted, the acknowledgement of each packet included. Bundles are counted apart, since a device fetches one once,
+    for all runs that use it.
     """
 
     def __init__(self) -> None:
         self._of: dict[str, Bytes] = {}
 
     def up(self, run: str, topic: str, payload_bytes: int) -> None:
-        """A packet came from a device."""
-        known = self._of.get(run, Bytes())
-        self._of[run] = known._replace(up=known.up + packet_bytes(topic, payload_bytes))
+        """A packet came from a device, and was acknowledged."""
+        self.add(run, Bytes(up=packet_bytes(topic, payload_bytes), down=ACKNOWLEDGEMENT_BYTES))
 
     def down(self, run: str, topic: str, payload_bytes: int, *, bundle: bool = False) -> None:
-        """A packet went to a device."""
-        known, size = self._of.get(run, Bytes()), packet_bytes(topic, payload_bytes)
-        self._of[run] = known._replace(down=known.down + size, bundle=known.bundle + size * bundle)
+        """A packet went to a device, which acknowledged it."""
+        size = packet_bytes(topic, payload_bytes)
+        self.add(run, Bytes(up=ACKNOWLEDGEMENT_BYTES, down=size, bundle=size * bundle))
+
+    def add(self, run: str, moved: Bytes) -> None:
+        """Counts bytes that were counted before, and taken in vain."""
+        known = self._of.get(run, Bytes())
+        self._of[run] = Bytes(*(one + other for one, other in zip(known, moved, strict=True)))
 
     def take(self, run: str) -> Bytes:
         """The bytes of a run since the last call."""

@@ -59,7 +59,7 @@ def plan(**changes: Any) -> dict[str, Any]:
 
 
 def test_bytes_reported_are_those_of_the_link(federation: Federation) -> None:
-    """Up and down, every packet of the run and no other; and far fewer than float32 would take."""
+    """Up and down, every packet of the run and no other, acknowledged; and far fewer than float32 would take."""
     for seed, device in enumerate("ab"):
         federation.agent(device, digits(40, seed))
     run = federation.submit(**plan())
@@ -72,8 +72,9 @@ def test_bytes_reported_are_those_of_the_link(federation: Federation) -> None:
         if not packet.topic.endswith(("/state", "b/coordinator")) and not isinstance(packet.message, Telemetry)
     ]
     summary = run_summary(federation.store, run)
-    assert summary["bytes_up"] == sum(packet.size_bytes for packet in ours if packet.up)
-    assert summary["bytes_down"] == sum(packet.size_bytes for packet in ours if not packet.up)
+    up, down = ([packet.size_bytes for packet in ours if packet.up == up] for up in (True, False))
+    assert summary["bytes_up"] == sum(up) + 4 * len(down)
+    assert summary["bytes_down"] == sum(down) + 4 * len(up)
     chunks = [packet for packet in ours if packet.topic.endswith("/chunk") or "/blob/" in packet.topic]
     assert summary["bytes_bundle"] == sum(packet.size_bytes for packet in chunks) > 2 * DIGITS.stat().st_size
     assert summary["ratio_up"] > 10

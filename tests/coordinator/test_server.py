@@ -128,29 +128,34 @@ def test_bytes_are_counted_for_the_run_that_they_are_about(server, monkeypatch):
     own = [payload for topic, payload in sent if topic.endswith("c/a/message")]
     for state, payload in zip((first, second), own, strict=True):
         assert messages.decode_from_coordinator(payload).run == state.run.run
-        assert shell.traffic._of[state.run.run].down == packet_bytes("fl/v1/c/a/message", len(payload))
+        assert shell.traffic._of[state.run.run] == (4, packet_bytes("fl/v1/c/a/message", len(payload)), 0)
     shell.traffic._of.clear()
     (job,) = first.assignments.values()
     offer = messages.UpdateOffer(update=h.update_id(job), blob=h.blob(9), meta=h.meta(job))
     status = messages.JobStatus(run=names[1], assignment="r0-9", status="failed")
     need = messages.Need(sha256=first.run.bundle.sha256, ranges=[(0, 1)])
+    answered = len(sent)
     for message in (offer, status, messages.Need(sha256=h.blob(99).sha256, ranges=[])):
         server._on_message("fl/v1/d/a/message", messages.encode(message))
-    up = {run: counted.up for run, counted in shell.traffic._of.items()}
-    assert up == {
-        run: packet_bytes("fl/v1/d/a/message", len(messages.encode(message)))
-        for run, message in zip(names, (offer, status), strict=True)
+    asked, *jobs, _gone = [packet_bytes(topic, len(payload)) for topic, payload in sent[answered:]]
+    assert len(jobs) == 2  # the deadline has passed, by the clock, so both runs ask again
+    offered, reported = (
+        packet_bytes("fl/v1/d/a/message", len(messages.encode(message))) for message in (offer, status)
+    )
+    assert shell.traffic._of == {
+        names[0]: (offered + 4 + 4, 4 + asked + jobs[0], 0),
+        names[1]: (reported + 4, 4 + jobs[1], 0),
     }
     shell.traffic._of.clear()
     server._on_message("fl/v1/d/a/message", messages.encode(need))
     shell.downlink._flush(need.sha256) if need.sha256 in shell.downlink._gathering else None
     counted = shell.traffic._of[names[0]]
-    assert counted.bundle == counted.down == packet_bytes("fl/v1/c/a/chunk", 24 + first.run.bundle.size_bytes)
+    assert counted.bundle == counted.down - 4 == packet_bytes("fl/v1/c/a/chunk", 24 + first.run.bundle.size_bytes)
     shell._step(names[0], e.StopRequested(5.0))
     assert names[0] not in shell.traffic._of
     row = server.store.run(names[0]).row
     assert row.bytes_down > counted.down
-    assert row.bytes_up == counted.up
+    assert row.bytes_up == counted.up + 4  # of the cancellation
 
 
 def test_an_offer_without_a_reference_is_all_of_its_update(server, monkeypatch):

@@ -220,9 +220,8 @@ class Agent:
                 update = messages.UpdateId(message.run, self.config.device, message.assignment, 0)
                 known = self.spool.get(update)
                 crashes = self.spool.crashes(message.bundle.sha256)
-                base = message.model.base
-                held = base is None or self.models.has(message.run, base)
-                self._step(events.JobArrived(now, message, known.state if known else None, crashes, held))
+                state = known.state if known else None
+                self._step(events.JobArrived(now, message, state, crashes, self._holds_base(message)))
             case messages.Cancel(run=run, assignment=assignment):
                 self._step(events.JobCancelled(run, assignment))
             case messages.Need():
@@ -308,8 +307,15 @@ class Agent:
             except OSError as error:
                 log.error("%s: cannot be cleaned (%s)", self.cache.folder, error.strerror)  # noqa: TRY400 - one line
 
+    def _holds_base(self, job: messages.Job) -> bool:
+        """Whether the version that a job builds on is here."""
+        return job.model.base is None or self.models.has(job.run, job.model.base)
+
     def _start_training(self, job: messages.Job) -> None:
         limits = self.config.limits
+        if not self._holds_base(job):
+            self.loop.call_soon(lambda: self._step(events.ModelLost(self.loop.now())))
+            return
         if self.spool.used_bytes() > limits.spool_mb * MB:
             reason = f"the spool holds more than limits.spool_mb = {limits.spool_mb:g}: waiting updates come first"
             self.loop.call_soon(lambda: self._step(events.TrainingFailed(self.loop.now(), reason)))
@@ -344,11 +350,19 @@ class Agent:
             case pipe.Trained():
                 self._on_trained(reply)
             case pipe.Failed(reason=reason):
-                self._step(events.TrainingFailed(self.loop.now(), reason))
+                self._on_failed(reason)
             case pipe.Progress(step=step, steps_total=total, loss=loss):
                 log.info("training step %d of %d, loss %.4f", step, total, loss)
             case pipe.Ready():
                 return
+
+    def _on_failed(self, reason: str) -> None:
+        key = self.state.running
+        if key is not None and not self._holds_base(self.state.jobs[key].job):  # the worker found it damaged
+            log.warning("job %s/%s: %s", *key, reason)
+            self._step(events.ModelLost(self.loop.now()))
+        else:
+            self._step(events.TrainingFailed(self.loop.now(), reason))
 
     def _on_trained(self, done: pipe.Trained) -> None:
         now, meta = self.loop.now(), done.meta

@@ -66,6 +66,12 @@ class TrainingFailed(msgspec.Struct, frozen=True):
     reason: str
 
 
+class ModelLost(msgspec.Struct, frozen=True):
+    """The version that the running job builds on is not here any more: pruned while the job waited, or damaged."""
+
+    now: float
+
+
 class WorkerCrashed(msgspec.Struct, frozen=True):
     """The worker died during the running job; ``ours``: the agent killed it (heat, limit), no fault of the bundle."""
 
@@ -113,6 +119,7 @@ Event: TypeAlias = (
     | BlobFailed
     | Trained
     | TrainingFailed
+    | ModelLost
     | WorkerCrashed
     | DoneArrived
     | VerdictArrived
@@ -140,7 +147,7 @@ class StopFetch(msgspec.Struct, frozen=True):
 
 
 class StartTraining(msgspec.Struct, frozen=True):
-    """Let the worker do this job."""
+    """Let the worker do this job; answer with ModelLost if the version that it builds on is gone since it arrived."""
 
     job: Job
 

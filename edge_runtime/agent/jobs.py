@@ -29,6 +29,7 @@ from edge_runtime.agent.events import (
     ForgiveCrashes,
     JobArrived,
     JobCancelled,
+    ModelLost,
     Offer,
     Paused,
     Report,
@@ -128,6 +129,8 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
             return _trained(state, event)
         case TrainingFailed(now, reason):
             return _finish_running(state, reason) + _start_next(state, now)
+        case ModelLost(now):
+            return _model_lost(state) + _start_next(state, now)
         case WorkerCrashed():
             return _crashed(state, event)
         case DoneArrived(update):
@@ -252,15 +255,19 @@ def _unfit(state: AgentState, event: JobArrived) -> str:  # noqa: PLR0911 - one 
     if _unusable(job.model):
         return _unusable(job.model)
     if not event.held:
-        return (
-            f"the job builds on model version {job.model.base} of run {job.run!r}, which this device does not hold; "
-            "send the whole model"
-        )
+        return _not_held(job)
     if event.crashes >= CRASH_LIMIT:
         return _quarantine(job.bundle.sha256, event.crashes)
     if len(state.jobs) >= QUEUE_LIMIT:
         return f"the queue of this device is full ({QUEUE_LIMIT} jobs)"
     return ""
+
+
+def _not_held(job: Job) -> str:
+    return (
+        f"the job builds on model version {job.model.base} of run {job.run!r}, which this device does not hold; "
+        "send the whole model"
+    )
 
 
 def _unusable(model: ModelRef) -> str:
@@ -326,12 +333,19 @@ def _crashed(state: AgentState, event: WorkerCrashed) -> list[Effect]:
     return effects + _start_next(state, event.now)
 
 
-def _finish_running(state: AgentState, reason: str) -> list[Effect]:
+def _finish_running(state: AgentState, reason: str, status: Literal["failed", "rejected"] = "failed") -> list[Effect]:
     if state.running is None:
         return []
     entry = state.jobs.pop(state.running)
     state.running = None
-    return [_report(entry.job, "failed", reason)]
+    return [_report(entry.job, status, reason)]
+
+
+def _model_lost(state: AgentState) -> list[Effect]:
+    """Rejected as it would be if it came now, so that the coordinator sends the whole model."""
+    if state.running is None:
+        return []
+    return _finish_running(state, _not_held(state.jobs[state.running].job), "rejected")
 
 
 def _remove(state: AgentState, key: Key, reason: str, *, report: bool = True) -> list[Effect]:

@@ -355,6 +355,33 @@ def test_model_that_is_not_held_is_rejected_by_name(world):
     assert world.requests[0].job.assignment == "a2"
 
 
+def test_model_that_is_gone_when_the_job_starts_is_rejected_by_name(world):
+    """While a job waits for a verdict, the version that it builds on may go; the coordinator hears it as at arrival. So
+    it does when the worker finds that version damaged."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    agent.models.keep("run", 3, b"model")
+    change = ModelRef(base=3, blobs=[world.blob(500, 7)], vector_sha256="0" * 64)
+    world.tell(world.job("a1"))
+    world.until(lambda: world.requests)
+    world.tell(world.job("a2", model=change))
+    world.until(lambda: ("run", "a2") in agent.state.jobs and not agent.state.jobs["run", "a2"].missing)
+    agent.models.drop("run", 3)
+    train(world, agent)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    world.tell(messages.Verdict(update=world.heard(messages.UpdateOffer)[0].update, counted=True))
+    world.until(lambda: world.heard(messages.JobStatus))
+    agent.models.keep("run", 3, b"model")
+    world.tell(world.job("a3", model=change))
+    world.until(lambda: len(world.requests) == 2)
+    agent.models.drop("run", 3)
+    agent._on_reply(pipe.Failed(kind="codec", reason="3.model: damaged"))
+    world.until(lambda: len(world.heard(messages.JobStatus)) == 2)
+    for status, name in zip(world.heard(messages.JobStatus), ("a2", "a3"), strict=True):
+        assert (status.assignment, status.status) == (name, "rejected")
+        assert "builds on model version 3 of run 'run'" in status.reason
+
+
 def test_a_long_chain_of_changes_is_fetched_a_few_at_a_time(world, monkeypatch):
     """However many changes a device missed, only some are being received at once, and all arrive."""
     monkeypatch.setattr(transfers, "OPEN_LIMIT", 3)

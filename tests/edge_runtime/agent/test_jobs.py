@@ -263,6 +263,24 @@ def test_job_that_builds_on_a_model_that_is_not_here_is_rejected():
     assert state.jobs == {}
 
 
+def test_job_whose_base_is_gone_when_it_starts_is_rejected_like_one_that_comes():
+    """What it builds on may be pruned while it waits for a verdict; the next job is not held up by it."""
+    state = fresh()
+    running(state)
+    wanted = chained("a2", "c4")
+    arrive(state, wanted)
+    trained(state)
+    ready(state, "b", "c4")
+    assert starts(counted(state)) == ["a2"]
+    arrive(state, job("a3"))
+    ready(state, "b", "m")
+    rejected, start = j.step(state, j.ModelLost(2.0))
+    assert rejected == arrive(fresh(), wanted, held=False)[0]
+    assert starts([start]) == ["a3"]
+    trained(state)
+    assert j.step(state, j.ModelLost(3.0)) == []
+
+
 def test_changes_are_fetched_and_the_last_one_may_be_in_the_job():
     """All blobs of a chain are fetched; bytes that the job brought belong to the last, and are not kept in memory."""
     state = fresh()
@@ -545,7 +563,7 @@ def act(device: Device, random: Random) -> None:
             if device.stopping or random.random() < 0.5:
                 device.end(j.WorkerCrashed(device.now, "ended", device.stopping))
             else:
-                device.end(j.TrainingFailed(device.now, "failed"))
+                device.end(random.choice([j.TrainingFailed(device.now, "failed"), j.ModelLost(device.now)]))
         case 9:
             device.send(j.DoneArrived(identity))
         case 10:

@@ -36,6 +36,7 @@ def to_classes(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
     return classes, np.maximum((classes >> MANTISSA_BITS) - 1, 0)
 
 
+@lru_cache(maxsize=1024)
 def class_count(size: int) -> int:
     """Classes of values below ``size``."""
     return int(to_classes(np.array([max(size - 1, 0)], np.int64))[0][0]) + 1

@@ -42,6 +42,7 @@ def _bank_costs(alphabet: int) -> NDArray[np.float64]:
     return costs
 
 
+@lru_cache(maxsize=64)
 def _bank_model(law: int, alphabet: int) -> Model:
     return Model(bank()[law, :alphabet].tolist())
 

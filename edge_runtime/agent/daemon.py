@@ -393,6 +393,11 @@ class Agent:
         return str(path), hashlib.sha256(b"").hexdigest()
 
     def _on_worker_end(self, reason: str, ours: bool) -> None:
+        if self.state.running is not None:
+            try:
+                self.spool.drop_unfinished(*self.state.running)
+            except (OSError, StorageError) as error:
+                log.warning("%s: cannot be cleaned (%s)", self.spool.folder, error)
         self._step(events.WorkerCrashed(self.loop.now(), reason, ours))
 
     # Health

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sqlite3
 from typing import TYPE_CHECKING, Literal
 
@@ -41,6 +42,7 @@ CREATE TABLE updates (
 CREATE TABLE run_states (run TEXT PRIMARY KEY, file TEXT NOT NULL);
 CREATE TABLE crashes (bundle TEXT PRIMARY KEY, count INTEGER NOT NULL);
 """
+_WRITTEN = re.compile(r"[0-9a-f]{16}\.(state|update)(\.[0-9]+\.tmp)?")  # of a worker's file, after its job
 _ONE = "WHERE run=? AND device=? AND assignment=? AND sequence=?"
 
 State = Literal["ready", "delivered", "counted", "refused"]
@@ -178,6 +180,12 @@ class Spool:
         """Bytes of the updates that wait for their verdict."""
         return sum(update.blob.size_bytes for update in self.open_updates())
 
+    def drop_unfinished(self, run: str, assignment: str) -> None:
+        """Deletes what a worker that died over a job had written before it could say so."""
+        begin = f"{run}.{assignment}."
+        found = [entry.name for entry in self.folder.iterdir() if entry.name.startswith(begin)]
+        self._remove_unused(name for name in found if _WRITTEN.fullmatch(name, len(begin)))
+
     def crashed(self, bundle: str) -> int:
         """Counts one crash of the worker with this bundle (SHA-256) and gives the new count."""
         self._execute(
@@ -285,6 +293,11 @@ class Spool:
                 continue
             identity = msgspec.structs.astuple(update.update)
             if update.state == "ready":  # lost with a file system: let the job be done again
+                log.error(
+                    "update %s was not delivered, and its bytes are gone from the disk or cut off: what it would have "
+                    "sent is lost, for the state of its run holds only the rest; its job may be done again",
+                    update.update,
+                )
                 self._execute(f"DELETE FROM updates {_ONE}", identity)  # noqa: S608
             else:
                 log.warning("the bytes of update %s (%s) are gone from the disk", update.update, update.state)

@@ -483,6 +483,24 @@ def test_full_disk_keeps_the_agent_alive_and_the_update(world, monkeypatch, capl
     assert agent.link.is_up
 
 
+def test_a_worker_that_dies_after_its_write_leaves_no_file(world):
+    """What it wrote before it could say so goes at once, whoever killed it; what rows name stays."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job("a0", run="other"))
+    world.until(lambda: world.requests)
+    train(world, agent)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    kept = set(agent.spool.folder.iterdir())
+    for name, ours in (("a1", True), ("a2", False)):
+        world.requests.clear()
+        world.tell(world.job(name))
+        world.until(lambda: world.requests)
+        (agent.spool.folder / f"run.{name}.0123456789abcdef.state").write_bytes(bytes(1000))
+        agent._on_worker_end("killed", ours)
+        assert set(agent.spool.folder.iterdir()) == kept
+
+
 def test_full_spool_refuses_to_train(world):
     """When waiting updates fill their quota, a new job fails with that reason and the old updates stay."""
     agent = world.agent(limits=LimitsConfig(spool_mb=0.001))

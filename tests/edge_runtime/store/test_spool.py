@@ -221,6 +221,32 @@ def test_orphan_files_are_swept_and_lost_files_forgotten(tmp_path):
     spool.close()
 
 
+def test_a_ready_update_whose_bytes_are_gone_is_an_error_in_the_log(tmp_path, caplog):
+    """The residual no longer holds what those bytes held, so this is a loss and is told as one."""
+    spool = Spool(tmp_path)
+    lost = add_with_state(spool, 1)
+    spool.path(lost).unlink()
+    spool.close()
+    spool = Spool(tmp_path)
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "update run/dev/a1/0 was not delivered, and its bytes are gone" in record.message
+    spool.close()
+
+
+def test_what_a_dead_worker_left_goes_and_nothing_else(spool):
+    """Files of one job that no row names; those of rows and of jobs with longer names stay."""
+    named = [f"r.a.{'0' * 16}.update", f"r.a.{'1' * 16}.state"]
+    (spool.folder / named[1]).write_bytes(b"state")
+    add(spool, 1, named[0], change=RunChange(named[1]), run="r")
+    left = [f"r.a.{'2' * 16}.update", f"r.a.{'3' * 16}.state", f"r.a.{'4' * 16}.state.17.tmp"]
+    others = [f"r.a.b.{'5' * 16}.update", f"r.ab.{'6' * 16}.state", f"q.a.{'7' * 16}.state", "empty.update"]
+    for name in (*left, *others):
+        (spool.folder / name).write_bytes(b"x")
+    spool.drop_unfinished("r", "a")
+    assert files(spool) == {*named, *others}
+
+
 def test_crashes_are_counted_by_bundle_and_forgiven(tmp_path):
     """Crashes in a row survive a restart, one bundle's do not count for another, and success forgives."""
     spool = Spool(tmp_path)

@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_runtime.compression.base import Codec
 from edge_runtime.compression.container import size_limit, unpack, update_tag
-from edge_runtime.compression.pipeline import CodecSpec, decode, encode, give_back, keeps_residual
-from edge_runtime.compression.registry import codec_class
+from edge_runtime.compression.pipeline import CodecSpec, decode, encode, give_back, keeps_residual, predicts
 from edge_runtime.errors import CodecError, StorageError
 from edge_runtime.files import remove, write_durably
 from edge_runtime.messages import UpdateId
@@ -81,9 +79,9 @@ def write_update(
     )
     encode_cpu_s = time.process_time() - began_s
     state.codec = encoded.state
-    predicts = _predicts(spec.name)
-    made_with = key + _KEY_SEPARATOR + _model_sha256(request, received) if predicts else key
-    written = hold(request, received, predicts=predicts)
+    predicted = predicts(encoded.data, layouts)
+    made_with = key + _KEY_SEPARATOR + _model_sha256(request, received) if predicted else key
+    written = hold(request, received, predicts=predicted)
     stored = encode_state(state, job.bundle.sha256, key) if state else b""
     state_path, path = _write(request, stored, encoded.data)
     return Written(
@@ -100,11 +98,6 @@ def write_update(
 def spec_of(request: TrainRequest) -> CodecSpec:
     """The codec that a job asks for."""
     return CodecSpec(request.job.codec, request.job.codec_options)
-
-
-def _predicts(codec: str | int) -> bool:
-    """Whether an update of this codec can only be decoded with the model that it is relative to."""
-    return codec_class(codec).decode_against is not Codec.decode_against
 
 
 def _model_sha256(request: TrainRequest, received: Received) -> str:
@@ -134,7 +127,7 @@ def _take_back(
         header, _ = unpack(data, layouts)
         layout = next(iter(layouts.values()))
         model = None
-        if _predicts(header.codec):
+        if predicts(data, layouts):
             model = reference(request, header.base_version, model_sha256, bundle, layout)
         updates = decode(data, layouts, tag=update_tag(refused.update), reference=model)
     except (CodecError, StorageError) as error:  # damaged where it lay: better to go on without

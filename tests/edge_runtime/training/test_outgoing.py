@@ -15,6 +15,7 @@ from edge_runtime.compression import registry
 from edge_runtime.compression.pipeline import encode_model
 from edge_runtime.errors import CodecError, StorageError
 from edge_runtime.messages import UpdateId
+from edge_runtime.store.models import HeldModels
 from edge_runtime.training import outgoing
 from edge_runtime.training.job import JobRunner
 from edge_runtime.training.received import vector_sha256
@@ -107,6 +108,27 @@ def test_a_refused_update_that_needs_its_model_finds_it(device, monkeypatch):
         reference=device.jobs.bundle.initial_vector() + np.float32(1),
     )["delta"].vector()
     np.testing.assert_allclose(device.residual(codec="predicting") + sent, device.trained, atol=1e-2)  # buffers: half
+
+
+@pytest.mark.parametrize("predicts", [False, True])
+def test_only_bytes_that_need_the_model_keep_it(device, monkeypatch, predicts):
+    """A codec that may predict does not always: most updates decode by themselves, and no model is written for them."""
+    durable = []
+    monkeypatch.setattr(HeldModels, "make_durable", lambda _self, run, version: durable.append((run, version)))
+    monkeypatch.setattr(Predicting, "predicts", lambda *_: predicts)
+    monkeypatch.setitem(registry._loaded, "predicting", Predicting)
+    done = device.do("a", codec="predicting", model_version=4)
+    assert durable == ([("r", 4)] if predicts else [])
+    assert (device.jobs.folder / "models").exists() == predicts
+    assert done.key.endswith(vector_sha256(device.jobs.bundle.initial_vector())) == predicts
+    assert done.key
+
+
+def test_the_default_codec_keeps_no_model_for_updates_that_decode_without(device):
+    """Those of a small model are not predicted."""
+    done = device.do("a", codec="default")
+    device.jobs.delta(done)
+    assert not (device.jobs.folder / "models").exists()
 
 
 def test_a_refused_update_whose_model_is_gone_is_dropped_with_a_word(device, monkeypatch, caplog):

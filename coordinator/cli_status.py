@@ -122,7 +122,7 @@ def _tell_rounds(store: Store, run: str, told: int, *, as_json: bool) -> int:
             print(
                 f"round {entry['round'] + 1}: {counted(entry['updates'], 'update')} ({entry['late_updates']} late), "
                 f"loss {_number(entry['train_loss'])}, accuracy {accuracy}, {entry['seconds']:.2f} s, "
-                f"{size(entry['bytes_up'])} up, {size(entry['bytes_down'])} down",
+                f"{_bytes(entry, 'bytes_up')} up, {_bytes(entry, 'bytes_down')} down",
                 flush=True,
             )
     return len(history)
@@ -167,12 +167,14 @@ def _page(store: Store, run: str) -> list[str]:
                 percent(entry["accuracy"]),
                 percent(entry["device_accuracy"]),
                 f"{entry['seconds']:.2f}",
-                size(entry["bytes_up"]),
-                size(entry["bytes_down"]),
+                _bytes(entry, "bytes_up"),
+                _bytes(entry, "bytes_down"),
             ]
             for entry in history
         ]
         lines += ["", *_table(rows)]
+        if not summary["bytes_complete"]:
+            lines.append("> at least: the coordinator was restarted, what it had counted before is not in the bytes")
     report = device_report(store, stored)
     if report:
         lines += ["", *_device_table(report[:_SHOWN_DEVICES], now, lives=lives)]
@@ -238,7 +240,11 @@ def _rounds(summary: dict[str, Any]) -> str:
 
 def _figures(summary: dict[str, Any]) -> list[str]:
     accuracy = summary["accuracy"] if summary["accuracy"] is not None else summary["device_accuracy"]
-    return [percent(accuracy), size(summary["bytes_up"]), size(summary["bytes_down"])]
+    return [percent(accuracy), _bytes(summary, "bytes_up"), _bytes(summary, "bytes_down")]
+
+
+def _bytes(entry: dict[str, Any], key: str) -> str:
+    return size(entry[key]) if entry["bytes_complete"] else f">{size(entry[key])}"
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -27,7 +27,7 @@ class RunRow(msgspec.Struct, kw_only=True):
     which every device can make), and ``vector_sha256`` the hash of that model's numbers. ``method_state`` is the server
     method's own state. ``opened_unix_s`` is when the current round began, ``short_since_unix_s`` since when too few
     devices were there. ``elements`` are the model's numbers; ``bytes_up`` and ``bytes_down`` are packets after the last
-    closed round.
+    closed round. ``bytes_complete`` is false if the run was taken up again since then: what was counted before is lost.
     """
 
     run: str
@@ -51,6 +51,7 @@ class RunRow(msgspec.Struct, kw_only=True):
     elements: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_complete: bool = True
     submitted_unix_s: float = 0.0
     opened_unix_s: float = 0.0
     ended_unix_s: float | None = None
@@ -118,8 +119,9 @@ class RoundRow(msgspec.Struct, kw_only=True):
 
     ``down`` and ``vector_sha256`` are as in :class:`RunRow`; ``change`` leads from the shared model of the version
     before to that of this one. ``bytes_up`` and ``bytes_down`` are MQTT packets of this run since the round before,
-    ``bytes_bundle`` that part of ``bytes_down`` that was the bundle. ``encode_cpu_ms`` and ``written_bytes`` are sums
-    over the updates, of what the devices reported.
+    ``bytes_bundle`` that part of ``bytes_down`` that was the bundle; ``bytes_complete`` is false where the coordinator
+    was restarted in between, and they are only those that it counted after that. ``encode_cpu_ms`` and
+    ``written_bytes`` are sums over the updates, of what the devices reported.
     """
 
     run: str
@@ -138,6 +140,7 @@ class RoundRow(msgspec.Struct, kw_only=True):
     bytes_up: int = 0
     bytes_down: int = 0
     bytes_bundle: int = 0
+    bytes_complete: bool = True
     encode_cpu_ms: int = 0
     written_bytes: int = 0
     train_loss: float | None = None

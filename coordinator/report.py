@@ -9,7 +9,7 @@ from coordinator.evaluation_numbers import accuracy, mean_loss
 from coordinator.fleet import requirement, unfit_row
 
 if TYPE_CHECKING:
-    from coordinator.events import DeviceRow, RoundRow
+    from coordinator.events import DeviceRow, RoundRow, RunRow
     from coordinator.store import Store
     from coordinator.store.store import StoredRun
 
@@ -21,6 +21,8 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
     ``device_accuracy`` (latest on the devices' hold-outs), ``rounds`` (closed) of ``rounds_planned``, ``bytes_up`` and
     ``bytes_down`` (MQTT packets of this run), ``bytes_bundle`` (of ``bytes_down``), ``ratio_up`` and ``ratio_down``
     (bytes of the same updates, or of a model for each of them, in float32 alone, over those bytes; without bundles),
+    ``bytes_complete`` (false where the coordinator was restarted and packets before that are not counted: such a round
+    is in no ratio of the run and has none),
     ``encode_cpu_ms`` and ``written_bytes`` (means per update, as devices reported them), ``elements`` (of the model),
     ``seconds`` (to the end, to ``now`` for a running run if given, else to the last round), ``devices`` (that were
     asked), ``updates`` by verdict, and ``history`` with one entry per round. What was not measured is None.
@@ -51,7 +53,7 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
         "device_accuracy": _latest(history, "device_accuracy"),
         "train_loss": _latest(history, "train_loss"),
         "elements": row.elements,
-        **_costs(rounds, row.elements, row.bytes_up, row.bytes_down),
+        **_costs(rounds, row.elements, row),
         "seconds": end - row.submitted_unix_s,
         "samples": sum(entry.samples for entry in rounds),
         "devices": store.participants(run),
@@ -102,22 +104,30 @@ def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:
     }
 
 
-def _costs(rounds: list[RoundRow], elements: int, bytes_up: int = 0, bytes_down: int = 0) -> dict[str, Any]:
-    """Bytes of rounds, with those given, their ratio to float32, and what devices said about their updates."""
-    bytes_up += sum(row.bytes_up for row in rounds)
-    bytes_down += sum(row.bytes_down for row in rounds)
-    bundle = sum(row.bytes_bundle for row in rounds)
+def _costs(rounds: list[RoundRow], elements: int, run: RunRow | None = None) -> dict[str, Any]:
+    """Bytes of rounds, and of the run after them, their ratio to float32, and what devices said about their updates."""
     updates = sum(row.updates for row in rounds)
-    dense = FLOAT_BYTES * elements * updates
+    known = [row for row in rounds if row.bytes_complete]
+    up, down, bundle = _moved(rounds, run)
+    known_up, known_down, known_bundle = _moved(known, run)
+    dense = FLOAT_BYTES * elements * sum(row.updates for row in known)
     return {
-        "bytes_up": bytes_up,
-        "bytes_down": bytes_down,
+        "bytes_up": up,
+        "bytes_down": down,
         "bytes_bundle": bundle,
-        "ratio_up": round(dense / bytes_up, 2) if dense and bytes_up else None,
-        "ratio_down": round(dense / (bytes_down - bundle), 2) if dense and bytes_down > bundle else None,
+        "bytes_complete": len(known) == len(rounds) and (run is None or run.bytes_complete),
+        "ratio_up": round(dense / known_up, 2) if dense and known_up else None,
+        "ratio_down": round(dense / (known_down - known_bundle), 2) if dense and known_down > known_bundle else None,
         "encode_cpu_ms": round(sum(row.encode_cpu_ms for row in rounds) / updates, 2) if updates else None,
         "written_bytes": round(sum(row.written_bytes for row in rounds) / updates) if updates else None,
     }
+
+
+def _moved(rounds: list[RoundRow], run: RunRow | None) -> tuple[int, int, int]:
+    """Bytes up, down, and of the bundle."""
+    parts: list[RoundRow | RunRow] = [*rounds] if run is None else [*rounds, run]
+    bundle = sum(row.bytes_bundle for row in rounds)
+    return sum(part.bytes_up for part in parts), sum(part.bytes_down for part in parts), bundle
 
 
 def _round(row: RoundRow, elements: int) -> dict[str, Any]:

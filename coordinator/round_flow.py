@@ -249,6 +249,7 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
         bytes_up=event.bytes_up,
         bytes_down=event.bytes_down,
         bytes_bundle=event.bytes_bundle,
+        bytes_complete=run.bytes_complete,
         encode_cpu_ms=sum(row.meta.encode_cpu_ms for row in chosen),
         written_bytes=sum(row.meta.written_bytes for row in chosen),
         train_loss=_train_loss(chosen),
@@ -257,6 +258,7 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
     run.version += 1
     run.round += 1
     run.attempt = 0
+    run.bytes_complete = True
     run.model, run.down, run.method_state = event.model, event.down, event.method_state
     run.vector_sha256 = event.vector_sha256
     if event.change is not None:

@@ -163,6 +163,9 @@ class RunShell:
         try:
             state = RunState.from_rows(plan, self.store.load_run(run))
             files = RunFiles(self.store, plan, state.run)
+            if state.run.next_assignment and state.run.bytes_complete:  # it was taken up before
+                state.run.bytes_complete = False
+                self.store.save([state.run])
         except (StorageError, StoreError):
             raise  # the disk or the database, not the run: whoever asked tries again
         except EdgeError as error:

@@ -30,18 +30,17 @@ class Traffic:
 
     def up(self, run: str, topic: str, payload_bytes: int) -> None:
         """A packet came from a device, and was acknowledged."""
-        self.add(run, Bytes(up=packet_bytes(topic, payload_bytes), down=ACKNOWLEDGEMENT_BYTES))
+        self._add(run, Bytes(up=packet_bytes(topic, payload_bytes), down=ACKNOWLEDGEMENT_BYTES))
 
     def down(self, run: str, topic: str, payload_bytes: int, *, bundle: bool = False) -> None:
         """A packet went to a device, which acknowledged it."""
         size = packet_bytes(topic, payload_bytes)
-        self.add(run, Bytes(up=ACKNOWLEDGEMENT_BYTES, down=size, bundle=size * bundle))
-
-    def add(self, run: str, moved: Bytes) -> None:
-        """Counts bytes that were counted before, and taken in vain."""
-        known = self._of.get(run, Bytes())
-        self._of[run] = Bytes(*(one + other for one, other in zip(known, moved, strict=True)))
+        self._add(run, Bytes(up=ACKNOWLEDGEMENT_BYTES, down=size, bundle=size * bundle))
 
     def take(self, run: str) -> Bytes:
         """The bytes of a run since the last call."""
         return self._of.pop(run, Bytes())
+
+    def _add(self, run: str, moved: Bytes) -> None:
+        known = self._of.get(run, Bytes())
+        self._of[run] = Bytes(*(one + other for one, other in zip(known, moved, strict=True)))

@@ -18,7 +18,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -71,6 +71,7 @@ runs = Table(
     _count("elements"),
     _count("bytes_up"),
     _count("bytes_down"),
+    Column("bytes_complete", Boolean, nullable=False),
     _time("submitted_unix_s"),
     _time("opened_unix_s"),
     _time("ended_unix_s", nullable=True),
@@ -150,6 +151,7 @@ rounds = Table(
     _count("bytes_up"),
     _count("bytes_down"),
     _count("bytes_bundle"),
+    Column("bytes_complete", Boolean, nullable=False),
     _count("encode_cpu_ms"),
     _count("written_bytes"),
     Column("train_loss", Float(53), nullable=True),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -21,6 +22,7 @@ from coordinator.report import run_summary
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.store import Store
+from coordinator.wording import size
 from edge_runtime.bundle import Bundle
 from edge_runtime.messages import BlobRef
 from tests.coordinator import helpers as h
@@ -171,6 +173,27 @@ def test_status_tells_what_happened(finished, capsys):
     assert summary["updates"] == {"counted": 4, "refused": 0, "pending": 0}
     assert 0 <= summary["accuracy"] <= summary["best_accuracy"] <= 1
     assert len(value["fleet"]) == 2
+
+
+def test_rounds_in_which_the_coordinator_was_restarted_are_in_no_ratio(finished, capsys):
+    """Their bytes are only a part, and everything that shows them says so."""
+    store = Store(finished / "state")
+    before = run_summary(store, "toy-1")
+    assert before["bytes_complete"]
+    first, second = store.rounds("toy-1")
+    store.save([msgspec.structs.replace(first, bytes_up=3, bytes_down=4, bytes_complete=False)])
+    summary = run_summary(store, "toy-1")
+    assert summary["bytes_up"] == second.bytes_up + 3
+    assert [entry["bytes_complete"] for entry in summary["history"]] == [False, True]
+    assert [entry["ratio_up"] for entry in summary["history"]] == [None, summary["ratio_up"]]
+    assert (summary["bytes_complete"], summary["ratio_down"]) == (False, summary["history"][1]["ratio_down"])
+    out = call(capsys, "status")[1]
+    assert f">{size(3)}" in out
+    assert "> at least: the coordinator was restarted" in out
+    store.save([msgspec.structs.replace(first, bytes_complete=True)])
+    assert run_summary(store, "toy-1") == before
+    store.save([msgspec.structs.replace(store.run("toy-1").row, bytes_complete=False)])
+    assert not run_summary(store, "toy-1")["bytes_complete"]
 
 
 def test_status_of_a_waiting_run_says_what_it_waits_for(folder, capsys):

@@ -158,6 +158,27 @@ def test_bytes_are_counted_for_the_run_that_they_are_about(server, monkeypatch):
     assert row.bytes_up == counted.up + 4  # of the cancellation
 
 
+def test_a_round_whose_first_bytes_a_restart_forgot_is_not_called_complete(server, monkeypatch):
+    """Only that round: those before and after it are counted whole. A run that was never at work has lost nothing."""
+    monkeypatch.setattr(server.link, "publish", lambda *_, **__: True)
+    server.link.is_up = True
+    shell, name = server.shell, submitted(server, h.plan(target=1, rounds=3, deadline_s=1e9)).run.run
+    server._announced(1.0, h.device("a"))
+    monkeypatch.setattr(shell, "_aggregate", lambda *_: None)
+    for round_ in range(3):
+        if round_ == 1:
+            shell.runs.clear()
+            shell._take_up(server.store.run(name))
+        (job,) = [row for row in shell.runs[name].assignments.values() if row.status == "open"]
+        shell._step(name, h.arrived(job, number=round_))
+        shell._step(name, e.Aggregated(2.0, round_, h.blob(50 + round_)))
+    assert [row.bytes_complete for row in server.store.rounds(name)] == [True, False, True]
+    again = submitted(server, h.plan(target=9, name="again")).run.run
+    shell.runs.clear()
+    shell._take_up(server.store.run(again))
+    assert shell.runs[again].run.bytes_complete
+
+
 def test_an_offer_without_a_reference_is_all_of_its_update(server, monkeypatch):
     """Hash and size are those of the chunk it carries; a damaged one is not believed."""
     monkeypatch.setattr(server.link, "publish", lambda *_, **__: True)

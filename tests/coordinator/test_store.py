@@ -235,7 +235,7 @@ def test_newer_schema_is_refused(tmp_path):
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "coordinator.db") as connection:
         connection.execute("UPDATE schema_version SET version = 99")
-    with pytest.raises(StoreError, match="schema version 99, this software knows up to 2; update"):
+    with pytest.raises(StoreError, match="schema version 99, this software knows up to 3; update"):
         Store(tmp_path)
 
 
@@ -264,7 +264,7 @@ def test_damaged_database_is_told(tmp_path):
 
 @pytest.mark.parametrize(("name", "dialect"), [("sqlite", sqlite.dialect()), ("postgresql", postgresql.dialect())])
 def test_schema_is_golden(name, dialect):
-    """The tables of schema version 2; a change needs a new version."""
+    """The tables of schema version 3; a change needs a new version."""
     parts = []
     for table in tables.metadata.sorted_tables:
         parts.append(str(CreateTable(table).compile(dialect=dialect)).strip())

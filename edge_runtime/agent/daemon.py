@@ -298,46 +298,59 @@ class Agent:
             then()
 
     def _make_room(self, blob: BlobRef) -> None:
-        quota = int(self.config.limits.cache_mb * MB)
-        if not self.cache.has(blob.sha256):
-            needed = {entry.job.bundle.sha256 for entry in self.state.jobs.values()}
-            needed |= {part.sha256 for entry in self.state.jobs.values() for part in entry.job.model.blobs}
-            try:
-                self.cache.evict(max(0, quota - blob.size_bytes), needed)
-            except OSError as error:
-                log.error("%s: cannot be cleaned (%s)", self.cache.folder, error.strerror)  # noqa: TRY400 - one line
+        """Before a blob comes, blobs and held models together go below their quota: models of other runs first."""
+        if self.cache.has(blob.sha256):
+            return
+        room = int(self.config.limits.cache_mb * MB) - blob.size_bytes
+        jobs_ = [entry.job for entry in self.state.jobs.values()]
+        needed = {part.sha256 for job in jobs_ for part in (job.bundle, *job.model.blobs)}
+        try:
+            pinned = {run: self._pinned(run) for run in self.spool.runs()}
+            self.models.evict(max(0, room - self.cache.used_bytes()), pinned, {job.run for job in jobs_})
+            self.cache.evict(max(0, room - self.models.used_bytes()), needed)
+        except (OSError, StorageError) as error:
+            log.error("%s: cannot be cleaned (%s)", self.cache.folder, error)  # noqa: TRY400 - one line
 
     def _holds_base(self, job: messages.Job) -> bool:
         """Whether the version that a job builds on is here."""
         return job.model.base is None or self.models.has(job.run, job.model.base)
 
     def _start_training(self, job: messages.Job) -> None:
-        limits = self.config.limits
-        if not self._holds_base(job):
-            self.loop.call_soon(lambda: self._step(events.ModelLost(self.loop.now())))
-            return
-        if self.spool.used_bytes() > limits.spool_mb * MB:
-            reason = f"the spool holds more than limits.spool_mb = {limits.spool_mb:g}: waiting updates come first"
-            self.loop.call_soon(lambda: self._step(events.TrainingFailed(self.loop.now(), reason)))
-            return
-        self.supervisor.request(
-            pipe.TrainRequest(
-                job=job,
-                device=self.config.device,
-                bundle_path=str(self.cache.path(job.bundle.sha256)),
-                model_paths=[str(self.cache.path(blob.sha256)) for blob in job.model.blobs],
-                output_folder=str(self.spool.folder),
-                dataset=next(data for data in self.config.data if data.name == job.dataset),
-                models_folder=str(self.models.folder),
-                state_path=str(self.spool.run_state(job.run) or ""),
-                refused=[
-                    pipe.RefusedUpdate(update=refused.update, path=str(self.spool.path(refused)), key=refused.key)
-                    for refused in self.spool.refused(job.run)
-                ],
-                pinned=self._pinned(job.run),
-                threads=limits.worker_threads,
-                code_dir=self.config.code_dir,
-            )
+        spool_mb = self.config.limits.spool_mb
+        event: events.Event
+        try:
+            if not self._holds_base(job):
+                event = events.ModelLost(self.loop.now())
+            elif not self.spool.make_room(int(spool_mb * MB), job.run):
+                reason = (
+                    f"the spool holds more than limits.spool_mb = {spool_mb:g}: updates that wait for their verdict, "
+                    "or for a job that sends them again, come first"
+                )
+                event = events.TrainingFailed(self.loop.now(), reason)
+            else:
+                self.supervisor.request(self._train_request(job))
+                return
+        except StorageError as error:
+            event = events.TrainingFailed(self.loop.now(), str(error))
+        self.loop.call_soon(lambda: self._step(event))
+
+    def _train_request(self, job: messages.Job) -> pipe.TrainRequest:
+        return pipe.TrainRequest(
+            job=job,
+            device=self.config.device,
+            bundle_path=str(self.cache.path(job.bundle.sha256)),
+            model_paths=[str(self.cache.path(blob.sha256)) for blob in job.model.blobs],
+            output_folder=str(self.spool.folder),
+            dataset=next(data for data in self.config.data if data.name == job.dataset),
+            models_folder=str(self.models.folder),
+            state_path=str(self.spool.run_state(job.run) or ""),
+            refused=[
+                pipe.RefusedUpdate(update=refused.update, path=str(self.spool.path(refused)), key=refused.key)
+                for refused in self.spool.refused(job.run)
+            ],
+            pinned=self._pinned(job.run),
+            threads=self.config.limits.worker_threads,
+            code_dir=self.config.code_dir,
         )
 
     def _pinned(self, run: str) -> list[int]:

@@ -139,6 +139,10 @@ class BlobStore:
             )
         return PartialBlob(self, blob)
 
+    def used_bytes(self) -> int:
+        """Bytes of all whole blobs."""
+        return sum(entry.stat().st_size for entry in self.folder.iterdir() if entry.is_file())
+
     def evict(self, quota_bytes: int, keep: Collection[str]) -> list[str]:
         """Deletes the least recently used blobs not in ``keep`` until all fit the quota; gives what was deleted.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from edge_runtime.files import fsync_folder, remove, storage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
 RUNS_KEPT = 8  # besides those that the caller names
@@ -108,6 +108,36 @@ class HeldModels:
                 for entry in run.iterdir():
                     remove(entry)
                 run.rmdir()
+
+    def used_bytes(self) -> int:
+        """Bytes of all models. One that came as a blob counts here and there: it has two names on the disk."""
+        return sum(size for _, size in self._sizes())
+
+    def evict(self, limit_bytes: int, pinned: Mapping[str, Collection[int]], spared: Collection[str]) -> None:
+        """Forgets models until all fit the limit, those of the run that was used longest ago first.
+
+        Args:
+            limit_bytes: for all models.
+            pinned: versions by run that stay.
+            spared: runs of which all stay.
+        """
+        total = self.used_bytes()
+        for path, size in self._sizes():
+            if total <= limit_bytes:
+                return
+            run = path.parent.name
+            if run not in spared and path.name not in {f"{version}.model" for version in pinned.get(run, ())}:
+                remove(path)
+                total -= size
+
+    def _sizes(self) -> list[tuple[Path, int]]:
+        found: list[tuple[Path, int]] = []
+        with contextlib.suppress(OSError):  # none yet, or a worker is at work in one
+            runs = sorted(self.folder.iterdir(), key=lambda run: run.stat().st_mtime)
+            for run in runs:
+                paths = sorted(run.iterdir(), key=lambda path: path.stat().st_mtime)
+                found += [(path, path.stat().st_size) for path in paths]
+        return found
 
     def _prune(self, path: Path, base: int | None, pinned: Collection[int]) -> None:
         others = [entry for entry in path.parent.iterdir() if entry != path]

@@ -42,6 +42,7 @@ CREATE TABLE updates (
 CREATE TABLE run_states (run TEXT PRIMARY KEY, file TEXT NOT NULL);
 CREATE TABLE crashes (bundle TEXT PRIMARY KEY, count INTEGER NOT NULL);
 """
+_ENDED = "run has ended"  # begins a refusal after which nothing more comes of the run
 _WRITTEN = re.compile(r"[0-9a-f]{16}\.(state|update)(\.[0-9]+\.tmp)?")  # of a worker's file, after its job
 _ONE = "WHERE run=? AND device=? AND assignment=? AND sequence=?"
 
@@ -176,9 +177,40 @@ class Spool:
         row = self._execute("SELECT file FROM run_states WHERE run=? AND file!=''", (run,)).fetchone()
         return None if row is None else self.folder / row[0]
 
-    def used_bytes(self) -> int:
-        """Bytes of the updates that wait for their verdict."""
-        return sum(update.blob.size_bytes for update in self.open_updates())
+    def used_bytes(self, *, without: str = "") -> int:
+        """Bytes on the disk: updates that are open or were refused, and states of runs.
+
+        Args:
+            without: leaves out the state and the refused updates of this run, which its next update replaces.
+        """
+        query = (
+            "SELECT file FROM run_states WHERE run!=? UNION "
+            "SELECT file FROM updates WHERE run!=? OR state IN ('ready', 'delivered')"
+        )
+        return sum(self._size(file) for file in self._files(query, (without, without)))
+
+    def make_room(self, limit_bytes: int, run: str) -> bool:
+        """Whether what stays when the next update of ``run`` is here is within a limit.
+
+        For that, other runs give up their state, with a warning in the log: first those that a verdict said have ended,
+        with what was refused of them, then those that did nothing for longest. What waits for its verdict or is still
+        to be sent again never goes.
+        """
+        excess = self.used_bytes(without=run) - limit_bytes
+        for name in self._dispensable(run) if excess > 0 else ():
+            before = self.used_bytes(without=run)
+            with self._transaction():
+                unused = self._drop_run(name)
+            self._remove_unused(unused)
+            freed = before - self.used_bytes(without=run)
+            log.warning(
+                "the state of run %s (%d bytes) is dropped for want of room: what its codec had not sent is lost",
+                *(name, freed),
+            )
+            excess -= freed
+            if excess <= 0:
+                break
+        return excess <= 0
 
     def drop_unfinished(self, run: str, assignment: str) -> None:
         """Deletes what a worker that died over a job had written before it could say so."""
@@ -225,11 +257,35 @@ class Spool:
             (RUNS_KEPT,),
         ).fetchall()
         for (name,) in old:
-            unused += self._files("SELECT file FROM run_states WHERE run=?", (name,))
-            unused += self._files("SELECT file FROM updates WHERE run=?", (name,))
-            self._execute("DELETE FROM run_states WHERE run=?", (name,))
-            self._execute("UPDATE updates SET file='' WHERE run=?", (name,))
+            unused += self._drop_run(name)
         return unused
+
+    def _drop_run(self, run: str) -> list[str]:
+        """Like :meth:`_change`: forgets the state of a run and the bytes of its updates."""
+        unused = self._files("SELECT file FROM run_states WHERE run=?", (run,))
+        unused += self._files("SELECT file FROM updates WHERE run=?", (run,))
+        self._execute("DELETE FROM run_states WHERE run=?", (run,))
+        self._execute("UPDATE updates SET file='' WHERE run=?", (run,))
+        return unused
+
+    def _dispensable(self, run: str) -> list[str]:
+        """Other runs whose state may go, in that order."""
+        ended, idle = [], []
+        states = self._execute("SELECT run, file FROM run_states WHERE run!=? ORDER BY rowid", (run,)).fetchall()
+        for name, file in states:
+            kept = self._rows("WHERE run=? AND file!=''", (name,))
+            if any(update.state != "refused" for update in kept):
+                continue
+            if any(update.reason.startswith(_ENDED) for update in kept):
+                ended.append(name)
+            elif file and not kept:
+                idle.append(name)
+        return ended + idle
+
+    def _size(self, file: str) -> int:
+        with contextlib.suppress(OSError):
+            return (self.folder / file).stat().st_size
+        return 0
 
     def _files(self, query: str, values: tuple[object, ...]) -> list[str]:
         return [row[0] for row in self._execute(query, values).fetchall() if row[0]]

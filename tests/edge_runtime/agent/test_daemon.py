@@ -516,6 +516,60 @@ def test_full_spool_refuses_to_train(world):
     assert world.requests == []
 
 
+def test_refused_bytes_fill_the_spool_for_other_runs_only(world):
+    """The job that sends them again may come in any case."""
+    agent = world.agent(limits=LimitsConfig(spool_mb=0.001))
+    world.until(lambda: world.states)
+    world.tell(world.job("a0"))
+    world.until(lambda: world.requests)
+    train(world, agent, bytes(2000))
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    world.requests.clear()
+    world.tell(messages.Verdict(update=world.heard(messages.UpdateOffer)[0].update, counted=False, reason="late"))
+    world.tell(world.job("b0", run="other"))
+    world.until(lambda: world.heard(messages.JobStatus))
+    assert "for a job that sends them again" in world.heard(messages.JobStatus)[-1].reason
+    world.tell(world.job("a1"))
+    world.until(lambda: world.requests)
+    assert len(world.requests[0].refused) == 1
+
+
+def test_a_job_that_cannot_begin_for_the_disk_fails(world):
+    """A database that cannot be read when a job starts does not leave it hanging."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job())
+    world.until(lambda: agent.state.jobs)
+    real = agent.spool._db
+
+    class Broken:
+        def execute(self, *_args):
+            raise sqlite3.OperationalError("disk I/O error")
+
+    agent.spool._db = Broken()
+    world.until(lambda: world.heard(messages.JobStatus))
+    agent.spool._db = real
+    (status,) = world.heard(messages.JobStatus)
+    assert status.status == "failed"
+    assert "disk I/O error" in status.reason
+    assert agent.state.running is None
+
+
+def test_held_models_share_the_quota_of_the_cache(world):
+    """Models of runs that nobody asks for any more go before blobs do; those of the job's run and those that an update
+    is relative to stay."""
+    agent = world.agent(limits=LimitsConfig(cache_mb=0.31))
+    world.until(lambda: world.states)
+    for run in ("old", "run"):
+        agent.models.keep(run, 3, bytes(20_000))
+    agent.cache.put(bytes(5000))
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+    assert not agent.models.has("old", 3)
+    assert agent.models.has("run", 3)
+    assert agent.cache.used_bytes() + agent.models.used_bytes() <= 0.31e6 + 20_000
+
+
 def test_heat_pauses_and_says_so_once(tmp_path, caplog):
     """While it is too hot no job starts; the log says it when it begins and when it ends, not at every reading."""
     caplog.set_level(logging.INFO, "edge.agent")

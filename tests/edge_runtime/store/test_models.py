@@ -91,6 +91,23 @@ def test_only_the_runs_used_last_and_those_named_are_held(held, monkeypatch):
     assert {run.name for run in held.folder.iterdir()} == {"a", "b", "d"}
 
 
+def test_models_over_their_limit_go_by_the_age_of_their_run(held):
+    """Those of the run used longest ago first; not pinned versions, and none of a run that is at work."""
+    for number, run in enumerate(("a", "b", "c")):
+        for version in (1, 2):
+            held.keep(run, version, b"1234", base=version - 1)
+        os.utime(held.folder / run, (number, number))
+    assert held.used_bytes() == 24
+    held.evict(24, {}, ())
+    assert held.used_bytes() == 24
+    held.evict(19, {"a": [2]}, ("b",))
+    assert [versions(held, run) for run in ("a", "b", "c")] in ([{2}, {1, 2}, {1}], [{2}, {1, 2}, {2}])
+    held.evict(0, {"a": [2]}, ("b",))
+    assert [versions(held, run) for run in ("a", "b", "c")] == [{2}, {1, 2}, set()]
+    held.folder = held.folder / "nothing"
+    assert held.used_bytes() == 0
+
+
 def test_what_was_left_half_written_goes(held):
     """The temporary file of a worker that was killed is no version and is removed by the next one."""
     held.keep("run", 1, b"1")

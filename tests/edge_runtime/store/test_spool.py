@@ -110,7 +110,8 @@ def test_refused_bytes_wait_to_be_taken_back_if_they_can_be(spool):
     assert [entry.update for entry in spool.refused("run")] == [lossy.update]
     assert spool.refused("other") == []
     assert files(spool) == {lossy.file}
-    assert spool.used_bytes() == 0  # no reason to refuse the job that takes it back
+    assert spool.used_bytes() == 5
+    assert spool.used_bytes(without="run") == 0  # no reason to refuse the job that takes it back
     add_with_state(spool, 3, returned=(lossy.update,))
     assert spool.refused("run") == []
     assert spool.get(lossy.update).state == "refused"
@@ -172,6 +173,44 @@ def test_states_of_runs_long_gone_are_dropped(spool, monkeypatch):
     assert spool.refused("run1") == spool.refused("run2") == []
     assert spool.open_updates()[0] == waits
     assert not {name for name in files(spool) if name.startswith(("run1", "run2"))}
+
+
+def test_states_and_refused_bytes_count(spool):
+    """All that the spool has on the disk is in the figure that its quota is about."""
+    add_with_state(spool, 1)  # 5 bytes of update, 7 of state
+    add_with_state(spool, 2, run="other")
+    assert spool.used_bytes() == sum(entry.stat().st_size for entry in spool.folder.iterdir()) == 24
+    assert spool.used_bytes(without="run") == 17  # the open update stays when the next one comes
+    spool.set_state(update_id(1), "refused")
+    assert (spool.used_bytes(), spool.used_bytes(without="run")) == (24, 12)
+
+
+def test_room_is_made_of_states_that_nothing_waits_for(spool, caplog):
+    """Runs that a verdict said have ended go first, then those idle for longest, with a word each; never the state of
+    the run that asks, or of one with an update that waits for a verdict or to be sent again."""
+    for number, run in enumerate(("open", "refused", "idle", "ended", "later", "mine")):
+        update = add_with_state(spool, number, run=run).update
+        if run in ("refused", "ended"):
+            spool.set_state(update, "refused", "run has ended: stopped" if run == "ended" else "too late")
+        elif run != "open":
+            spool.set_state(update, "counted")
+
+    def left() -> list[str]:
+        return [run for run in ("open", "refused", "idle", "ended", "later", "mine") if spool.run_state(run)]
+
+    assert spool.used_bytes(without="mine") == 50
+    assert spool.make_room(50, "mine")
+    assert len(left()) == 6
+    assert spool.make_room(49, "mine")
+    assert left() == ["open", "refused", "idle", "later", "mine"]
+    assert "ended-3.update" not in files(spool)
+    assert spool.make_room(31, "mine")
+    assert left() == ["open", "refused", "later", "mine"]
+    assert not spool.make_room(23, "mine")
+    assert left() == ["open", "refused", "mine"]
+    assert [record.args[0] for record in caplog.records] == ["ended", "idle", "later"]
+    assert [entry.update.run for entry in spool.refused("refused")] == ["refused"]
+    assert spool.make_room(24, "mine")
 
 
 def test_two_updates_with_one_file(spool):

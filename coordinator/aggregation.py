@@ -151,17 +151,18 @@ def make_initial(blobs: Blobs, plan: Plan, initial: Vector, layout: Layout) -> M
     """Stores version 0 and the server method's first state.
 
     Raises:
-        ConfigError: the server method sends more than the model, and the downlink is lossy.
+        ConfigError: the server method sends more than the model, or another one.
         StorageError: the disk is full.
     """
     state = create_method(plan).init(layout.size)
+    channels = create_method(plan).down(initial, state)
+    if list(channels) != [MODEL_CHANNEL] or channels[MODEL_CHANNEL] is not initial:
+        raise ConfigError(
+            f"plan {plan.name!r}: server_method {plan.server_method!r} sends more than the model "
+            f"({', '.join(sorted(channels))}), or another one; devices take the model alone, choose another method"
+        )
     if is_lossless(plan.downlink.codec):
         return _store(blobs, plan, layout, initial, state)
-    if _sends_more(plan, initial, state):
-        raise ConfigError(
-            f"plan {plan.name!r}: server_method {plan.server_method!r} sends more than the model, downlink codec "
-            f"{plan.downlink.codec!r} loses some of it; choose a lossless one, as zstd"
-        )
     # The shared model of version 0 is no blob: whoever has the initial parameters can make it.
     digest = SharedModel.start(initial, layout).sha256()
     return _store(blobs, plan, layout, initial, state)._replace(vector_sha256=digest)
@@ -281,11 +282,6 @@ def recompute(
         yield Recomputed(row, digest, None if shared is None else shared.sha256())
 
 
-def _sends_more(plan: Plan, vector: Vector, state: State) -> bool:
-    channels = create_method(plan).down(vector, state)
-    return list(channels) != [MODEL_CHANNEL] or channels[MODEL_CHANNEL] is not vector
-
-
 def _store(
     blobs: Blobs,
     plan: Plan,
@@ -300,10 +296,9 @@ def _store(
     down = None
     if shared is not None:
         down = put(blobs, shared.encode())
-    elif is_lossless(plan.downlink.codec) and (plan.downlink.codec != "raw" or _sends_more(plan, vector, state)):
-        channels = create_method(plan).down(vector, state)
+    elif is_lossless(plan.downlink.codec) and plan.downlink.codec != "raw":
         spec = CodecSpec(plan.downlink.codec, plan.downlink.options)
-        down = put(blobs, encode(spec, channels, dict.fromkeys(channels, layout)).data)
+        down = put(blobs, encode(spec, {MODEL_CHANNEL: vector}, {MODEL_CHANNEL: layout}).data)
     return Made(
         model,
         down,

@@ -5,13 +5,10 @@ from __future__ import annotations
 import mmap
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from coordinator.errors import ModelError
-from coordinator.methods import create_method
 from coordinator.plan import is_lossless
 from edge_runtime.compression.grid import SharedModel
-from edge_runtime.compression.pipeline import MODEL_CHANNEL, decode, decode_model
+from edge_runtime.compression.pipeline import decode_model
 from edge_runtime.messages import BlobRef
 
 if TYPE_CHECKING:
@@ -65,21 +62,12 @@ def read_held(blobs: Blobs, plan: Plan, blob: BlobRef, version: int, layout: Lay
     """The model as devices hold it, float32 ``[layout.size]``, that ``blob`` brings them to.
 
     Raises:
-        ModelError: it is not in the store, or devices get no model.
+        ModelError: it is not in the store.
         CodecError: it cannot be decoded.
     """
     if not is_lossless(plan.downlink.codec):
         return read_shared(blobs, blob, version, layout).vector
-    layouts = dict.fromkeys(_channels_down(plan, layout), layout)
-    found = decode(mapped(find(blobs, blob, "model")), layouts).get(MODEL_CHANNEL)
-    if found is None:
-        raise ModelError(f"server method {plan.server_method!r} sends no model that a codec could predict from")
-    return found.vector()
-
-
-def _channels_down(plan: Plan, layout: Layout) -> list[str]:
-    method = create_method(plan)
-    return list(method.down(np.zeros(layout.size, np.float32), method.init(layout.size)))
+    return read_model(blobs, blob, layout)
 
 
 def store_state(blobs: Blobs, state: State) -> BlobRef | None:

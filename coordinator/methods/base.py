@@ -39,9 +39,9 @@ class ServerMethod(Protocol):
         ...
 
     def down(self, model: Vector, state: State) -> dict[str, Vector]:
-        """What devices receive, float32 ``[size]`` by channel; ``{"model": model}`` for most methods.
+        """What devices receive, float32 ``[size]`` by channel: ``{"model": model}``, the model itself.
 
-        A method that sends anything else needs a lossless downlink.
+        Devices take nothing else yet: a plan whose method sends more is refused.
         """
         ...
 

@@ -145,10 +145,12 @@ def test_the_same_effect_gives_the_same_bytes(tmp_path):
     assert [record for record, _ in once] == [record for record, _ in again]
 
 
-def test_a_method_that_sends_more_than_the_model_needs_a_lossless_downlink(tmp_path, monkeypatch):
+@pytest.mark.parametrize("downlink", ["raw", "zstd", LOSSY])
+@pytest.mark.parametrize("sent", [("model", "control"), ("control",)])
+def test_a_method_that_sends_more_than_the_model_is_refused(tmp_path, monkeypatch, downlink, sent):
     """It is told at once, not by devices that cannot use what they got."""
-    monkeypatch.setattr(FedAvg, "down", lambda _self, model, _state: {"model": model, "control": model})
-    plan = h.plan(downlink=Downlink(codec=LOSSY))
+    monkeypatch.setattr(FedAvg, "down", lambda _self, model, _state: dict.fromkeys(sent, model))
+    plan = h.plan(downlink=Downlink(codec=downlink))
     with pytest.raises(ConfigError, match="server_method 'fedavg' sends more than the model"):
         aggregation.make_initial(BlobStore(tmp_path), plan, np.zeros(LAYOUT.size, np.float32), LAYOUT)
 

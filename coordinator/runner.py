@@ -106,6 +106,11 @@ class RunFiles:
         self._store.drop_update_blobs(state.run.run, state.run.round + 1)
         for row in self._rounds(state):
             self._delete(state, [row.down, row.change])
+        run = state.run  # the initial model as it was sent stands in no round
+        sent = {run.down.sha256: run.down} if run.down is not None else {}
+        sent |= {row.model.sha256: row.model for row in self._store.assignments(run.run, 0) if row.version == 0}
+        kept = {run.initial_model.sha256, run.model.sha256}
+        self._delete(state, [blob for sha256, blob in sent.items() if sha256 not in kept])
 
     def _rounds(self, state: RunState) -> list[RoundRow]:
         """The rounds whose blobs may still be here; some more, since a crash may have skipped a call."""

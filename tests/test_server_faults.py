@@ -105,18 +105,31 @@ def test_the_embedded_broker_is_started_again(federation: Federation, tmp_path: 
     assert broker.process.pid != killed
 
 
-def test_nothing_of_an_ended_run_stays_but_its_models(federation: Federation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["default", "zstd", "raw"])
+def test_nothing_of_an_ended_run_stays_but_its_models(federation: Federation, tmp_path: Path, codec: str) -> None:
     """The bytes of updates, changes and snapshots are gone when a run has ended, unless the plan keeps them."""
-    run = federation.submit(**_plan(tmp_path))
+    run = federation.submit(**_plan(tmp_path, rounds=9, downlink={"codec": codec}))
     federation.finish(run)
     federation.until(lambda: not federation.coordinator.shell.runs, "the run to be put away")
-    rounds = federation.store.rounds(run)
-    for row in rounds:
-        for update in federation.store.counted_updates(run, row.round):
-            assert not federation.store.blobs.has(update.blob.sha256)
-        assert not federation.store.blobs.has(row.change.sha256)
-        assert not federation.store.blobs.has(row.down.sha256)
-    assert federation.store.blobs.has(rounds[-1].model.sha256)
+    row, rounds, blobs = federation.row(run), federation.store.rounds(run), federation.store.blobs
+    there = {path.name for path in blobs.folder.iterdir() if path.is_file()}
+    assert {row.bundle.sha256, row.initial_model.sha256, row.model.sha256} <= there
+    assert there <= {row.bundle.sha256, row.initial_model.sha256, *(entry.model.sha256 for entry in rounds)}
+
+
+def test_a_run_that_ends_before_anyone_was_asked_leaves_its_initial_model(
+    federation: Federation, tmp_path: Path
+) -> None:
+    """Alone, not as it would have been sent; an equal run that waits still has all that it needs."""
+    plan = _plan(tmp_path, participation={"target": 3, "minimum": 3}, downlink={"codec": "zstd"})
+    short, long = federation.submit(**plan), federation.submit(**plan)
+    row, has = federation.row(short), federation.store.blobs.has
+    for run, stays in ((short, True), (long, False)):
+        federation.store.request_stop(run)
+        federation.until(lambda: federation.row(run).status == "stopped", "the run to stop")  # noqa: B023
+        federation.until(lambda: run not in federation.coordinator.shell.runs, "it to be put away")  # noqa: B023
+        assert has(row.initial_model.sha256)
+        assert has(row.down.sha256) == stays
 
 
 def test_the_server_clock_ignores_steps_of_the_system_clock(monkeypatch: pytest.MonkeyPatch) -> None:

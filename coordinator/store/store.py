@@ -196,15 +196,20 @@ class Store:
     def is_named(self, sha256: str, *, besides: str = "") -> bool:
         """Whether a blob is needed: by an undecided update, or by a run other than ``besides``.
 
-        A run needs its bundle, its test set, its recent models, and the changes that lead to them.
+        A run needs its bundle, its test set and its recent models; as long as it goes on, also as they were sent, and
+        the changes that lead to them.
         """
-        u = tables.updates
+        u, a = tables.updates, tables.assignments
         waiting = sa.select(u.c.sha256).where(u.c.sha256 == sha256, u.c.verdict == "pending").limit(1)
         if self._select(waiting) or self._is_named_by_runs(sha256, besides):
             return True
         for stored in self.active():
             if stored.row.run == besides:
                 continue
+            recent = stored.row.version - stored.plan.participation.max_staleness - 1
+            told = (a.c.run == stored.row.run) & (a.c.version >= recent) & a.c.model.like(f"%{sha256}%")
+            if self._select(sa.select(a.c.run).where(told).limit(1)):
+                return True
             kept = stored.plan.participation.max_staleness + 2 + stored.plan.downlink.chain
             for row in self.rounds(stored.row.run, first=max(0, stored.row.version - kept)):
                 blobs = (row.model, row.down, row.change, row.method_state)
@@ -214,9 +219,10 @@ class Store:
 
     def _is_named_by_runs(self, sha256: str, besides: str = "") -> bool:
         r = tables.runs
-        blobs = (r.c.bundle, r.c.test_set, r.c.model, r.c.initial_model, r.c.down, r.c.method_state)
+        blobs = (r.c.bundle, r.c.test_set, r.c.model, r.c.initial_model, r.c.method_state, r.c.initial_method_state)
         pattern = f"%{sha256}%"
-        named = sa.or_(*(column.like(pattern) for column in (*blobs, r.c.initial_method_state)))
+        sent = (r.c.status == "running") & r.c.down.like(pattern)
+        named = sa.or_(sent, *(column.like(pattern) for column in blobs))
         return bool(self._select(sa.select(r.c.run).where(r.c.run != besides, named).limit(1)))
 
     # What the command line does

@@ -155,6 +155,22 @@ def test_update_blobs_are_dropped_when_decided(store):
     assert not store.blobs.has(blobs[1].sha256)
 
 
+def test_models_that_open_assignments_were_told_of_are_needed(store):
+    """As they were sent, also when the run is versions further; not by a run that has ended."""
+    down, state, fleet = h.blob(77), submitted(store, h.plan(rounds=9)), h.fleet("a", "b")
+    state.run.down = down
+    effects = step(state, e.Tick(10.0), fleet)
+    store.save(h.one(e.Save, effects).rows)
+    state.run.down, state.run.version = h.blob(78), 3
+    store.save([state.run])
+    name = state.run.run
+    assert store.is_named(down.sha256)
+    assert not store.is_named(down.sha256, besides=name)
+    state.run.status = "finished"
+    store.save([state.run])
+    assert not store.is_named(down.sha256)
+
+
 def test_other_processes_changes_are_seen(tmp_path, store):
     """Its own writes are no news; a submission or a stop request of another connection is."""
     assert store.changed()

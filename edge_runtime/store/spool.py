@@ -257,7 +257,10 @@ class Spool:
             (RUNS_KEPT,),
         ).fetchall()
         for (name,) in old:
-            unused += self._drop_run(name)
+            dropped = self._drop_run(name)
+            if dropped:
+                log.warning("run %s did nothing for longest and is forgotten, with what its codec had not sent", name)
+            unused += dropped
         return unused
 
     def _drop_run(self, run: str) -> list[str]:

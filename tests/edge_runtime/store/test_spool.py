@@ -160,8 +160,8 @@ def test_a_transaction_that_fails_changes_nothing(spool, monkeypatch, statement)
     assert files(spool) == {"run-2.update", "run-2.state"}
 
 
-def test_states_of_runs_long_gone_are_dropped(spool, monkeypatch):
-    """Only so many runs are remembered; one with an update that waits for its verdict is not dropped."""
+def test_states_of_runs_long_gone_are_dropped(spool, monkeypatch, caplog):
+    """Only so many runs are remembered; one with an update that waits for its verdict is not. The log says it."""
     monkeypatch.setattr(spool_module, "RUNS_KEPT", 2)
     waits = add_with_state(spool, 0, run="waits")
     for number in range(1, 5):
@@ -170,6 +170,7 @@ def test_states_of_runs_long_gone_are_dropped(spool, monkeypatch):
     add_with_state(spool, 5, run="now")
     kept = {run for run in ("waits", "run1", "run2", "run3", "run4", "now") if spool.run_state(run)}
     assert kept == {"waits", "run3", "run4", "now"}
+    assert [record.args for record in caplog.records] == [("run1",), ("run2",)]
     assert spool.refused("run1") == spool.refused("run2") == []
     assert spool.open_updates()[0] == waits
     assert not {name for name in files(spool) if name.startswith(("run1", "run2"))}

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from coordinator.plan import is_lossless
 from coordinator.transfers import with_chunk_size
 from edge_runtime import messages
 
 if TYPE_CHECKING:
     from coordinator import events as e
     from coordinator.plan import Plan
+    from edge_runtime.compression.base import Value
     from edge_runtime.store.blobs import BlobStore
 
 # A last blob travels inside the job, and needs no request, no subscription and no second packet of the device, if it is
@@ -34,7 +36,6 @@ def make_job(
 ) -> messages.Job:
     """The message that tells a device its assignment; blobs are cut into chunks of ``chunk_bytes``."""
     training = plan.training
-    planned = assignment.codec == plan.uplink.codec
     return messages.Job(
         run=run.run,
         assignment=assignment.assignment,
@@ -55,7 +56,7 @@ def make_job(
         variant=assignment.variant,
         cut=assignment.cut,
         codec=assignment.codec,
-        codec_options=plan.uplink.options if planned else {},
+        codec_options=_codec_options(plan, assignment.codec),
         byte_budget=assignment.byte_budget,
         evaluate=plan.evaluate_on_devices,
         holdout_fraction=training.holdout_fraction,
@@ -64,6 +65,13 @@ def make_job(
         priority=plan.priority,
         seed=plan.seed,
     )
+
+
+def _codec_options(plan: Plan, codec: str) -> dict[str, Value]:
+    """The plan's for its codec; and what keeps a device with a lossy one below the norm that is refused."""
+    options = plan.uplink.options if codec == plan.uplink.codec else {}
+    limit = plan.uplink.max_norm
+    return options if limit is None or is_lossless(codec) else {**options, "max_norm": limit}
 
 
 def inline_limit(devices: int) -> int:

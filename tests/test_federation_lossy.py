@@ -18,6 +18,7 @@ from coordinator.plan import DEFAULT_CODEC
 from coordinator.report import run_summary
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.grid import SharedModel
+from edge_runtime.compression.pipeline import decode
 from edge_runtime.messages import Job, JobStatus, Telemetry, Verdict
 from tests.support.federation import Federation
 
@@ -168,6 +169,29 @@ def test_an_update_of_a_forgotten_assignment_is_refused_and_its_device_goes_on(f
     assert verdicts()[0].update == late
     assert not verdicts()[0].counted
     assert "too long ago" in verdicts()[0].reason
+
+
+@pytest.mark.parametrize("codec", [DEFAULT_CODEC, "topk", "int8"])
+def test_updates_over_the_largest_norm_are_cut_down(federation: Federation, codec: str) -> None:
+    """None is refused, so that every device takes part in every round; the rest of an update waits on its device."""
+    for seed, device in enumerate("ab"):
+        federation.agent(device, digits(40, seed))
+    free = federation.submit(**plan(name="free", rounds=1, uplink={"codec": "topk", "target_ratio": 20.0}))
+    federation.finish(free)
+    limit = min(norms_of(federation, free)) / 4
+    run = federation.submit(**plan(uplink={"codec": codec, "max_norm": limit}))
+    federation.finish(run)
+    assert [row.updates for row in federation.store.rounds(run)] == [2] * 4
+    assert "refused" not in federation.store.update_counts(run)
+    if codec == "topk":
+        assert all(0.5 * limit < norm <= limit for norm in norms_of(federation, run))
+
+
+def norms_of(fed: Federation, run: str) -> list[float]:
+    """L2 norms of the counted updates."""
+    layouts = {"delta": Bundle.open(DIGITS).layout()}
+    counted = [row for entry in fed.store.rounds(run) for row in fed.store.counted_updates(run, entry.round)]
+    return [decode(fed.store.blobs.path(row.blob.sha256).read_bytes(), layouts)["delta"].norm() for row in counted]
 
 
 def jobs_of(fed: Federation, device: str) -> list[list[Job]]:

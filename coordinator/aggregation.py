@@ -129,7 +129,7 @@ def decode_update(
         layout: of the model.
         update: whose bytes they must be.
         version: of the model that they must be relative to.
-        max_norm: the largest L2 norm of a channel; None: any.
+        max_norm: the largest L2 norm of a channel's buffers, and of all else in it; None: any.
         held: gives the model of a version as devices hold it; asked only where the codec predicts from it.
 
     Raises:

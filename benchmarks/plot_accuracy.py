@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MARKERS = "osD^v<>PXph*"
 NAMES = {
     "fp32": "float32",
     "default": "default, both ways",
@@ -41,7 +42,7 @@ def main() -> int:
     from matplotlib import pyplot as plt
 
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
-    figure, axes = plt.subplots(1, len(reports), figsize=(6.2 * len(reports), 4.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(reports), figsize=(6.0 * len(reports), 5.6), squeeze=False)
     for report, panel in zip(reports, axes[0], strict=True):
         draw(panel, report)
     figure.tight_layout()
@@ -55,22 +56,27 @@ def draw(axes: Axes, report: dict[str, Any]) -> None:
     """One report: a point per codec."""
     arguments = report["arguments"]
     updates = arguments["devices"] * arguments["rounds"]
-    for result in report["results"]:
+    for number, result in enumerate(report["results"]):
         size, accuracy = result["bytes_up"] / updates, 100 * result["accuracy"]
         interval = result["difference_interval"]
         base = 100 * result["accuracy_fp32"]
         if result["codec"] == "fp32":
             axes.axhline(accuracy, color="0.75", linewidth=1, zorder=0)
         error = None if interval is None else [[accuracy - (base + interval[0])], [base + interval[1] - accuracy]]
-        own = result["codec"].startswith("default")
+        name, ratio = NAMES.get(result["codec"], result["codec"]), result["ratio_up"]
         axes.errorbar(
-            size, accuracy, bars(error), fmt="o" if own else "s", color="C3" if own else "C0", capsize=3, markersize=6
+            size,
+            accuracy,
+            bars(error),
+            fmt=MARKERS[number % len(MARKERS)],
+            color=f"C{number % 10}",
+            capsize=3,
+            markersize=7,
+            label=f"{name}: {ratio:,.0f}x",
         )
-        ratio = f"{result['ratio_up']:,.0f}x"
-        label = f"{NAMES.get(result['codec'], result['codec'])} ({ratio})"
-        axes.annotate(label, (size, accuracy), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8, frameon=False)
     axes.set_xscale("log")
-    axes.margins(x=0.2, y=0.15)
+    axes.margins(x=0.08, y=0.1)
     axes.set_xlabel("bytes of an update, packets included")
     axes.set_ylabel("test accuracy, %")
     counts = ", ".join(f"{arguments[key]} {key}" for key in ("devices", "rounds", "seeds"))

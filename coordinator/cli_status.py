@@ -186,11 +186,13 @@ def _page(store: Store, run: str) -> list[str]:
 
 def _headline(summary: dict[str, Any]) -> str:
     rounds = f"{summary['rounds']}/{counted(summary['rounds_planned'], 'round')}"
-    accuracy, up, down = _figures(summary)
+    accuracy, up, _ = _figures(summary)
+    down = _bytes({**summary, "bytes_down": summary["bytes_down"] - summary["bytes_bundle"]}, "bytes_down")
     reason = f" ({summary['reason']})" if summary["reason"] else ""
     return (
         f"{summary['run']}: {summary['status']}{reason}, {rounds}, accuracy {accuracy}, "
-        f"{up} up{saving(summary['ratio_up'])}, {down} down{saving(summary['ratio_down'])}, "
+        f"{up} up{saving(summary['ratio_up'])}, {down} down{saving(summary['ratio_down'])} "
+        f"beside {size(summary['bytes_bundle'])} of bundles, "
         f"{counted(summary['devices'], 'device')}, {summary['seconds']:.1f} s"
     )
 

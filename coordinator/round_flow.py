@@ -200,9 +200,16 @@ def _mean_samples(state: RunState, fleet: FleetView) -> float | None:
 
 
 def _samples(state: RunState, fleet: FleetView, device: str) -> int | None:
+    """What the device announced of the dataset, else what its last update in this run was trained on."""
     found = fleet.get(device)
     dataset = None if found is None else found.dataset(state.plan.dataset)
-    return None if dataset is None else dataset.samples
+    if dataset is not None and dataset.samples is not None:
+        return dataset.samples
+    for assignment in reversed(state.by_device.get(device, ())):
+        taken = state.taken(assignment)
+        if taken is not None:
+            return taken.meta.samples
+    return None
 
 
 def _close(state: RunState, work: Work) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coordinator.aggregation import make_initial
-from coordinator.budget import change_budget, smallest_budget
+from coordinator.budget import FLOAT_BYTES, LEAST_BYTES, change_budget, smallest_budget
 from coordinator.methods import create_method
 from coordinator.plan import check_codecs, check_finite
 from coordinator.run_state import RunState
@@ -18,6 +18,8 @@ from edge_runtime.messages import BlobRef
 from edge_runtime.methods import registry as client_methods
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from coordinator.plan import Plan
     from coordinator.store import Store
     from edge_runtime.store.blobs import StoredBlob
@@ -153,17 +155,40 @@ def check_budgets(plan: Plan, bundle: Bundle) -> None:
     ):
         if budget is None:
             continue
-        try:
-            spec = CodecSpec(compression.codec, compression.options)
-            vectors, layouts = dict.fromkeys(names, noise), dict.fromkeys(names, layout)
-            encode(spec, vectors, layouts, budget_bytes=budget, base_version=_PROBE_VERSION)
-        except CodecError as error:
-            buffers = layout.only(buffers=True).size
-            dense = f" (the model has {buffers} buffers, as of BatchNorm, which travel dense)" if buffers else ""
-            raise ConfigError(
-                f"plan {plan.name!r}: [{table}] comes to {budget} bytes, which codec {compression.codec!r} cannot "
-                f"keep{dense}: {error}"
-            ) from error
+        raw_bytes = FLOAT_BYTES * layout.size * len(names)
+        spec = CodecSpec(compression.codec, compression.options)
+        vectors, layouts = dict.fromkeys(names, noise), dict.fromkeys(names, layout)
+
+        def fits(size: int, spec: CodecSpec = spec, vectors: Any = vectors, layouts: Any = layouts) -> bool:
+            try:
+                encode(spec, vectors, layouts, budget_bytes=size, base_version=_PROBE_VERSION)
+            except CodecError:
+                return False
+            return True
+
+        ratio = compression.target_ratio
+        if (ratio is None or raw_bytes / ratio >= LEAST_BYTES) and fits(budget):
+            continue
+        least = _least(fits, budget, raw_bytes)
+        buffers = layout.only(buffers=True).size
+        dense = f" ({buffers} buffers, as of BatchNorm, travel dense)" if buffers else ""
+        share = " for the device with the fewest samples" if plan.uplink.by_samples and table == "uplink" else ""
+        wanted = f"target_ratio = {ratio:g}" if ratio is not None else f"budget_bytes = {compression.budget_bytes}"
+        raise ConfigError(
+            f"plan {plan.name!r}: [{table}] {wanted} is too little for codec {compression.codec!r} and this model"
+            f"{dense}; it needs {least} bytes{share}, of {raw_bytes} as float32: a ratio of {raw_bytes / least:.0f}"
+        )
+
+
+def _least(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """About the least budget that fits, above ``low`` and at most about ``high`` or twice LEAST_BYTES, in bytes."""
+    low, high = max(low, LEAST_BYTES - 1), max(high, 2 * LEAST_BYTES)
+    if fits(LEAST_BYTES):
+        return LEAST_BYTES
+    while high > low * 1.05 + 8:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def _reference(stored: StoredBlob) -> BlobRef:

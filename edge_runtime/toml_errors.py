@@ -11,6 +11,9 @@ import msgspec
 
 def explained(said: str, kind: Any) -> str:
     """What msgspec said of a table for struct ``kind``; of an unknown key also its section and what was meant."""
+    wrong = re.fullmatch(r"Expected `(.*?)`(.*?)(?:, got `(.*?)`)? - at `\$\.(.*)`", said, re.DOTALL)
+    if wrong is not None:
+        return _wrong_value(*wrong.groups())
     found = re.fullmatch(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?", said, re.DOTALL)
     if found is None:
         return said
@@ -30,6 +33,30 @@ def explained(said: str, kind: Any) -> str:
         if key in _keys(other):
             return f"unknown key {key!r}{where}; it belongs in {heading}"
     return f"unknown key {key!r}{where}; known are {', '.join(known)}"
+
+
+_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "str": "text in quotes",
+    "bool": "true or false",
+    "object": "a table",
+    "array": "a list",
+}
+
+
+def _wrong_value(expected: str, limits: str, got: str | None, place: str) -> str:
+    """What should stand at ``place``, for people who know TOML and not the schema."""
+    names = [_TYPES.get(part, part) for part in expected.split(" | ") if part != "null"]
+    text = " or ".join(dict.fromkeys(names)) + limits
+    if got is None:
+        return f"{place} must be {text}"
+    cure = ""
+    if got == "str" and "object" in expected:
+        cure = f"; write its keys below [{place}]"
+    elif got == "str" and "str" not in expected:
+        cure = "; write it without quotes"
+    return f"{place} is {_TYPES.get(got, got)}, but must be {text}{cure}"
 
 
 def _keys(kind: Any) -> list[str]:

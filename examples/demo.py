@@ -135,7 +135,7 @@ def _table(summary: dict[str, Any]) -> None:
             ("models down", models, summary["ratio_down"]),
         ):
             _say(f"  {name:12s} {sent / 1e3:9.1f} kB {dense / 1e3:9.1f} kB {ratio or 0:7.1f}x")
-        _say(f"  {'bundle':12s} {summary['bytes_bundle'] / 1e3:9.1f} kB, once for each device")
+        _say(f"  {'bundle':12s} {summary['bytes_bundle'] / 1e3:9.1f} kB, fetched once by each device")
         _say(
             f"\n  per update: {summary['encode_cpu_ms']:.1f} ms of CPU to encode, "
             f"{summary['written_bytes'] / 1e3:.1f} kB written to the device's storage"

@@ -436,7 +436,7 @@ def test_nan_in_an_update_is_refused_and_told(raw: Raw) -> None:
     [
         ({"tag": 77}, "the bytes are those of another update"),
         ({"base_version": 5}, "relative to model version 5, expected 0"),
-        ({"scale": 1e6}, "1000 is the most that may be"),
+        ({"scale": 1e6}, "above the plan's max_norm = 1000"),
     ],
 )
 def test_updates_of_other_devices_versions_or_sizes_are_refused(raw: Raw, changes: dict[str, Any], said: str) -> None:
@@ -853,7 +853,7 @@ path = "d.npz"
     [
         ('device = "pi"', 'device = "pi"\ndevcie = 1', "devcie"),
         ('name = "d"', 'name = "d"\npth = 1', "pth"),
-        ('device = "pi"', "device = 7", "$.device"),
+        ('device = "pi"', "device = 7", "device is a whole number, but must be text in quotes"),
         ("[broker]", "[limits]\nworker_threads = 0\n[broker]", "worker_threads"),
         ('device = "pi"', "device = ", "not valid TOML"),
         ("mqtt://localhost", "mqtt://far.example", "use mqtts://"),
@@ -873,8 +873,8 @@ def test_agents_name_the_wrong_key(
     [
         ("rounds = 1", "rounds = 1\nruonds = 2", "ruonds"),
         ("target = 1", "target = 1\nminimun = 2", "minimun"),
-        ("rounds = 1", 'rounds = "many"', "$.rounds"),
-        ("epochs = 1", "epochs = 0", "$.training.epochs"),
+        ("rounds = 1", 'rounds = "many"', "rounds is text in quotes, but must be a whole number"),
+        ("epochs = 1", "epochs = 0", "training.epochs must be a whole number >= 1"),
         ("epochs = 1", "", "exactly one of training.epochs and training.steps"),
         ("rounds = 1", "rounds =", "not valid TOML"),
     ],

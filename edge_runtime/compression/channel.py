@@ -83,7 +83,7 @@ class Channel:
             for part in self._parts(update, buffers):
                 norm = part.norm()
                 if not norm <= max_norm:
-                    raise CodecError(f"an L2 norm of {norm:.4g}, {max_norm:g} is the most that may be")
+                    raise CodecError(f"an L2 norm of {norm:.4g} is above the plan's max_norm = {max_norm:g}")
         return self._joined(update, buffers)
 
     def predicts(self, section: memoryview) -> bool:

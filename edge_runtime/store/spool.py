@@ -257,9 +257,13 @@ class Spool:
             (RUNS_KEPT,),
         ).fetchall()
         for (name,) in old:
+            loses = bool(self.refused(name))  # a run that ended well has nothing left to send
             dropped = self._drop_run(name)
             if dropped:
-                log.warning("run %s did nothing for longest and is forgotten, with what its codec had not sent", name)
+                level = logging.WARNING if loses else logging.INFO
+                log.log(
+                    level, "run %s did nothing for longest and is forgotten, with what its codec had not sent", name
+                )
             unused += dropped
         return unused
 

@@ -194,7 +194,7 @@ def test_sparse_updates_are_not_made_dense(tmp_path):
     [
         ({"update": UpdateId("run", "other", "r0-1", 0)}, "those of another update"),
         ({"version": 3}, "relative to model version 0, expected 3"),
-        ({"max_norm": 0.5}, "L2 norm of 10.25, 0.5 is the most"),
+        ({"max_norm": 0.5}, "L2 norm of 10.25 is above the plan's max_norm = 0.5"),
     ],
 )
 def test_updates_that_are_not_what_was_asked_for_are_refused(tmp_path, changes, reason):

@@ -99,10 +99,20 @@ class Statistics:
 @pytest.mark.parametrize(
     ("tables", "reason"),
     [
-        ({"uplink": Uplink(codec="default", budget_bytes=400)}, r"\[uplink\] comes to 400 bytes.*400 buffers"),
-        ({"uplink": Uplink(codec="default", budget_bytes=820)}, r"\[uplink\] comes to 820 bytes.*400 buffers"),
-        ({"downlink": Downlink(codec="topk", budget_bytes=100)}, r"\[downlink\] comes to 100 bytes.*400 buffers"),
-        ({"uplink": Uplink(codec="default", budget_bytes=1600, by_samples=True)}, r"\[uplink\] comes to 200 bytes"),
+        (
+            {"uplink": Uplink(codec="default", budget_bytes=400)},
+            r"\[uplink\] budget_bytes = 400 .*400 buffers.* needs 8\d\d bytes, of 5600",
+        ),
+        (
+            {"uplink": Uplink(codec="default", budget_bytes=820)},
+            r"\[uplink\] budget_bytes = 820 .*needs 8\d\d bytes.*a ratio of [67]$",
+        ),
+        ({"uplink": Uplink(codec="sparse", target_ratio=300.0)}, r"\[uplink\] target_ratio = 300 is too little"),
+        ({"downlink": Downlink(codec="topk", budget_bytes=100)}, r"\[downlink\] budget_bytes = 100 .*400 buffers"),
+        (
+            {"uplink": Uplink(codec="default", budget_bytes=1600, by_samples=True)},
+            r"\[uplink\] budget_bytes = 1600 .* for the device with the fewest samples",
+        ),
     ],
 )
 def test_budgets_that_cannot_be_kept_are_refused_at_submission(tables, reason):

@@ -27,7 +27,7 @@ def test_toml_becomes_a_struct(tmp_path):
     ("text", "said"),
     [
         ("rate = 1\nspeed = 2\n", "speed"),
-        ('rate = "fast"\n', r"\$\.rate"),
+        ('rate = "fast"\n', "rate is text in quotes, but must be a number"),
         ("", "rate"),
         ("rate = \n", "not valid TOML"),
         (b"rate = '\xff'\n", "not valid TOML"),

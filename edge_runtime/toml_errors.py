@@ -49,6 +49,8 @@ def _wrong_value(expected: str, limits: str, got: str | None, place: str) -> str
     """What should stand at ``place``, for people who know TOML and not the schema."""
     names = [_TYPES.get(part, part) for part in expected.split(" | ") if part != "null"]
     text = " or ".join(dict.fromkeys(names)) + limits
+    if "[A-Za-z0-9_.-]" in limits:
+        text = "1 to 64 letters, digits, '_', '.' or '-', the first no sign"
     if got is None:
         return f"{place} must be {text}"
     cure = ""

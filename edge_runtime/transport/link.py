@@ -7,6 +7,7 @@ it again after the next ``on_up``; a PUBACK only says that the broker has a mess
 
 from __future__ import annotations
 
+import errno
 import logging
 import select
 import socket
@@ -404,6 +405,8 @@ class Link:
     # Socket events
 
     def _socket_opened(self, client: paho.Client, _data: Any, sock: Any) -> None:
+        if sock.getsockname() == sock.getpeername():  # nobody listens there, and the kernel chose that very port for us
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it a round trip costs 90 ms
         self._reached = True
         self._fd = sock.fileno()

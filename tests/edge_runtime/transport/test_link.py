@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,16 @@ def test_back_off_doubles_up_to_its_limit_with_jitter(loop):
     limits = [min(5.0, 0.2 * 2**number) for number in range(12)]
     assert all(limit / 2 <= pause <= limit for pause, limit in zip(pauses, limits, strict=True))
     assert len({round(pause, 6) for pause in pauses[6:]}) > 1
+
+
+def test_a_connection_to_oneself_is_no_broker(loop):
+    """Where nobody listens, the kernel may connect a socket to its own port: that counts as refused."""
+    peer = Peer(loop, f"mqtt://127.0.0.1:{free_port()}")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.connect(sock.getsockname())
+        with pytest.raises(ConnectionRefusedError):
+            peer.link._socket_opened(None, None, sock)
 
 
 def test_broker_that_starts_later_is_found(loop, mosquitto_program, tmp_path, peers):

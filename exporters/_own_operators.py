@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import library as operators
 from torch.nn import functional
 
 from exporters import _random
@@ -16,8 +17,8 @@ from exporters import _random
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_torch_library: Any = torch.library  # untyped
-_LIBRARY = _torch_library.Library("edge", "DEF")
+_operators: Any = operators  # untyped
+_LIBRARY = _operators.Library("edge", "DEF")
 _LIBRARY.define(
     "convolution_padded(Tensor x, Tensor kernel, int[] pads, int[] stride, int[] dilation, int groups) -> Tensor"
 )

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from edge_runtime.compression.base import Codec, Encoded, Update
+from edge_runtime.compression.base import Encoded, Update
 from edge_runtime.compression.container import read_varint, varint
 from edge_runtime.compression.half import from_half, to_half
 from edge_runtime.compression.packing import SEED_MASK, random_words
-from edge_runtime.compression.topk import check_density
+from edge_runtime.compression.topk import ShareCodec
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-class RandomK(Codec):
+class RandomK(ShareCodec):
     """``density`` of all values, chosen uniformly by ``Request.seed``.
 
     Stich et al., "Sparsified SGD with memory", NeurIPS 2018, definition 2.1 (random-k). Devices that are given the
@@ -44,17 +44,7 @@ class RandomK(Codec):
 
     name: ClassVar[str] = "randomk"
     number: ClassVar[int] = 13
-    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"density": 0.01, "half": True, "unbiased": False}
-
-    def __init__(self, options: Mapping[str, Value] | None = None) -> None:
-        """Takes the options.
-
-        Raises:
-            CodecError: the density is not above 0 and at most 1.
-        """
-        super().__init__(options)
-        check_density(self.options["density"])
 
     def uses_feedback(self) -> bool:
         """Not if unbiased."""

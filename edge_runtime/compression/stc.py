@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from edge_runtime.compression.base import Codec, Encoded, Update
+from edge_runtime.compression.base import Encoded, Update
 from edge_runtime.compression.container import read_varint, varint
 from edge_runtime.compression.packing import pack_bits, pack_positions, unpack_bits, unpack_positions
-from edge_runtime.compression.topk import check_density, select
+from edge_runtime.compression.topk import ShareCodec, select
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout, Request, State, Value, Vector
 
 
-class Stc(Codec):
+class Stc(ShareCodec):
     """Signs of the ``density`` largest values, their mean magnitude, and Golomb-coded positions.
 
     Sattler et al., "Robust and communication-efficient federated learning from non-IID data", IEEE TNNLS 2019,
@@ -32,17 +32,7 @@ class Stc(Codec):
 
     name: ClassVar[str] = "stc"
     number: ClassVar[int] = 11
-    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"density": 0.0025}
-
-    def __init__(self, options: Mapping[str, Value] | None = None) -> None:
-        """Takes the options.
-
-        Raises:
-            CodecError: the density is not above 0 and at most 1.
-        """
-        super().__init__(options)
-        check_density(self.options["density"])
 
     def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:
         """Sparse; keeps to the budget."""

@@ -21,7 +21,24 @@ if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout, Request, State, Value, Vector
 
 
-class TopK(Codec):
+class ShareCodec(Codec):
+    """Base of codecs that send a share of the entries, by the option ``density``, and keep to a budget."""
+
+    keeps_budget: ClassVar[bool] = True
+
+    def __init__(self, options: Mapping[str, Value] | None = None) -> None:
+        """Takes the options.
+
+        Raises:
+            CodecError: the density is not above 0 and at most 1.
+        """
+        super().__init__(options)
+        density = float(self.options["density"])
+        if not 0 < density <= 1:
+            raise CodecError(f"option 'density' is {density}; it must be above 0 and at most 1")
+
+
+class TopK(ShareCodec):
     """The ``density`` largest of all values by magnitude, float32, with Rice-coded positions.
 
     Aji and Heafield, "Sparse communication for distributed gradient descent", EMNLP 2017; with error feedback as Stich
@@ -31,17 +48,7 @@ class TopK(Codec):
 
     name: ClassVar[str] = "topk"
     number: ClassVar[int] = 7
-    keeps_budget: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Value]] = {"density": 0.01}
-
-    def __init__(self, options: Mapping[str, Value] | None = None) -> None:
-        """Takes the options.
-
-        Raises:
-            CodecError: the density is not above 0 and at most 1.
-        """
-        super().__init__(options)
-        check_density(self.options["density"])
 
     def encode(self, values: Vector, layout: Layout, state: State, request: Request) -> Encoded:
         """Sparse; keeps to the budget."""
@@ -63,12 +70,6 @@ class TopK(Codec):
             raise CodecError(f"{len(payload)} bytes do not hold {count} values")
         values = np.frombuffer(payload[at:end], "<f4").astype(np.float32)
         return Update(values, unpack_positions(payload[end:], count, layout.size), layout.size)
-
-
-def check_density(density: Value) -> None:
-    """Raises CodecError unless 0 < density <= 1."""
-    if not 0 < float(density) <= 1:
-        raise CodecError(f"option 'density' is {density}; it must be above 0 and at most 1")
 
 
 def select(

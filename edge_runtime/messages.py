@@ -31,6 +31,11 @@ def _version_field() -> int:
     return field
 
 
+def _versions_field() -> tuple[int, int]:
+    field: tuple[int, int] = msgspec.field(default_factory=lambda: (OLDEST_SCHEMA_VERSION, SCHEMA_VERSION))
+    return field
+
+
 class UpdateId(msgspec.Struct, frozen=True, order=True, array_like=True):
     """Identity of one client update. The round is an attribute of the assignment, not part of the identity."""
 
@@ -71,6 +76,29 @@ class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True):
     samples: Count | None = None
 
 
+class EnergySource(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a device reports joules from; see :class:`energy.sensors.base.Source` for the words."""
+
+    sensor: str
+    scope: str
+    quality: str
+    covers: str = ""
+
+
+class EnergyUse(msgspec.Struct, frozen=True, array_like=True):
+    """What one job drew, gross, in millijoules. None: could not be known (never a silent zero).
+
+    ``train_mj`` and ``compress_mj`` were measured by the device's announced source, unless ``modelled``. ``radio_mj``
+    is always modelled, from bytes and constants of the link. ``idle_mw`` is the idle power beside the job.
+    """
+
+    train_mj: Count | None = None
+    compress_mj: Count | None = None
+    radio_mj: Count | None = None
+    idle_mw: Count | None = None
+    modelled: bool = False
+
+
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="telemetry"):
     """What the device measures about itself. None: this device cannot measure it (never a silent zero)."""
 
@@ -87,7 +115,7 @@ class Telemetry(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="t
     link_received_bytes: Count | None = None
 
 
-class DeviceState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="state"):
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="state"):
     """Retained presence and announcement of a device; the last will is the same message with ``online`` false.
 
     The coordinator assigns only what was announced here. ``session`` differs for every connection, so a repeated
@@ -102,12 +130,13 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=
     instance: str
     software: str = ""
     platform: str = ""
-    schema_versions: tuple[int, int] = (OLDEST_SCHEMA_VERSION, SCHEMA_VERSION)
+    schema_versions: tuple[int, int] = _versions_field()
     codecs: list[str] = []
     methods: list[str] = []
     backends: list[str] = []
     datasets: list[DatasetInfo] = []
     limits: Limits | None = None
+    energy: EnergySource | None = None
 
 
 class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="coordinator"):
@@ -166,6 +195,7 @@ class Job(
         "codec": "c",
         "codec_options": "co",
         "byte_budget": "cb",
+        "joule_limit": "jl",
         "evaluate": "ev",
         "holdout_fraction": "hf",
         "priority": "p",
@@ -177,7 +207,7 @@ class Job(
     Exactly one of ``epochs`` and ``steps`` is set, or neither: evaluate only. ``deadline_s`` counts from arrival.
     ``hyper`` overrides defaults of the bundle's optimiser. ``options`` are hyper-parameters of the client method.
     ``inline`` holds the bytes of the model's last blob where they are few. ``byte_budget`` is for the whole update;
-    None leaves it to the codec.
+    None leaves it to the codec. Training ends early, and what it reached is sent, when it has drawn ``joule_limit``.
     """
 
     v: int = _version_field()
@@ -202,6 +232,7 @@ class Job(
     codec: str = "raw"
     codec_options: dict[str, bool | int | float | str] = {}
     byte_budget: Count | None = None
+    joule_limit: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
     evaluate: bool = True
     holdout_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
     max_samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -219,7 +250,7 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="canc
     reason: str = ""
 
 
-class JobStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="status"):
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="status"):
     """The end of a job without an update. ``rejected``: will not start; ``failed``: started and ended."""
 
     v: int = _version_field()
@@ -227,6 +258,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="s
     assignment: Name
     status: Literal["failed", "rejected"]
     reason: str = ""
+    energy: EnergyUse | None = None
 
 
 class Evaluation(
@@ -258,13 +290,15 @@ class UpdateMeta(
         "encode_cpu_ms": "c",
         "written_bytes": "f",
         "evaluation": "e",
+        "energy": "j",
+        "stopped": "x",
     },
 ):
     """What a device says about its update; ``evaluation`` is of the received model on the device's hold-out.
 
     ``train_ms`` is wall time; ``encode_cpu_ms`` is CPU time of the codec, so that it can be weighed against the time
     that its bytes would take on the link. ``written_bytes`` went to the device's storage for this job: model, state of
-    the codec and update.
+    the codec and update. ``stopped`` says why training ended before its last step (joules, heat), in words.
     """
 
     round: Count
@@ -276,6 +310,8 @@ class UpdateMeta(
     encode_cpu_ms: Count = 0
     written_bytes: Count = 0
     evaluation: Evaluation | None = None
+    energy: EnergyUse | None = None
+    stopped: str = ""
 
 
 class UpdateOffer(

@@ -55,6 +55,27 @@ DEVICE_SAYS = {
         meta=m.UpdateMeta(round=3, model_version=2, samples=100, steps=8),
         first=b"\x00\x01\x02\x03data",
     ),
+    "state-with-sensor": m.DeviceState(
+        device="pi-7",
+        online=True,
+        session="s",
+        instance="i",
+        energy=m.EnergySource(sensor="jetson-ina3221", scope="board", quality="power", covers="all"),
+    ),
+    "status-with-energy": m.JobStatus(
+        run="run-1", assignment="a3", status="failed", reason="NaN", energy=m.EnergyUse(train_mj=900, modelled=True)
+    ),
+    "offer-with-energy": m.UpdateOffer(
+        update=UPDATE,
+        meta=m.UpdateMeta(
+            round=3,
+            model_version=2,
+            samples=100,
+            steps=8,
+            energy=m.EnergyUse(train_mj=120_500, compress_mj=310, radio_mj=44, idle_mw=2700),
+            stopped="joules",
+        ),
+    ),
     "need": m.Need(sha256=SHA, ranges=[(0, 2), (5, 1)]),
     "gone": m.Gone(sha256=SHA),
 }
@@ -87,6 +108,18 @@ COORDINATOR_SAYS = {
         codec="topk",
         codec_options={"density": 0.01},
         byte_budget=500,
+    ),
+    "job-limited": m.Job(
+        run="run-1",
+        assignment="a5",
+        round=3,
+        model_version=2,
+        bundle=BLOB,
+        model=m.ModelRef(blobs=[BLOB]),
+        dataset="digits",
+        deadline_s=60.0,
+        epochs=1,
+        joule_limit=12.5,
     ),
     "cancel": m.Cancel(run="run-1", assignment="a3", reason="late"),
     "need": m.Need(sha256=SHA, ranges=[(0, 2)]),

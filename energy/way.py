@@ -1,0 +1,165 @@
+"""One way to know what the machine draws: sensors that are read together, and whether they can be believed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from energy.errors import SensorError
+from energy.sensors.base import Source
+from energy.series import Track
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from energy.sensors.base import Quality, Sensor
+
+GAP_S, GAP_INTERVALS = 0.5, 3.0
+# Real sensors repeat a value often (every second or fourth reading at 20 Hz), never all rails for this long.
+FROZEN_S, FROZEN_INTERVALS, FROZEN_READINGS = 60.0, 100.0, 50
+STILL_S, STILL_INTERVALS, STILL_READINGS = 5.0, 50.0, 10  # a counter of a machine that runs always grows
+ZERO_S, ZERO_INTERVALS = 3.0, 3.0
+ATTEMPTS = 3  # a bus that was busy, or one wrong reading, is no broken sensor
+
+_WORST: tuple[Quality, ...] = ("modelled", "coarse", "power", "counter")
+
+
+def combined(sources: Sequence[Source]) -> Source:
+    """The source of joules that are the sum of several sensors: the worst quality of them counts."""
+    if len(sources) == 1:
+        return sources[0]
+    scopes = {source.scope for source in sources}
+    quality = next(quality for quality in _WORST if any(source.quality == quality for source in sources))
+    scope = "modelled" if quality == "modelled" else scopes.pop() if len(scopes) == 1 else "package"
+    return Source("+".join(s.sensor for s in sources), scope, quality, "; ".join(s.covers for s in sources))
+
+
+class Part:
+    """One sensor of a way with the integrals of its rails.
+
+    Attributes:
+        last_s, before_s: times of the last two readings.
+        accuracy: what the maker says, as a fraction; 0 if nothing is known.
+    """
+
+    def __init__(self, sensor: Sensor) -> None:
+        self.sensor = sensor
+        self.accuracy: float = getattr(sensor, "accuracy", None) or 0.0
+        self.gap_limit_s = max(GAP_S, GAP_INTERVALS * sensor.interval_s)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins anew, without readings."""
+        self.tracks = [Track(rail, slack_s=max(self.sensor.interval_s, 0.05)) for rail in self.sensor.rails]
+        self.totals = [track for track in self.tracks if track.rail.in_total]
+        self.counts = all(track.rail.unit == "joules" for track in self.totals)
+        self.last_s: float | None = None
+        self.before_s = 0.0
+        self._values: tuple[float, ...] = ()
+        self._same_since_s = 0.0
+        self._same = 0
+        self._zero_since_s: float | None = None
+
+    @property
+    def watts(self) -> float:
+        """Total power at the last reading."""
+        return sum(track.watts for track in self.totals)
+
+    def read(self, clock: Callable[[], float]) -> str | None:
+        """Takes one reading; what was wrong with it in words if a wrong one had to be left out.
+
+        Raises:
+            SensorError: it cannot be read, or not be believed.
+        """
+        note = None
+        for attempt in range(ATTEMPTS):
+            try:
+                self._read(clock)
+            except SensorError as error:
+                if error.fault not in ("implausible", "vanished") or attempt == ATTEMPTS - 1:
+                    raise
+                if error.fault == "implausible":
+                    note = f"{self.sensor.source.sensor}: a wrong reading was left out ({error})"
+            else:
+                break
+        return note
+
+    def _read(self, clock: Callable[[], float]) -> None:
+        began_s = clock()
+        values = self.sensor.read()
+        at_s = 0.5 * (began_s + clock())
+        if self.last_s is not None and at_s <= self.last_s:
+            return
+        for track, value in zip(self.tracks, values, strict=True):
+            track.check(at_s, value)
+        self._believe(at_s, values)
+        for track, value in zip(self.tracks, values, strict=True):
+            track.add(at_s, value)
+        self.before_s = at_s if self.last_s is None else self.last_s
+        self.last_s = at_s
+
+    def _believe(self, at_s: float, values: tuple[float, ...]) -> None:
+        source, interval_s = self.sensor.source, self.sensor.interval_s
+        if values != self._values:
+            self._values, self._same_since_s, self._same = values, at_s, 0
+        self._same += 1
+        same_s = at_s - self._same_since_s
+        if source.quality == "power" and not self.counts:
+            limit_s, readings = max(FROZEN_S, FROZEN_INTERVALS * interval_s), FROZEN_READINGS
+        elif source.quality == "counter" and self.counts:
+            limit_s, readings = max(STILL_S, STILL_INTERVALS * interval_s), STILL_READINGS
+        else:
+            limit_s, readings = float("inf"), 0  # a coarse value stays, and the sensor itself knows how old it is
+        if self._same > readings and same_s > limit_s:
+            raise SensorError("frozen", f"{source.sensor} has said exactly the same for {same_s:.0f} s")
+        if self.counts or self.sensor.domain != "system" or source.modelled:
+            return
+        if any(value for track, value in zip(self.tracks, values, strict=True) if track.rail.in_total):
+            self._zero_since_s = None
+        elif self._zero_since_s is None:
+            self._zero_since_s = at_s
+        elif at_s - self._zero_since_s > max(ZERO_S, ZERO_INTERVALS * interval_s):
+            raise SensorError("implausible", f"{source.sensor} reads 0 W while this machine runs")
+
+
+class Way:
+    """Sensors that together give the total; see :class:`energy.sensors.base.Sensor`."""
+
+    def __init__(self, sensors: Sequence[Sensor]) -> None:
+        self.parts = [Part(sensor) for sensor in sensors]
+        self.source = combined([sensor.source for sensor in sensors])
+        self.interval_s = min(sensor.interval_s for sensor in sensors)
+        names = [rail.name for sensor in sensors for rail in sensor.rails]
+        self.names = [
+            rail.name if names.count(rail.name) == 1 else f"{sensor.source.sensor} {rail.name}"
+            for sensor in sensors
+            for rail in sensor.rails
+        ]
+
+    def start(self, clock: Callable[[], float]) -> None:
+        """Begins anew with a first reading.
+
+        Raises:
+            SensorError: as :meth:`read`.
+        """
+        for part in self.parts:
+            part.restart()
+        self.read(clock, everything=True)
+
+    def read(self, clock: Callable[[], float], *, everything: bool) -> list[str]:
+        """Reads the sensors that have something new to say, or all; gives what was wrong with readings left out.
+
+        Raises:
+            SensorError: one of them cannot be read, or not be believed.
+        """
+        notes = []
+        for part in self.parts:
+            if everything or part.last_s is None or clock() - part.last_s >= 0.5 * part.sensor.interval_s:
+                note = part.read(clock)
+                if note is not None:
+                    notes.append(note)
+        return notes
+
+    @property
+    def tracks(self) -> list[Track]:
+        """The integrals of all rails, in the order of ``names``."""
+        return [track for part in self.parts for track in part.tracks]

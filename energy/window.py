@@ -1,0 +1,142 @@
+"""A named stretch of time on a meter, and what the meter says about it when it is closed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from energy.marks import Marks
+from energy.measurement import Measurement
+from energy.span import Span
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from energy.conditions import Conditions
+    from energy.meter import Meter
+    from energy.sensors.base import Source
+    from energy.way import Way
+
+
+class Window:
+    """Made by :meth:`energy.meter.Meter.open`; ends with :meth:`close` or its ``with`` block.
+
+    Attributes:
+        name: what it is called.
+        started_s, ended_s: on the meter's clock; infinite while it is open.
+        idle: whether it is a baseline.
+        measurement: after it was closed, None before.
+    """
+
+    def __init__(self, meter: Meter, name: str, started_s: float, *, idle: bool, conditions: Conditions | None) -> None:
+        self.name = name
+        self.started_s = started_s
+        self.ended_s = math.inf
+        self.idle = idle
+        self.measurement: Measurement | None = None
+        self.marks = Marks(conditions, idle=idle)
+        self.span: Span | None = None
+        self._meter = meter
+        self._past: list[tuple[Source, float]] = []
+        self._rails: dict[str, float] = {}
+        self._readings = 0
+        self._longest_gap_s = 0.0
+        self._lost = False
+        self._problems: dict[str, None] = {}
+
+    def joules(self) -> float | None:
+        """So far, by the readings up to now; None if unknown. ``meter.source`` says whether they are modelled."""
+        if self.measurement is not None:
+            return self.measurement.joules
+        with self._meter.lock:
+            if self.span is None or self._lost:
+                return None
+            return sum(joules for _, joules in self._past) + self.span.joules(self._meter.clock())
+
+    def close(self) -> Measurement:
+        """Ends the window; a second time gives the same."""
+        if self.measurement is None:
+            self.measurement = self._meter.finish(self)
+        return self.measurement
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What follows is called by the meter, under its lock.
+
+    def note(self, problem: str) -> None:
+        """Says once what speaks against the figure."""
+        self._problems[problem] = None
+
+    def enter(self, way: Way | None, at_s: float) -> None:
+        """From here on joules come from ``way``; None: from nowhere."""
+        if way is None:
+            self._lost = True
+        else:
+            self.span = Span(way, at_s)
+
+    def leave(self, at_s: float) -> None:
+        """The way in use fails; up to here its last power holds."""
+        if self.span is not None:
+            self._keep(self.span, at_s)
+            self.span = None
+
+    def result(self, end_s: float) -> Measurement:
+        """What is known at the end; ``idle_watts`` is left to the meter."""
+        span = self.span
+        empty = span is not None and not self._past and span.nothing_counted(end_s)
+        half_width = None
+        if span is not None:
+            if not self._past and not span.way.source.modelled and not empty:
+                half_width = span.half_width(end_s)
+            self._keep(span, end_s)
+            self.span = None
+        if empty:
+            self.note("the counter did not move: joules are unknown")
+        for problem in self.marks.problems():
+            self.note(problem)
+        seconds = end_s - self.started_s
+        joules = None if self._lost or empty or not self._past else sum(joules for _, joules in self._past)
+        source = None if joules is None else self._whole_source()
+        if self._lost and (known := sum(joules for _, joules in self._past)):
+            self.note(f"{known:.3g} J were known before")
+        return Measurement(
+            name=self.name,
+            started_s=self.started_s,
+            seconds=seconds,
+            joules=joules,
+            half_width_joules=None if joules is None else half_width,
+            idle_watts=None,
+            source=source,
+            rails={} if joules is None else self._rails,
+            samples=self._readings,
+            longest_gap_s=self._longest_gap_s,
+            problems=tuple(self._problems),
+        )
+
+    def _keep(self, span: Span, at_s: float) -> None:
+        at_s = max(at_s, span.from_s)
+        self._past.append((span.way.source, span.joules(at_s)))
+        for name, joules in span.rails(at_s).items():
+            self._rails[name] = self._rails.get(name, 0.0) + joules
+        self._readings += span.readings
+        self._longest_gap_s = max(self._longest_gap_s, span.longest_gap_s)
+        for problem in span.problems(at_s):
+            self.note(problem)
+
+    def _whole_source(self) -> Source:
+        """The last source, or the modelled one if any part is: a sum with modelled joules in it is modelled."""
+        modelled = [source for source, _ in self._past if source.modelled]
+        if not modelled:
+            return self._past[-1][0]
+        measured = sum(joules for source, joules in self._past if not source.modelled)
+        if len(modelled) < len(self._past):
+            self.note(f"{measured:.3g} J of it were measured; the rest is modelled, so the whole counts as modelled")
+        return modelled[-1]

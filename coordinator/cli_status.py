@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from coordinator.cli_commands import open_store, print_json
 from coordinator.errors import UnknownRunError
-from coordinator.report import device_report, failures, round_progress, run_summary
-from coordinator.wording import NO_SERVER, counted, percent, saving, size
+from coordinator.report import device_report, failures, round_progress, run_ledger, run_summary
+from coordinator.status_page import bytes_words, device_table, figures, headline, page, phase, table
+from coordinator.wording import NO_SERVER, counted, energy_words, number, percent
 
 if TYPE_CHECKING:
     import argparse
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from coordinator.store import Store
 
 POLL_S = 0.5
-_SHOWN_ROUNDS = 10
-_SHOWN_DEVICES = 12
-_SHOWN_FAILURES = 5
 
 
 def status(options: argparse.Namespace) -> int:
@@ -31,7 +30,7 @@ def status(options: argparse.Namespace) -> int:
     if options.json:
         print_json(_everything(store, run))
     else:
-        print("\n".join(_page(store, run)))
+        print("\n".join(page(store, run, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)))
     return 0
 
 
@@ -42,11 +41,20 @@ def runs(options: argparse.Namespace) -> int:
     if options.json:
         print_json([run_summary(store, entry.row.run) for entry in stored])
         return 0
-    rows = [["run", "status", "rounds", "accuracy", "up", "down", "reason"]]
+    rows = [["run", "status", "rounds", "accuracy", "up", "down", "energy", "reason"]]
     for entry in stored:
         summary = run_summary(store, entry.row.run)
-        rows.append([summary["run"], summary["status"], _rounds(summary), *_figures(summary), summary["reason"]])
-    print("\n".join(_table(rows)))
+        rows.append(
+            [
+                summary["run"],
+                summary["status"],
+                _rounds(summary),
+                *figures(summary),
+                energy_words(summary["energy"]),
+                summary["reason"],
+            ]
+        )
+    print("\n".join(table(rows)))
     return 0
 
 
@@ -59,7 +67,7 @@ def devices(options: argparse.Namespace) -> int:
     else:
         now = time.time()
         lives = store.server_running(now)
-        lines = _device_table(report, now, lives=lives) if report else ["no device has announced itself yet"]
+        lines = device_table(report, now, lives=lives) if report else ["no device has announced itself yet"]
         print("\n".join(lines if lives else [*lines, NO_SERVER]))
     return 0
 
@@ -76,11 +84,12 @@ def watch(store: Store, run: str, *, as_json: bool) -> int:
     while True:
         stored = store.run(run)
         if live:
-            page = _page(store, run)
+            terminal = shutil.get_terminal_size()
+            shown = page(store, run, terminal.columns)[: max(1, terminal.lines - 1)]
             sys.stdout.write(f"\x1b[{lines}F\x1b[J" if lines else "")
-            sys.stdout.write("\n".join(page) + "\n")
+            sys.stdout.write("\n".join(shown) + "\n")
             sys.stdout.flush()
-            lines = len(page)
+            lines = len(shown)
         else:
             told = _tell_rounds(store, run, told, as_json=as_json)
             waits = _waiting(store, run) if stored.row.phase == "selecting" and not as_json else said
@@ -93,16 +102,16 @@ def watch(store: Store, run: str, *, as_json: bool) -> int:
     if not live:
         summary = run_summary(store, run)
         if as_json:
-            print_json(summary)
+            print_json({**summary, "ledger": run_ledger(store, run)})
         else:
-            print(_headline(summary), flush=True)
+            print(headline(summary), flush=True)
     return 1 if stored.row.status == "failed" else 0
 
 
 def _waiting(store: Store, run: str) -> str:
     """What a round that has not begun waits for, and why devices that are there cannot take part."""
     report = device_report(store, store.run(run))
-    return "; ".join([_phase(store, run), *(f"{row['device']}: {row['unfit']}" for row in report if row["unfit"])][:6])
+    return "; ".join([phase(store, run), *(f"{row['device']}: {row['unfit']}" for row in report if row["unfit"])][:6])
 
 
 def _wait(store: Store) -> None:
@@ -118,11 +127,13 @@ def _tell_rounds(store: Store, run: str, told: int, *, as_json: bool) -> int:
         if as_json:
             print_json(entry)
         else:
+            known = energy_words(entry["energy"])
+            energy = "" if known == "-" else f", {known}"
             accuracy = percent(entry["accuracy"] if entry["accuracy"] is not None else entry["device_accuracy"])
             print(
                 f"round {entry['round'] + 1}: {counted(entry['updates'], 'update')} ({entry['late_updates']} late), "
-                f"loss {_number(entry['train_loss'])}, accuracy {accuracy}, {entry['seconds']:.2f} s, "
-                f"{_bytes(entry, 'bytes_up')} up, {_bytes(entry, 'bytes_down')} down",
+                f"loss {number(entry['train_loss'])}, accuracy {accuracy}, {entry['seconds']:.2f} s, "
+                f"{bytes_words(entry, 'bytes_up')} up, {bytes_words(entry, 'bytes_down')} down{energy}",
                 flush=True,
             )
     return len(history)
@@ -137,96 +148,8 @@ def _everything(store: Store, run: str) -> dict[str, Any]:
         "open_round": round_progress(store, stored),
         "failures": failures(store, stored),
         "fleet": device_report(store, stored),
+        "ledger": run_ledger(store, run),
     }
-
-
-def _page(store: Store, run: str) -> list[str]:
-    now = time.time()
-    stored = store.run(run)
-    summary = run_summary(store, run, now=now)
-    lines = [_headline(summary)]
-    lives = store.server_running(now)
-    if stored.row.status == "running":
-        lines.append(_phase(store, run) if lives else f"{NO_SERVER}; the run waits for one")
-    if summary["encode_cpu_ms"] is not None:
-        lines.append(
-            f"per update: {summary['encode_cpu_ms']:.1f} ms of CPU to encode, {size(summary['written_bytes'])} written "
-            "to the device's storage; savings are against float32, packets included, bundles not"
-        )
-    failed = failures(store, stored)
-    lines += [f"  {entry['device']} failed: {entry['reason']}" for entry in failed[-_SHOWN_FAILURES:]]
-    history = summary["history"][-_SHOWN_ROUNDS:]
-    if history:
-        rows = [["round", "updates", "late", "loss", "accuracy", "on devices", "seconds", "up", "down"]]
-        rows += [
-            [
-                str(entry["round"] + 1),
-                str(entry["updates"]),
-                str(entry["late_updates"]),
-                _number(entry["train_loss"]),
-                percent(entry["accuracy"]),
-                percent(entry["device_accuracy"]),
-                f"{entry['seconds']:.2f}",
-                _bytes(entry, "bytes_up"),
-                _bytes(entry, "bytes_down"),
-            ]
-            for entry in history
-        ]
-        lines += ["", *_table(rows)]
-        if not summary["bytes_complete"]:
-            lines.append("> at least: the coordinator was restarted, what it had counted before is not in the bytes")
-    report = device_report(store, stored)
-    if report:
-        lines += ["", *_device_table(report[:_SHOWN_DEVICES], now, lives=lives)]
-        if len(report) > _SHOWN_DEVICES:
-            online = sum(entry["online"] for entry in report)
-            lines.append(f"... {counted(len(report), 'device')} in all, {online} online; see edge-coordinator devices")
-    return lines
-
-
-def _headline(summary: dict[str, Any]) -> str:
-    rounds = f"{summary['rounds']}/{counted(summary['rounds_planned'], 'round')}"
-    accuracy, up, _ = _figures(summary)
-    down = _bytes({**summary, "bytes_down": summary["bytes_down"] - summary["bytes_bundle"]}, "bytes_down")
-    reason = f" ({summary['reason']})" if summary["reason"] else ""
-    return (
-        f"{summary['run']}: {summary['status']}{reason}, {rounds}, accuracy {accuracy}, "
-        f"{up} up{saving(summary['ratio_up'])}, {down} down{saving(summary['ratio_down'])} "
-        f"beside {size(summary['bytes_bundle'])} of bundles, "
-        f"{counted(summary['devices'], 'device')}, {summary['seconds']:.1f} s"
-    )
-
-
-def _phase(store: Store, run: str) -> str:
-    stored = store.run(run)
-    row = stored.row
-    if stored.stop_reason is not None:
-        return "stopping"
-    if row.phase == "selecting":
-        fit = [entry for entry in device_report(store, stored) if not entry["unfit"]]
-        wanted = stored.plan.participation.target
-        return f"round {row.round + 1} waits for devices: {len(fit)} fit, {wanted} wanted"
-    if row.phase == "open":
-        counts = round_progress(store, stored)
-        return (
-            f"round {row.round + 1}: {counts['delivered']} of {counted(stored.plan.participation.target, 'update')}, "
-            f"{counted(counts['open'], 'device')} at work, {counts['failed']} failed, attempt {row.attempt + 1}"
-        )
-    return "makes the next model" if row.phase == "aggregating" else "evaluates the last model"
-
-
-def _device_table(report: list[dict[str, Any]], now: float, *, lives: bool) -> list[str]:
-    rows = [["device", "state", "last contact", "datasets", "note"]]
-    for entry in report:
-        datasets = ", ".join(
-            name if count is None else f"{name} ({count})" for name, count in entry["datasets"].items()
-        )
-        note = entry["conflict"] or (entry["unfit"] if entry["online"] else "")
-        state = ("online" if entry["online"] else "offline") if lives else "unknown"
-        rows.append(
-            [entry["device"], state, f"{max(0.0, now - entry['last_contact_unix_s']):.0f} s ago", datasets, note]
-        )
-    return _table(rows)
 
 
 def _latest(store: Store) -> str:
@@ -238,21 +161,3 @@ def _latest(store: Store) -> str:
 
 def _rounds(summary: dict[str, Any]) -> str:
     return f"{summary['rounds']}/{summary['rounds_planned']}"
-
-
-def _figures(summary: dict[str, Any]) -> list[str]:
-    accuracy = summary["accuracy"] if summary["accuracy"] is not None else summary["device_accuracy"]
-    return [percent(accuracy), _bytes(summary, "bytes_up"), _bytes(summary, "bytes_down")]
-
-
-def _bytes(entry: dict[str, Any], key: str) -> str:
-    return size(entry[key]) if entry["bytes_complete"] else f">{size(entry[key])}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

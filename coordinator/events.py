@@ -12,7 +12,16 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from edge_runtime.messages import BlobRef, DeviceState, Evaluation, Telemetry, UpdateId, UpdateMeta
+from coordinator.ledger import LedgerRow
+from edge_runtime.messages import (
+    BlobRef,
+    DeviceState,
+    EnergyUse,
+    Evaluation,
+    Telemetry,
+    UpdateId,
+    UpdateMeta,
+)
 
 RunStatus: TypeAlias = Literal["running", "finished", "failed", "stopped"]
 AssignmentStatus: TypeAlias = Literal["open", "received", "failed", "cancelled"]
@@ -159,7 +168,7 @@ class DeviceRow(msgspec.Struct, kw_only=True):
     telemetry: Telemetry | None = None
 
 
-Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | HoldingRow | RoundRow | DeviceRow
+Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | LedgerRow | HoldingRow | RoundRow | DeviceRow
 
 
 # Events
@@ -219,6 +228,7 @@ class JobReported(msgspec.Struct, frozen=True):
     assignment: str
     reason: str
     rejected: bool = False
+    energy: EnergyUse | None = None
 
 
 class Aggregated(msgspec.Struct, frozen=True):

@@ -58,6 +58,7 @@ def make_job(
         codec=assignment.codec,
         codec_options=_codec_options(plan, assignment.codec),
         byte_budget=assignment.byte_budget,
+        joule_limit=training.job_joules,
         evaluate=plan.evaluate_on_devices,
         holdout_fraction=training.holdout_fraction,
         max_samples=training.max_samples,

@@ -21,7 +21,10 @@ DEFAULT_CODEC = "default"  # both ways, where a plan names none
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every device does with its data. Exactly one of ``epochs`` and ``steps``."""
+    """What every device does with its data. Exactly one of ``epochs`` and ``steps``.
+
+    A device that knows what it draws ends a job early at ``job_joules``, and what it reached counts by its samples.
+    """
 
     epochs: Annotated[int, msgspec.Meta(ge=1)] | None = None
     steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -31,6 +34,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     holdout_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
     max_samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
     max_age_s: float | None = None
+    job_joules: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
 
 
 class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

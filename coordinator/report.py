@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 from coordinator.budget import FLOAT_BYTES
 from coordinator.evaluation_numbers import accuracy, mean_loss
 from coordinator.fleet import requirement, unfit_row
+from coordinator.ledger import energy_totals, grouped, ledger_entry
 
 if TYPE_CHECKING:
     from coordinator.events import DeviceRow, RoundRow, RunRow
+    from coordinator.ledger import EnergySums
     from coordinator.store import Store
     from coordinator.store.store import StoredRun
+
+_SOURCE = ("sensor", "scope", "quality", "covers")
 
 
 def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str, Any]:
@@ -25,14 +29,18 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
     is in no ratio of the run and has none),
     ``encode_cpu_ms`` and ``written_bytes`` (means per update, as devices reported them), ``elements`` (of the model),
     ``seconds`` (to the end, to ``now`` for a running run if given, else to the last round), ``devices`` (that were
-    asked), ``updates`` by verdict, and ``history`` with one entry per round. What was not measured is None.
+    asked), ``updates`` by verdict, ``energy`` (of all jobs that reported their end; see
+    :func:`coordinator.ledger.energy_totals`), ``stopped_jobs`` (that trained less than was asked), and ``history`` with
+    one entry per round, its energy being that of the jobs which this round gave out. What was not measured is None.
 
     Raises:
         UnknownRunError: no such run.
     """
     stored = store.run(run)
     row, rounds = stored.row, store.rounds(run)
-    history = [_round(entry, row.elements) for entry in rounds]
+    energy = store.energy(run, "round")
+    by_round = grouped(energy)
+    history = [_round(entry, row.elements, by_round.get(entry.round, [])) for entry in rounds]
     measured = [entry["accuracy"] for entry in history if entry["accuracy"] is not None]
     initial = accuracy(row.initial_test)
     last = rounds[-1].closed_unix_s if rounds else row.submitted_unix_s
@@ -59,8 +67,14 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
         "devices": store.participants(run),
         "updates": {"counted": 0, "refused": 0, "pending": 0, **store.update_counts(run)},
         "late_updates": sum(entry.late_updates for entry in rounds),
+        **_energy(energy),
         "history": history,
     }
+
+
+def run_ledger(store: Store, run: str) -> list[dict[str, Any]]:
+    """What every job of a run drew, one flat entry per job; see :func:`coordinator.ledger.ledger_entry`."""
+    return [ledger_entry(row, status) for row, status in store.ledger(run)]
 
 
 def round_progress(store: Store, stored: StoredRun) -> dict[str, int]:
@@ -84,13 +98,16 @@ def failures(store: Store, stored: StoredRun) -> list[dict[str, Any]]:
 
 
 def device_report(store: Store, stored: StoredRun | None = None) -> list[dict[str, Any]]:
-    """The devices as the server last knew them; with a run, also why a device cannot take part in it."""
-    need = None if stored is None else requirement(stored.plan, stored.row.model.size_bytes)
-    return [_device(row, "" if need is None else unfit_row(row, need)) for row in store.devices()]
+    """The devices as the server last knew them; with a run, also why a device cannot take part, and what it drew."""
+    if stored is None:
+        return [_device(row, "") for row in store.devices()]
+    need = requirement(stored.plan, stored.row.model.size_bytes)
+    drawn = grouped(store.energy(stored.row.run, "device"))
+    return [{**_device(row, unfit_row(row, need)), **_energy(drawn.get(row.device, []))} for row in store.devices()]
 
 
 def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:
-    telemetry = row.telemetry
+    telemetry, source = row.telemetry, row.state.energy
     return {
         "device": row.device,
         "online": row.online,
@@ -99,6 +116,7 @@ def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:
         "datasets": {entry.name: entry.samples for entry in row.state.datasets},
         "temperature_c": None if telemetry is None else telemetry.temperature_c,
         "battery_percent": None if telemetry is None else telemetry.battery_percent,
+        "energy_source": None if source is None else {name: getattr(source, name) for name in _SOURCE},
         "conflict": row.conflict,
         "unfit": unfit,
     }
@@ -130,7 +148,7 @@ def _moved(rounds: list[RoundRow], run: RunRow | None) -> tuple[int, int, int]:
     return sum(part.bytes_up for part in parts), sum(part.bytes_down for part in parts), bundle
 
 
-def _round(row: RoundRow, elements: int) -> dict[str, Any]:
+def _round(row: RoundRow, elements: int, energy: list[EnergySums]) -> dict[str, Any]:
     return {
         "round": row.round,
         "version": row.version,
@@ -139,12 +157,17 @@ def _round(row: RoundRow, elements: int) -> dict[str, Any]:
         "late_updates": row.late_updates,
         "samples": row.samples,
         **_costs([row], elements),
+        **_energy(energy),
         "train_loss": row.train_loss,
         "test_loss": mean_loss(row.test),
         "accuracy": accuracy(row.test),
         "device_loss": mean_loss(row.devices),
         "device_accuracy": accuracy(row.devices),
     }
+
+
+def _energy(sums: list[EnergySums]) -> dict[str, Any]:
+    return {"energy": energy_totals(sums), "stopped_jobs": sum(entry.stopped_jobs for entry in sums)}
 
 
 def _latest(history: list[dict[str, Any]], key: str) -> float | None:

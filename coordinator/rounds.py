@@ -41,7 +41,7 @@ def step(state: RunState, event: e.Event, fleet: FleetView) -> list[e.Effect]:
 
     Events of any order, repeated, or about things unknown are fine; none raises.
     """
-    work = Work(event.now)
+    work = Work(event.now, fleet)
     _HANDLERS[type(event)](state, work, event)
     progress(state, work, fleet)
     return work.effects()
@@ -166,6 +166,7 @@ def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
     state.close_assignment(assignment, "received")
     state.add_update(row)
     work.save(row, assignment)
+    work.note_energy(state, assignment, row.meta.energy, row)
     note_holding(state, work, assignment, assignment.version)
     work.out.append(e.SendDone(event.update))
     state.selector.observe(assignment.device, state.outcome(assignment, row))
@@ -183,16 +184,20 @@ def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, r
         verdict="refused",
         reason=reason,
     )
+    assignment = state.assignments[event.update.assignment]
     state.add_update(row)
     work.save(row)
+    work.note_energy(state, assignment, row.meta.energy, row)
     work.out.append(_verdict(row))
-    _failed(state, work, state.assignments[event.update.assignment], reason)
+    _failed(state, work, assignment, reason)
 
 
 def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
     assignment = state.assignments.get(event.assignment)
     if assignment is None or assignment.device != event.device:
         return
+    if event.energy is not None or (assignment.status == "open" and not event.rejected):  # rejected: never begun
+        work.note_energy(state, assignment, event.energy)
     if event.rejected and assignment.status == "open" and assignment.base_version:
         # Most likely it no longer holds what the coordinator thought: it gets the same job without that, once.
         note_holding(state, work, assignment, None)

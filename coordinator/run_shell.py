@@ -12,6 +12,7 @@ from coordinator.background import DISK_RETRY_S, Background
 from coordinator.errors import StoreError
 from coordinator.evaluation_numbers import accuracy
 from coordinator.job_message import inline_bytes, make_job
+from coordinator.ledger import LedgerRow
 from coordinator.plausibility import LARGEST_NUMBER, implausible
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
@@ -101,7 +102,7 @@ class RunShell:
         self.downlink.unexpect(device)
         log.warning("%s: job %s/%s %s: %s", device, status.run, status.assignment, status.status, status.reason)
         rejected = status.status == "rejected"
-        self._step(status.run, e.JobReported(now, device, status.assignment, status.reason, rejected))
+        self._step(status.run, e.JobReported(now, device, status.assignment, status.reason, rejected, status.energy))
 
     def on_offer(self, now: float, device: str, offer: messages.UpdateOffer) -> None:
         """A device offers an update.
@@ -252,6 +253,11 @@ class RunShell:
         for row in rows:
             if isinstance(row, e.UpdateRow) and row.verdict == "refused":
                 log.warning("update %s refused: %s", row.update, row.reason)
+            elif isinstance(row, LedgerRow):
+                if row.stopped:
+                    log.info("device %s ended job %s/%s early: %s", row.device, run, row.assignment, row.stopped)
+                if row.note:
+                    log.warning("device %s, job %s/%s reports %s", row.device, run, row.assignment, row.note)
             elif isinstance(row, e.RoundRow):
                 self._log_round(run, row)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 NO_SERVER = "no server is running on this state folder"
 
 
@@ -23,6 +25,35 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def joules(value: float) -> str:
+    """An energy, to three digits."""
+    for unit in ("J", "kJ", "MJ"):
+        if abs(value) < 999.5 or unit == "MJ":
+            break
+        value /= 1000
+    text = f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+    return f"{text} {unit}"
+
+
+def energy_words(energy: dict[str, Any]) -> str:
+    """Joules of training and compression with the word measured or modelled beside each; "-" if nothing is known."""
+    parts = (("joules", "measured"), ("modelled_joules", "modelled"))
+    return ", ".join(f"{joules(energy[key])} {word}" for key, word in parts if energy[key] is not None) or "-"
+
+
+def source_words(source: dict[str, Any] | None) -> str:
+    """Where a device has its joules from."""
+    if source is None:
+        return "-"
+    modelled = "modelled" in (source["quality"], source["scope"])
+    return f"{source['sensor']}, {'modelled' if modelled else source['scope'] + ', measured'}"
+
+
+def number(value: float | None) -> str:
+    """A number; "-" if it was not measured."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def saving(ratio: float | None) -> str:

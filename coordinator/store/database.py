@@ -78,6 +78,8 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
             connection.execute(made.on_conflict_do_nothing())
     with engine.connect() as connection:
         found = connection.execute(sa.select(tables.schema.c.version)).scalar_one()
+    if found in tables.EXTENDED_VERSIONS:
+        found = _extend(engine)
     if found > tables.SCHEMA_VERSION:
         raise StoreError(
             f"{where}: has schema version {found}, this software knows up to {tables.SCHEMA_VERSION}; update "
@@ -88,6 +90,18 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
             f"{where}: has schema version {found}, of an older edge-training-runtime than this one (which has "
             f"{tables.SCHEMA_VERSION}); start with another state folder, and read this one with the older version"
         )
+
+
+def _extend(engine: sa.Engine) -> int:
+    """Adds the tables that an older version lacks; the version that is there afterwards."""
+    with engine.begin() as connection:
+        _one_at_a_time(connection)
+        found = int(connection.execute(sa.select(tables.schema.c.version)).scalar_one())
+        if found in tables.EXTENDED_VERSIONS:  # still, and not extended by another process meanwhile
+            tables.metadata.create_all(connection)
+            connection.execute(sa.update(tables.schema).values(version=tables.SCHEMA_VERSION))
+            found = tables.SCHEMA_VERSION
+    return found
 
 
 def _switch_to_wal(connection: Any) -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from coordinator import events
 from coordinator.events import AssignmentRow, DeviceRow, HoldingRow, RoundRow, RunRow, UpdateRow
+from coordinator.ledger import LedgerRow
 from coordinator.store import tables
 from edge_runtime.messages import UpdateId
 
@@ -76,9 +77,10 @@ def _is_plain(hint: Any) -> bool:
 RUNS = Converter(RunRow, tables.runs)
 ASSIGNMENTS = Converter(AssignmentRow, tables.assignments)
 UPDATES = Converter(UpdateRow, tables.updates)
+LEDGER = Converter(LedgerRow, tables.ledger)
 HOLDINGS = Converter(HoldingRow, tables.holdings)
 ROUNDS = Converter(RoundRow, tables.rounds)
 DEVICES = Converter(DeviceRow, tables.devices)
 BY_KIND: dict[type, Converter[Any]] = {
-    entry.kind: entry for entry in (RUNS, ASSIGNMENTS, UPDATES, HOLDINGS, ROUNDS, DEVICES)
+    entry.kind: entry for entry in (RUNS, ASSIGNMENTS, UPDATES, LEDGER, HOLDINGS, ROUNDS, DEVICES)
 }

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from coordinator.errors import StoreError, UnknownRunError
 from coordinator.events import AssignmentRow, DeviceRow, RoundRow, RunRow, UpdateRow
+from coordinator.ledger import EnergySums
 from coordinator.plan import Plan
 from coordinator.store import rows as convert
 from coordinator.store import tables
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.events import Row
+    from coordinator.ledger import LedgerRow
     from edge_runtime.messages import UpdateId
 
 _DATABASE = "coordinator.db"
@@ -294,6 +296,31 @@ class Store:
         wanted = sa.select(u.c.verdict, sa.func.count().label("n")).where(u.c.run == run).group_by(u.c.verdict)
         return {entry["verdict"]: entry["n"] for entry in self._select(wanted)}
 
+    def ledger(self, run: str) -> list[tuple[LedgerRow, str]]:
+        """What the jobs of a run drew, by round, device and assignment, each with what became of it.
+
+        That is the verdict on its update: counted, refused or pending; or "failed" where none came.
+        """
+        t, u = tables.ledger, tables.updates
+        same = sa.and_(*(t.c[name] == u.c[name] for name in ("run", "device", "assignment", "sequence")))
+        wanted = sa.select(t, u.c.verdict).select_from(t.outerjoin(u, same)).where(t.c.run == run)
+        ordered = wanted.order_by(t.c.round, t.c.device, t.c.assignment, t.c.sequence)
+        return [(convert.LEDGER.row(entry), entry["verdict"] or "failed") for entry in self._select(ordered)]
+
+    def energy(self, run: str, by: Literal["round", "device"]) -> list[EnergySums]:
+        """Sums over the ledger of a run, per round or device."""
+        t = tables.ledger
+        known = sa.func.count(t.c.train_mj)
+        sums = [sa.func.sum(t.c[name]).label(name) for name in ("train_mj", "compress_mj", "radio_mj")]
+        stopped = sa.func.sum(sa.case((t.c.stopped != "", 1), else_=0)).label("stopped_jobs")
+        wanted = (
+            sa.select(t.c[by].label("key"), t.c.modelled, sa.func.count().label("jobs"), known.label("known_jobs"))
+            .add_columns(stopped, *sums)
+            .where(t.c.run == run)
+            .group_by(t.c[by], t.c.modelled)
+        )
+        return [_energy_sums(entry) for entry in self._select(wanted)]
+
     def assignments(self, run: str, round_: int) -> list[AssignmentRow]:
         """The assignments that one round made, oldest first."""
         a = tables.assignments
@@ -337,3 +364,19 @@ class Store:
         with translated(self._where), self._engine.connect() as connection:
             driver: Any = connection.connection.driver_connection
             return int(driver.execute("PRAGMA data_version").fetchone()[0])
+
+
+def _energy_sums(columns: Any) -> EnergySums:
+    """PostgreSQL gives sums as decimals."""
+    names = ("train_mj", "compress_mj", "radio_mj")
+    train, compress, radio = (None if columns[name] is None else int(columns[name]) for name in names)
+    return EnergySums(
+        key=columns["key"],
+        modelled=bool(columns["modelled"]),
+        jobs=int(columns["jobs"]),
+        known_jobs=int(columns["known_jobs"]),
+        stopped_jobs=int(columns["stopped_jobs"]),
+        train_mj=train,
+        compress_mj=compress,
+        radio_mj=radio,
+    )

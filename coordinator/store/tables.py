@@ -18,7 +18,8 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+EXTENDED_VERSIONS = (3,)  # of which this one differs by whole tables only, so that they are taken over
 
 metadata = MetaData()
 
@@ -122,6 +123,28 @@ updates = Table(
     Index("updates_by_assignment", "run", "assignment"),
     Index("updates_by_round", "run", "counted_round"),
     Index("updates_by_sha256", "sha256"),
+)
+
+ledger = Table(  # what jobs drew
+    "ledger",
+    metadata,
+    _name("run", key=True),
+    _name("device", key=True),
+    _name("assignment", key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False, nullable=False),
+    _integer("round"),
+    _text("sensor", nullable=True),
+    _text("scope", nullable=True),
+    _text("quality", nullable=True),
+    _text("covers", nullable=True),
+    Column("modelled", Boolean, nullable=False),
+    _count("train_mj", nullable=True),
+    _count("compress_mj", nullable=True),
+    _count("radio_mj", nullable=True),
+    _count("idle_mw", nullable=True),
+    _count("train_ms", nullable=True),
+    _text("stopped"),
+    _text("note"),
 )
 
 holdings = Table(  # which version of the shared model a device holds

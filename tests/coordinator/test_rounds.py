@@ -223,7 +223,7 @@ def test_unusable_updates_are_refused_with_a_reason(changes, reason):
     offer = e.UpdateOffered(1.0, h.update_id(row), h.blob(9), h.meta(row, **changes))
     effects = step(state, offer, fleet)
     assert reason in h.one(e.SendVerdict, effects).reason
-    assert [type(stored) for stored in h.one(e.Save, effects).rows] == [e.UpdateRow, e.AssignmentRow]
+    assert [type(stored) for stored in h.one(e.Save, effects).rows] == [e.UpdateRow, e.LedgerRow, e.AssignmentRow]
     assert h.one(e.SendVerdict, step(state, offer, fleet)) == h.one(e.SendVerdict, effects)
 
 

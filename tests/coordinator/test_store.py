@@ -251,7 +251,7 @@ def test_newer_schema_is_refused(tmp_path):
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "coordinator.db") as connection:
         connection.execute("UPDATE schema_version SET version = 99")
-    with pytest.raises(StoreError, match="schema version 99, this software knows up to 3; update"):
+    with pytest.raises(StoreError, match="schema version 99, this software knows up to 4; update"):
         Store(tmp_path)
 
 
@@ -262,6 +262,23 @@ def test_an_older_schema_is_refused(tmp_path):
         connection.execute("UPDATE schema_version SET version = 1")
     with pytest.raises(StoreError, match=r"schema version 1, of an older .* start with another state folder"):
         Store(tmp_path)
+
+
+def test_the_schema_before_is_taken_over(tmp_path):
+    """Only the ledger is new: runs of version 3 stay, and their energy is unknown."""
+    database = tmp_path / "coordinator.db"
+    with sqlite3.connect(database) as connection:
+        connection.executescript((GOLDEN / "schema-3-sqlite.sql").read_text())
+        connection.execute("INSERT INTO schema_version VALUES (3)")
+        connection.execute("INSERT INTO servers VALUES ('old', 7.0)")
+    store = Store(tmp_path, create=False)
+    assert store.server_running(8.0)
+    name = submitted(store, h.plan()).run.run
+    assert store.ledger(name) == []
+    store.close()
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(4,)]
+    Store(tmp_path).close()
 
 
 def test_looking_makes_no_state(tmp_path):
@@ -280,7 +297,7 @@ def test_damaged_database_is_told(tmp_path):
 
 @pytest.mark.parametrize(("name", "dialect"), [("sqlite", sqlite.dialect()), ("postgresql", postgresql.dialect())])
 def test_schema_is_golden(name, dialect):
-    """The tables of schema version 3; a change needs a new version."""
+    """The tables of schema version 4; a change needs a new version."""
     parts = []
     for table in tables.metadata.sorted_tables:
         parts.append(str(CreateTable(table).compile(dialect=dialect)).strip())

@@ -119,6 +119,7 @@ class World:
                 e.RunRow: lambda row: (row.run,),
                 e.AssignmentRow: lambda row: (row.run, row.assignment),
                 e.UpdateRow: lambda row: (row.update,),
+                e.LedgerRow: lambda row: (row.run, row.device, row.assignment, row.sequence),
                 e.HoldingRow: lambda row: (row.run, row.device),
                 e.RoundRow: lambda row: (row.run, row.round),
             }[type(row)](row)

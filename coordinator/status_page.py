@@ -1,0 +1,197 @@
+"""The page that ``edge-coordinator status`` shows: one run, its last rounds, its joules and the devices."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from typing import TYPE_CHECKING, Any
+
+from coordinator.report import device_report, failures, round_progress, run_summary
+from coordinator.wording import (
+    NO_SERVER,
+    counted,
+    energy_words,
+    joules,
+    number,
+    percent,
+    saving,
+    size,
+    source_words,
+)
+
+if TYPE_CHECKING:
+    from coordinator.store import Store
+
+_SHOWN_ROUNDS = 10
+_SHOWN_DEVICES = 12
+_SHOWN_FAILURES = 5
+_FIRST_TO_GO = ("late", "on devices", "loss", "seconds")  # columns of the rounds that a narrow terminal can spare
+
+
+def page(store: Store, run: str, width: int | None = None) -> list[str]:
+    """The lines of the page, none longer than ``width`` characters (None: as long as they are)."""
+    now = time.time()
+    stored = store.run(run)
+    summary = run_summary(store, run, now=now)
+    lines = [headline(summary)]
+    lives = store.server_running(now)
+    if stored.row.status == "running":
+        lines.append(phase(store, run) if lives else f"{NO_SERVER}; the run waits for one")
+    if summary["encode_cpu_ms"] is not None:
+        lines.append(
+            f"per update: {summary['encode_cpu_ms']:.1f} ms of CPU to encode, {size(summary['written_bytes'])} written "
+            "to the device's storage; savings are against float32, packets included, bundles not"
+        )
+    lines += _energy_lines(summary)
+    failed = failures(store, stored)
+    lines += [f"  {entry['device']} failed: {entry['reason']}" for entry in failed[-_SHOWN_FAILURES:]]
+    if summary["history"]:
+        lines += ["", *_round_table(summary["history"][-_SHOWN_ROUNDS:], width)]
+        if not summary["bytes_complete"]:
+            lines.append("> at least: the coordinator was restarted, what it had counted before is not in the bytes")
+    report = device_report(store, stored)
+    if report:
+        lines += ["", *device_table(report[:_SHOWN_DEVICES], now, lives=lives)]
+        if len(report) > _SHOWN_DEVICES:
+            online = sum(entry["online"] for entry in report)
+            lines.append(f"... {counted(len(report), 'device')} in all, {online} online; see edge-coordinator devices")
+    return fitted(lines, width)
+
+
+def fitted(lines: list[str], width: int | None) -> list[str]:
+    """The lines, those longer than ``width`` broken between words and set in."""
+    if width is None:
+        return lines
+    return [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, max(20, width), subsequent_indent="    ", break_on_hyphens=False) or [""]
+    ]
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The run in one line."""
+    rounds = f"{summary['rounds']}/{counted(summary['rounds_planned'], 'round')}"
+    accuracy, up, _ = figures(summary)
+    down = bytes_words({**summary, "bytes_down": summary["bytes_down"] - summary["bytes_bundle"]}, "bytes_down")
+    reason = f" ({summary['reason']})" if summary["reason"] else ""
+    energy = energy_words(summary["energy"])
+    return (
+        f"{summary['run']}: {summary['status']}{reason}, {rounds}, accuracy {accuracy}, "
+        f"{up} up{saving(summary['ratio_up'])}, {down} down{saving(summary['ratio_down'])} "
+        f"beside {size(summary['bytes_bundle'])} of bundles, "
+        f"{counted(summary['devices'], 'device')}, {summary['seconds']:.1f} s, "
+        f"energy {'unknown' if energy == '-' else energy}"
+    )
+
+
+def phase(store: Store, run: str) -> str:
+    """What a running run does now."""
+    stored = store.run(run)
+    row = stored.row
+    if stored.stop_reason is not None:
+        return "stopping"
+    if row.phase == "selecting":
+        fit = [entry for entry in device_report(store, stored) if not entry["unfit"]]
+        wanted = stored.plan.participation.target
+        return f"round {row.round + 1} waits for devices: {len(fit)} fit, {wanted} wanted"
+    if row.phase == "open":
+        counts = round_progress(store, stored)
+        return (
+            f"round {row.round + 1}: {counts['delivered']} of {counted(stored.plan.participation.target, 'update')}, "
+            f"{counted(counts['open'], 'device')} at work, {counts['failed']} failed, attempt {row.attempt + 1}"
+        )
+    return "makes the next model" if row.phase == "aggregating" else "evaluates the last model"
+
+
+def device_table(report: list[dict[str, Any]], now: float, *, lives: bool) -> list[str]:
+    """One line per device; the columns about energy are there if any device knows something of it."""
+    rows = [["device", "state", "last contact", "energy", "sensor", "datasets", "note"]]
+    for entry in report:
+        datasets = ", ".join(
+            name if count is None else f"{name} ({count})" for name, count in entry["datasets"].items()
+        )
+        rows.append(
+            [
+                entry["device"],
+                ("online" if entry["online"] else "offline") if lives else "unknown",
+                f"{max(0.0, now - entry['last_contact_unix_s']):.0f} s ago",
+                energy_words(entry["energy"]) if "energy" in entry else "-",
+                source_words(entry["energy_source"]),
+                datasets,
+                entry["conflict"] or (entry["unfit"] if entry["online"] else ""),
+            ]
+        )
+    return table(_without(rows, [name for name in ("energy", "sensor") if _is_empty(rows, name)]))
+
+
+def figures(summary: dict[str, Any]) -> list[str]:
+    """Accuracy, and bytes up and down."""
+    accuracy = summary["accuracy"] if summary["accuracy"] is not None else summary["device_accuracy"]
+    return [percent(accuracy), bytes_words(summary, "bytes_up"), bytes_words(summary, "bytes_down")]
+
+
+def bytes_words(entry: dict[str, Any], key: str) -> str:
+    """A number of bytes; with ">" where a restart lost count."""
+    return size(entry[key]) if entry["bytes_complete"] else f">{size(entry[key])}"
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """The rows in columns, the first being their names."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _energy_lines(summary: dict[str, Any]) -> list[str]:
+    """What the headline's joules are of, and of how many jobs nothing is known."""
+    energy = summary["energy"]
+    jobs = energy["measured_jobs"] + energy["modelled_jobs"]
+    lines = []
+    if jobs:
+        radio = energy["radio_modelled_joules"]
+        lines.append(
+            f"energy: {energy_words(energy)}, for training and compression of {counted(jobs, 'job')}"
+            + (f"; unknown for {energy['unknown_jobs']} more" if energy["unknown_jobs"] else "")
+            + (f"; radio {joules(radio)} modelled" if radio is not None else "")
+        )
+    if summary["stopped_jobs"]:
+        lines.append(f"{counted(summary['stopped_jobs'], 'job')} ended early, at a limit; status --json tells which")
+    return lines
+
+
+def _round_table(history: list[dict[str, Any]], width: int | None) -> list[str]:
+    rows = [["round", "updates", "late", "loss", "accuracy", "on devices", "seconds", "up", "down", "energy"]]
+    rows += [
+        [
+            str(entry["round"] + 1),
+            str(entry["updates"]),
+            str(entry["late_updates"]),
+            number(entry["train_loss"]),
+            percent(entry["accuracy"]),
+            percent(entry["device_accuracy"]),
+            f"{entry['seconds']:.2f}",
+            bytes_words(entry, "bytes_up"),
+            bytes_words(entry, "bytes_down"),
+            energy_words(entry["energy"]),
+        ]
+        for entry in history
+    ]
+    if _is_empty(rows, "energy"):
+        rows = _without(rows, ["energy"])
+    lines = table(rows)
+    for column in _FIRST_TO_GO:
+        if width is None or max(map(len, lines)) <= width:
+            break
+        rows = _without(rows, [column])
+        lines = table(rows)
+    return lines
+
+
+def _is_empty(rows: list[list[str]], column: str) -> bool:
+    index = rows[0].index(column)
+    return all(row[index] == "-" for row in rows[1:])
+
+
+def _without(rows: list[list[str]], columns: list[str]) -> list[list[str]]:
+    keep = [index for index, name in enumerate(rows[0]) if name not in columns]
+    return [[row[index] for index in keep] for row in rows]

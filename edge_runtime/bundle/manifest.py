@@ -107,7 +107,14 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
-    """One leaf module. FLOPs (2 per multiply-add) and bytes are for one sample of the forward pass."""
+    """One leaf module, or one function that forward() calls outside of them, or the loss.
+
+    FLOPs (2 per multiply-add) and bytes are for one sample of the forward pass. ``kind`` is the module's class, the
+    function's name (``relu``, ``add``, ``cat``) or the loss. ``settings``: what else its cost depends on, by torch's
+    names (``kernel_size``, ``groups``, ``hidden_size``). ``input_gradient``: whether training needs the gradient of
+    its input; ``trainable``: whether one of its own parameters trains. ``calls``: how often one step runs it; 0 for a
+    module that only holds parameters, its work being in other entries.
+    """
 
     name: str
     kind: str
@@ -116,6 +123,10 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     flops: int
     parameter_bytes: int
     activation_bytes: int
+    settings: dict[str, int | list[int] | str] = {}
+    input_gradient: bool = True
+    trainable: bool = True
+    calls: int = 1
 
 
 class Graph(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,8 @@
 
 ``scripts/demo`` runs it. A broker, a coordinator and eight ``edge-agent`` processes start on this machine, every agent
 gets a non-IID share of the digits that scikit-learn carries, and the model is trained without any share leaving its
-agent. At the end ``runs/<id>/summary.json`` holds the figures.
+agent. At the end ``runs/<id>/summary.json`` holds the figures, with what every job drew as its device said: measured
+where this machine has a sensor, else modelled from CPU time, and called so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coordinator.report import run_ledger
+from coordinator.store import Store
+from coordinator.wording import energy_words
 from examples.local_fleet import LocalFleet
 
 if TYPE_CHECKING:
@@ -102,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"  {device}  {len(rows):4d} digits  {mix}")
         run = fleet.command("submit", str(folder / "plan.toml"))["run"]
         summary = fleet.follow(run, options.timeout_s, _show_round)
+        store = Store(fleet.state, create=False)
+        summary["ledger"] = run_ledger(store, run)
+        store.close()
         fleet.command("model", run, "-o", str(folder / "model.onnx"))
     finally:
         fleet.end()
@@ -113,10 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_round(entry: dict[str, Any]) -> None:
+    known = energy_words(entry["energy"])
+    energy = "" if known == "-" else f"  {known}"
     accuracy = "" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:6.1%}  "
     _say(
-        f"  round {entry['round'] + 1:3d}  {accuracy}{entry['updates']:2d} updates  "
-        f"up {entry['bytes_up'] / 1e3:7.1f} kB  down {entry['bytes_down'] / 1e3:7.1f} kB  {entry['seconds']:5.2f} s"
+        f"  round {entry['round'] + 1:3d}  {accuracy}{entry['updates']:2d} updates  up {entry['bytes_up'] / 1e3:7.1f} kB  "
+        f"down {entry['bytes_down'] / 1e3:7.1f} kB  {entry['seconds']:5.2f} s{energy}"
     )
 
 
@@ -140,6 +149,30 @@ def _table(summary: dict[str, Any]) -> None:
             f"\n  per update: {summary['encode_cpu_ms']:.1f} ms of CPU to encode, "
             f"{summary['written_bytes'] / 1e3:.1f} kB written to the device's storage"
         )
+
+    _energy(summary)
+
+
+def _energy(summary: dict[str, Any]) -> None:
+    energy, ledger = summary["energy"], summary["ledger"]
+    _say(f"\n  {'energy':26s} {'joules':>12s}")
+    rows = [
+        ("training", "train_joules", "train_modelled_joules"),
+        ("compression", "compress_joules", "compress_modelled_joules"),
+        ("radio", None, "radio_modelled_joules"),
+    ]
+    for name, measured, modelled in rows:
+        for key, word in ((measured, "measured"), (modelled, "modelled")):
+            values = [row[key] for row in ledger if key is not None and row[key] is not None]
+            if values:
+                _say(f"  {name + ', ' + word:26s} {sum(values):12.3f} J")
+    if not any(energy[key] is not None for key in ("joules", "modelled_joules", "radio_modelled_joules")):
+        _say("  unknown: no device has a sensor, or watts to model from")
+    elif energy["unknown_jobs"]:
+        _say(f"  unknown for {energy['unknown_jobs']} of {len(ledger)} jobs")
+    sources = {(row["sensor"], row["quality"], row["covers"]) for row in ledger if row["quality"] is not None}
+    for sensor, quality, covers in sorted(sources, key=str):
+        _say(f"  by {sensor or 'a model'} ({'modelled' if quality == 'modelled' else 'measured'}): {covers or '-'}")
 
 
 def _say(text: str) -> None:

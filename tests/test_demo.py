@@ -31,6 +31,24 @@ def test_demo_learns_digits(tmp_path: Path) -> None:
     assert min(summary[key] for key in ("bytes_up", "bytes_down", "seconds")) > 0
     assert "torch" not in (folder / "logs" / "device-00.log").read_text()
     _check_model(folder, summary["accuracy"])
+    _check_energy(summary, result.stdout)
+
+
+def _check_energy(summary: dict, text: str) -> None:
+    """The ledger has every job, adds up to the run's and its rounds' joules, and the word stands beside the number."""
+    energy, ledger = summary["energy"], summary["ledger"]
+    counted = [row for row in ledger if row["status"] == "counted"]
+    assert len(counted) == summary["updates"]["counted"] == sum(entry["updates"] for entry in summary["history"])
+    for total, parts in (
+        ("joules", ("train_joules", "compress_joules")),
+        ("modelled_joules", ("train_modelled_joules", "compress_modelled_joules")),
+    ):
+        known = [row[part] for row in ledger for part in parts if row[part] is not None]
+        rounds = [entry["energy"][total] for entry in summary["history"] if entry["energy"][total] is not None]
+        assert energy[total] == (pytest.approx(sum(known)) if known else None)
+        assert (energy[total] or 0) == pytest.approx(sum(rounds), abs=0.001)
+        word = "measured" if total == "joules" else "modelled"
+        assert (f"training, {word}" in text) == bool(known)
 
 
 def _check_model(folder: Path, accuracy: float) -> None:

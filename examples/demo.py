@@ -123,9 +123,10 @@ def _show_round(entry: dict[str, Any]) -> None:
     known = energy_words(entry["energy"])
     energy = "" if known == "-" else f"  {known}"
     accuracy = "" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:6.1%}  "
+    up, down = entry["bytes_up"] / 1e3, entry["bytes_down"] / 1e3
     _say(
-        f"  round {entry['round'] + 1:3d}  {accuracy}{entry['updates']:2d} updates  up {entry['bytes_up'] / 1e3:7.1f} kB  "
-        f"down {entry['bytes_down'] / 1e3:7.1f} kB  {entry['seconds']:5.2f} s{energy}"
+        f"  round {entry['round'] + 1:3d}  {accuracy}{entry['updates']:2d} updates  "
+        f"up {up:7.1f} kB  down {down:7.1f} kB  {entry['seconds']:5.2f} s{energy}"
     )
 
 

@@ -13,6 +13,8 @@ from energy.errors import SensorError
 if TYPE_CHECKING:
     from energy.sensors.base import Rail
 
+ENOUGH_CHANGES = 10  # before the smallest change is taken for the resolution
+
 
 class Track:
     """Joules of one rail since its first reading.
@@ -23,7 +25,7 @@ class Track:
         last_s: time of the last reading; None before the first.
         changes, squares: how many readings differ from the one before, and the sum of these differences squared
             (watts of a power rail, joules of a counter).
-        step: the smallest change so far, an upper bound for the resolution; 0 before any.
+        step: the smallest change so far; 0 before any.
     """
 
     __slots__ = (
@@ -102,6 +104,13 @@ class Track:
         self.value = value
         self.last_s = at_s
 
+    def restart(self, at_s: float, value: float) -> None:
+        """Goes on from here after a counter was set back; what came since the last reading is unknown."""
+        self.value = value
+        self.last_s = self._before_s = at_s
+        self._before_joules = self.joules
+        self.watts = 0.0
+
     def at(self, at_s: float) -> float:
         """Joules up to a time between the last two readings; after the last one the last power goes on."""
         if self.last_s is None:
@@ -110,10 +119,19 @@ class Track:
             return self.joules + self.watts * (at_s - self.last_s)
         whole = self.last_s - self._before_s
         part = max(at_s - self._before_s, 0.0)
+        if whole <= 0:
+            return self.joules
         if self.rail.unit == "joules":
             return self._before_joules + (self.joules - self._before_joules) * part / whole
         slope = (self.watts - self._before_watts) / whole
         return self._before_joules + self._before_watts * part + 0.5 * slope * part * part
+
+    @property
+    def resolution(self) -> float:
+        """The smallest step of a reading: as the sensor says, or as far as can be seen; 0 if nothing tells."""
+        if self.rail.resolution is not None:
+            return self.rail.resolution
+        return self.step if self.changes >= ENOUGH_CHANGES else 0.0
 
     def _grown(self, value: float) -> float:
         grown = value - self.value

@@ -73,7 +73,7 @@ class Part:
         note = None
         for attempt in range(ATTEMPTS):
             try:
-                self._read(clock)
+                note = self._read(clock) or note
             except SensorError as error:
                 if error.fault not in ("implausible", "vanished") or attempt == ATTEMPTS - 1:
                     raise
@@ -83,19 +83,27 @@ class Part:
                 break
         return note
 
-    def _read(self, clock: Callable[[], float]) -> None:
+    def _read(self, clock: Callable[[], float]) -> str | None:
         began_s = clock()
         values = self.sensor.read()
         at_s = 0.5 * (began_s + clock())
         if self.last_s is not None and at_s <= self.last_s:
-            return
+            return None
+        note = None
         for track, value in zip(self.tracks, values, strict=True):
-            track.check(at_s, value)
+            try:
+                track.check(at_s, value)
+            except SensorError as error:
+                if track.rail.in_total or track.rail.unit == "watts" or not value >= 0:
+                    raise
+                track.restart(at_s, value)  # only a count to compare with
+                note = str(error)
         self._believe(at_s, values)
         for track, value in zip(self.tracks, values, strict=True):
             track.add(at_s, value)
         self.before_s = at_s if self.last_s is None else self.last_s
         self.last_s = at_s
+        return note
 
     def _believe(self, at_s: float, values: tuple[float, ...]) -> None:
         source, interval_s = self.sensor.source, self.sensor.interval_s

@@ -21,6 +21,7 @@ class Rail(NamedTuple):
     ``unit``: ``watts`` is power now, ``joules`` a counter that only grows, and starts again from 0 after ``wraps_at``
     joules (None: it does not wrap). ``in_total``: part of the sensor's total; a rail that feeds others is in the total
     and they are not, or the other way round, never both. ``limit_watts``: more than this is implausible.
+    ``resolution``: the smallest step of a reading in its unit, where the sensor knows it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Rail(NamedTuple):
     in_total: bool = True
     wraps_at: float | None = None
     limit_watts: float = 2000.0
+    resolution: float | None = None
 
 
 class Source(NamedTuple):

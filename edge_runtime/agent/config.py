@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from edge_runtime.agent.energy_config import EnergyConfig, check_energy_config
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import load_toml
@@ -35,7 +36,11 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the agent may use. Training stops (the job fails, the agent stays) when a limit is crossed."""
+    """What the agent may use. Training stops when a limit is crossed.
+
+    At ``job_joules``, ``max_temperature_c`` and ``min_battery_percent`` it ends after its step and sends what it
+    reached; at the others the job fails. The agent stays.
+    """
 
     blob_mb: Positive = 500.0
     cache_mb: Positive = 1000.0
@@ -45,6 +50,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     worker_threads: Annotated[int, msgspec.Meta(ge=1)] = 1
     worker_linger_s: Annotated[float, msgspec.Meta(ge=0)] = 20.0
     job_wall_s: Positive = 6 * 3600.0
+    job_joules: Positive | None = None
     max_temperature_c: float | None = None
     min_battery_percent: float | None = None
     min_free_memory_mb: float | None = None
@@ -61,6 +67,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     broker: BrokerConfig
     data: list[DatasetConfig]
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    energy: EnergyConfig = msgspec.field(default_factory=EnergyConfig)
     telemetry_interval_s: Positive = 50.0  # under keepalive_s, so that it spares the pings
     code_dir: str = ""
 
@@ -70,7 +77,7 @@ def load_agent_config(path: Path) -> AgentConfig:
 
     Raises:
         ConfigError: unreadable, an unknown key, a wrong type, an unusable device name, two datasets of one name, or a
-            broker URL that would send models unencrypted over a network.
+            broker URL that would send models unencrypted over a network, or energy keys that contradict each other.
     """
     config = load_toml(path, AgentConfig)
     folder = path.parent
@@ -90,6 +97,7 @@ def load_agent_config(path: Path) -> AgentConfig:
             certificate=absolute(broker.certificate),
             key=absolute(broker.key),
         ),
+        energy=msgspec.structs.replace(config.energy, calibration=absolute(config.energy.calibration)),
         data=[
             msgspec.structs.replace(data, path=str(folder / data.path)) if data.path else data for data in config.data
         ],
@@ -112,6 +120,7 @@ def check_agent_config(config: AgentConfig) -> None:
         for key, value in msgspec.structs.asdict(table).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{section}{key} = {value} is no number to measure against; leave it out or set one")
+    check_energy_config(config.energy, config.limits.job_joules)
     parse_url(config.broker.url, insecure=config.broker.insecure)
 
 

@@ -10,11 +10,15 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import msgspec
+
 import edge_runtime
 from edge_runtime import compression, messages, methods, telemetry, topics
 from edge_runtime.agent import events, jobs, pipe
 from edge_runtime.agent.config import MB, check_agent_config, link_settings
 from edge_runtime.agent.health import unhealthy
+from edge_runtime.agent.joules import Joules, OwnCpu, described
+from edge_runtime.agent.radio import radio_of
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
 from edge_runtime.errors import EdgeError, StorageError
@@ -54,13 +58,19 @@ class Agent:
     """
 
     def __init__(
-        self, config: AgentConfig, *, loop: Loop | None = None, clock: Callable[[], float] = time.time
+        self,
+        config: AgentConfig,
+        *,
+        loop: Loop | None = None,
+        clock: Callable[[], float] = time.time,
+        energy_root: Path = Path("/"),
     ) -> None:
         check_agent_config(config)
         check_tls(link_settings(config))  # before anything is opened
         self.config = config
         self.loop = loop or Loop()
         self._clock = clock
+        self._energy_root = energy_root  # tests bring a tree of files that sensors are read from
         self._owns_loop = loop is None
         self._started_s = time.monotonic()
         folder = Path(config.state_dir)
@@ -87,6 +97,7 @@ class Agent:
         self._announced_samples: dict[str, int] = {}
         self._next_announcement_s = 0.0
         self._next_telemetry_s = 0.0
+        self._hurries = False  # training may not run, and what ran had no time to send what it reached
         self.link = Link(
             link_settings(config),
             self.loop,
@@ -108,6 +119,13 @@ class Agent:
             on_failed=lambda sha, reason: self._step(events.BlobFailed(self.loop.now(), sha, reason)),
         )
         self.supervisor = Supervisor(limits, self.loop, on_reply=self._on_reply, on_end=self._on_worker_end)
+        self.joules = Joules(
+            self.loop,
+            job_joules=limits.job_joules,
+            on_limit=lambda reason: self._step(events.LimitReached(reason)),
+            on_source=self._announce,
+        )
+        self._fetched: dict[str, int] = {}  # bytes that came over the network, by blob, until their job is done
 
     def run(self) -> None:
         """Runs until :meth:`stop`."""
@@ -118,7 +136,14 @@ class Agent:
             self.close()
 
     def start(self) -> None:
-        """Connects; the loop does the rest."""
+        """Connects; the loop does the rest.
+
+        Raises:
+            ConfigError: no such sensor of energy.
+        """
+        own_cpu = self.config.energy.modelled_of == "agent"
+        busy_s = OwnCpu(lambda: self.supervisor.pid).read if own_cpu else None
+        self.joules.start(self.config.energy, busy_s=busy_s, root=self._energy_root)
         self._connect_when_clock_is_set()
         self.loop.call_later(TICK_S, self._tick)
 
@@ -129,6 +154,7 @@ class Agent:
     def close(self) -> None:
         """Says good-bye, kills the worker and frees everything. Finished updates wait in the spool."""
         self.supervisor.close()
+        self.joules.close()
         self.downloads.close()
         self.link.stop((topics.from_device(self.config.device, "state"), self._announcement(online=False)))
         self.spool.close()
@@ -198,6 +224,7 @@ class Agent:
                     blob_bytes=can.blob_limit_bytes,
                     worker_memory_bytes=int((self.config.limits.worker_memory_mb or 0) * MB),
                 ),
+                energy=self.joules.source,
             )
         )
 
@@ -248,15 +275,21 @@ class Agent:
             except EdgeError as error:  # a full disk must not end the agent; what was not noted is told again
                 log.error("%s", error)  # noqa: TRY400 - one line for the user
 
-    def _carry_out(self, effect: events.Effect) -> None:  # noqa: C901 - one arm per effect
+    def _carry_out(self, effect: events.Effect) -> None:  # noqa: C901, PLR0912 - one arm per effect
         match effect:
             case events.FetchBlob(blob, inline):
                 self._make_room(blob)
+                if not self.cache.has(blob.sha256):
+                    self._fetched[blob.sha256] = blob.size_bytes
                 self.downloads.fetch(blob, inline)
             case events.StopFetch(sha256):
+                self._fetched.pop(sha256, None)
                 self.downloads.stop(sha256)
             case events.StartTraining(job):
                 self._start_training(job)
+            case events.StopEarly(reason):
+                log.warning("training ends early: %s", reason)
+                self.supervisor.stop_early(reason)
             case events.StopTraining(reason):
                 self.supervisor.kill(reason)
             case events.SpoolUpdate(spooled, change):
@@ -328,7 +361,9 @@ class Agent:
                 )
                 event = events.TrainingFailed(self.loop.now(), reason)
             else:
-                self.supervisor.request(self._train_request(job))
+                request = self._train_request(job)
+                self.joules.job_begins(job)
+                self.supervisor.request(request)
                 return
         except StorageError as error:
             event = events.TrainingFailed(self.loop.now(), str(error))
@@ -364,21 +399,41 @@ class Agent:
                 self._on_trained(reply)
             case pipe.Failed(reason=reason):
                 self._on_failed(reason)
+            case pipe.PhaseBegun(phase=phase):
+                self.joules.phase_begins(phase)
+                self._step(events.PhaseBegun(phase))
             case pipe.Progress(step=step, steps_total=total, loss=loss):
                 log.info("training step %d of %d, loss %.4f", step, total, loss)
             case pipe.Ready():
                 return
 
+    def _energy_used(
+        self, sent_bytes: int, *, train_s: float = 0.0, compress_s: float = 0.0
+    ) -> messages.EnergyUse | None:
+        """What the running job drew until now, with the radio's share of what came for it and will be sent."""
+        if self.state.running is None:
+            return None
+        job = self.state.jobs[self.state.running].job
+        received_bytes = sum(self._fetched.pop(blob.sha256, 0) for blob in (job.bundle, *job.model.blobs))
+        radio = radio_of(self.config.energy, self.link.local_host, self._energy_root)
+        use = self.joules.job_ends(radio.joules(sent_bytes, received_bytes), train_s=train_s, compress_s=compress_s)
+        if use is not None:
+            log.info("job %s/%s drew %s", job.run, job.assignment, described(use))
+        return use
+
     def _on_failed(self, reason: str) -> None:
         key = self.state.running
+        energy = self._energy_used(0)
         if key is not None and not self._holds_base(self.state.jobs[key].job):  # the worker found it damaged
             log.warning("job %s/%s: %s", *key, reason)
             self._step(events.ModelLost(self.loop.now()))
         else:
-            self._step(events.TrainingFailed(self.loop.now(), reason))
+            self._step(events.TrainingFailed(self.loop.now(), reason, energy))
 
     def _on_trained(self, done: pipe.Trained) -> None:
         now, meta = self.loop.now(), done.meta
+        energy = self._energy_used(done.size_bytes, train_s=done.train_s, compress_s=done.compress_s)
+        meta = msgspec.structs.replace(meta, energy=energy)
         if self.state.running is not None:
             run, assignment = self.state.running
             self._samples[self.state.jobs[run, assignment].job.dataset] = done.dataset_samples
@@ -393,7 +448,7 @@ class Agent:
             try:
                 path, sha256 = self._empty_update()
             except OSError as error:
-                self._step(events.TrainingFailed(now, str(storage_error(self.spool.folder, error))))
+                self._step(events.TrainingFailed(now, str(storage_error(self.spool.folder, error)), energy))
                 return
         chunk_bytes = self.link.chunk_bytes if self.link.is_up else CHUNK_BYTES
         blob = messages.BlobRef(sha256=sha256, size_bytes=done.size_bytes, chunk_bytes=chunk_bytes)
@@ -411,11 +466,12 @@ class Agent:
                 self.spool.drop_unfinished(*self.state.running)
             except (OSError, StorageError) as error:
                 log.warning("%s: cannot be cleaned (%s)", self.spool.folder, error)
-        self._step(events.WorkerCrashed(self.loop.now(), reason, ours))
+        self._step(events.WorkerCrashed(self.loop.now(), reason, ours, self._energy_used(0)))
 
     # Health
 
     def _tick(self) -> None:
+        self.joules.tick()
         limits = self.config.limits
         limited = (limits.max_temperature_c, limits.min_battery_percent, limits.min_free_memory_mb) != (None,) * 3
         tells = self.link.is_up and self.loop.now() >= self._next_telemetry_s
@@ -435,10 +491,13 @@ class Agent:
         self._send(measured)
 
     def _check_health(self, measured: messages.Telemetry) -> None:
-        reason = unhealthy(measured, self.config)
-        if bool(reason) != bool(self.state.paused):  # the figures in it change all the time
-            log.warning("training paused: %s", reason) if reason else log.info("training may run again")
-            self._step(events.Paused(self.loop.now(), reason))
+        found = unhealthy(measured, self.config)
+        paused, hurries = bool(self.state.paused), found is not None and not found.keeps_work
+        if (found is not None) != paused or (hurries and not self._hurries):  # figures in reasons change all the time
+            log.warning("training paused: %s", found.reason) if found else log.info("training may run again")
+            reason, keeps_work = found or ("", False)
+            self._step(events.Paused(self.loop.now(), reason, keeps_work))
+        self._hurries = hurries
 
 
 def _instance(folder: Path) -> str:

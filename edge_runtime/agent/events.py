@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from edge_runtime.messages import BlobRef, Job, JobStatus, UpdateId, UpdateMeta
+from edge_runtime.agent.pipe import Phase
+from edge_runtime.messages import BlobRef, EnergyUse, Job, JobStatus, UpdateId, UpdateMeta
 from edge_runtime.store.spool import RunChange, SpooledUpdate, State
 
 
@@ -59,11 +60,24 @@ class Trained(msgspec.Struct, frozen=True):
     change: RunChange | None = None
 
 
+class PhaseBegun(msgspec.Struct, frozen=True):
+    """The worker begins to train the running job, or to encode and write what it trained."""
+
+    phase: Phase
+
+
+class LimitReached(msgspec.Struct, frozen=True):
+    """The running job has drawn the joules it may."""
+
+    reason: str
+
+
 class TrainingFailed(msgspec.Struct, frozen=True):
-    """The worker reported that the running job cannot be done."""
+    """The worker reported that the running job cannot be done; ``energy``: what it drew until then."""
 
     now: float
     reason: str
+    energy: EnergyUse | None = None
 
 
 class ModelLost(msgspec.Struct, frozen=True):
@@ -78,6 +92,7 @@ class WorkerCrashed(msgspec.Struct, frozen=True):
     now: float
     reason: str
     ours: bool
+    energy: EnergyUse | None = None
 
 
 class DoneArrived(msgspec.Struct, frozen=True):
@@ -100,10 +115,11 @@ class Connected(msgspec.Struct, frozen=True):
 
 
 class Paused(msgspec.Struct, frozen=True):
-    """Training may not run (reason), or may again (empty)."""
+    """Training may not run (reason), or may again (empty). ``keeps_work``: there is time to send what was trained."""
 
     now: float
     reason: str
+    keeps_work: bool = False
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -118,6 +134,8 @@ Event: TypeAlias = (
     | BlobReady
     | BlobFailed
     | Trained
+    | PhaseBegun
+    | LimitReached
     | TrainingFailed
     | ModelLost
     | WorkerCrashed
@@ -150,6 +168,12 @@ class StartTraining(msgspec.Struct, frozen=True):
     """Let the worker do this job; answer with ModelLost if the version that it builds on is gone since it arrived."""
 
     job: Job
+
+
+class StopEarly(msgspec.Struct, frozen=True):
+    """Let the worker end its training after this step; Trained follows, or WorkerCrashed (ours) if it goes on."""
+
+    reason: str
 
 
 class StopTraining(msgspec.Struct, frozen=True):
@@ -202,6 +226,7 @@ Effect: TypeAlias = (
     FetchBlob
     | StopFetch
     | StartTraining
+    | StopEarly
     | StopTraining
     | SpoolUpdate
     | Offer

@@ -7,6 +7,9 @@ anything is said about them, so after a restart :func:`AgentState.restore` and `
 A run has at most one update without a verdict here: a job that would make a second one waits until the first is
 settled. Such a job makes the agent offer the first again at once, which the coordinator answers with its verdict as
 soon as there is one; so nothing waits for a verdict that was lost on its way, and the job's deadline ends the rest.
+
+A job that meets its limit of joules, or heat, or a low battery, ends after the step that runs and sends what it
+reached. Before the first step there is nothing to send, so the worker is killed; once it encodes, it may finish.
 """
 
 from __future__ import annotations
@@ -29,12 +32,15 @@ from edge_runtime.agent.events import (
     ForgiveCrashes,
     JobArrived,
     JobCancelled,
+    LimitReached,
     ModelLost,
     Offer,
     Paused,
+    PhaseBegun,
     Report,
     SpoolUpdate,
     StartTraining,
+    StopEarly,
     StopFetch,
     StopTraining,
     Tick,
@@ -43,7 +49,8 @@ from edge_runtime.agent.events import (
     VerdictArrived,
     WorkerCrashed,
 )
-from edge_runtime.messages import BlobRef, Job, JobStatus, ModelRef, UpdateId
+from edge_runtime.agent.pipe import Phase
+from edge_runtime.messages import BlobRef, EnergyUse, Job, JobStatus, ModelRef, UpdateId
 from edge_runtime.store.spool import SpooledUpdate, State
 
 if TYPE_CHECKING:
@@ -66,12 +73,17 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct):
-    """A job and how far it is. ``missing``: hashes of the blobs that are still to come."""
+    """A job and how far it is. ``missing``: hashes of the blobs that are still to come.
+
+    ``phase`` is what the worker said last (None: it loads or evaluates); ``stopping``: it was asked to end early.
+    """
 
     job: Job
     expires_at: float
     missing: set[str]
     running: bool = False
+    phase: Phase | None = None
+    stopping: bool = False
 
     @property
     def trains(self) -> bool:
@@ -127,8 +139,14 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
             return effects + _start_next(state, now)
         case Trained():
             return _trained(state, event)
-        case TrainingFailed(now, reason):
-            return _finish_running(state, reason) + _start_next(state, now)
+        case PhaseBegun(phase):
+            if state.running is not None:
+                state.jobs[state.running].phase = phase
+            return []
+        case LimitReached(reason):
+            return _end_early(state, reason)
+        case TrainingFailed(now, reason, energy):
+            return _finish_running(state, reason, energy=energy) + _start_next(state, now)
         case ModelLost(now):
             return _model_lost(state) + _start_next(state, now)
         case WorkerCrashed():
@@ -145,8 +163,8 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
             return [CloseUpdate(update, "counted" if counted else "refused", reason), *_start_next(state, now)]
         case Connected():
             return [Offer(update, push=False) for update in state.updates]
-        case Paused(now, reason):
-            return _paused(state, now, reason)
+        case Paused():
+            return _paused(state, event)
         case Tick(now):
             return _give_up_waiting(state, now) + _start_next(state, now)
 
@@ -218,13 +236,26 @@ def _closed(verdict: str) -> str:
     )
 
 
-def _paused(state: AgentState, now: float, reason: str) -> list[Effect]:
-    if reason and not state.paused:
-        state.paused_at = now
-    state.paused = reason
-    if reason and state.running is not None:
+def _paused(state: AgentState, event: Paused) -> list[Effect]:
+    if event.reason and not state.paused:
+        state.paused_at = event.now
+    state.paused = event.reason
+    if event.reason and state.running is not None:
+        return _end_early(state, event.reason) if event.keeps_work else [StopTraining(event.reason)]
+    return _start_next(state, event.now)
+
+
+def _end_early(state: AgentState, reason: str) -> list[Effect]:
+    """The running job ends with what it reached, where it has trained anything."""
+    if state.running is None:
+        return []
+    entry = state.jobs[state.running]
+    if entry.phase is None:
         return [StopTraining(reason)]
-    return _start_next(state, now)
+    if entry.phase == "compress" or entry.stopping:
+        return []
+    entry.stopping = True
+    return [StopEarly(reason)]
 
 
 def _give_up_waiting(state: AgentState, now: float) -> list[Effect]:
@@ -323,7 +354,7 @@ def _crashed(state: AgentState, event: WorkerCrashed) -> list[Effect]:
     if state.running is None:
         return _start_next(state, event.now)
     bundle = state.jobs[state.running].job.bundle.sha256
-    effects = _finish_running(state, event.reason)
+    effects = _finish_running(state, event.reason, energy=event.energy)
     if not event.ours:
         crashes = state.crashes[bundle] = state.crashes.get(bundle, 0) + 1
         effects.insert(0, CountCrash(bundle))
@@ -333,12 +364,14 @@ def _crashed(state: AgentState, event: WorkerCrashed) -> list[Effect]:
     return effects + _start_next(state, event.now)
 
 
-def _finish_running(state: AgentState, reason: str, status: Literal["failed", "rejected"] = "failed") -> list[Effect]:
+def _finish_running(
+    state: AgentState, reason: str, status: Literal["failed", "rejected"] = "failed", energy: EnergyUse | None = None
+) -> list[Effect]:
     if state.running is None:
         return []
     entry = state.jobs.pop(state.running)
     state.running = None
-    return [_report(entry.job, status, reason)]
+    return [_report(entry.job, status, reason, energy)]
 
 
 def _model_lost(state: AgentState) -> list[Effect]:
@@ -364,5 +397,7 @@ def _stop_fetch(state: AgentState, missing: set[str]) -> list[Effect]:
     return [StopFetch(sha) for sha in sorted(missing - wanted)]
 
 
-def _report(job: Job, status: Literal["failed", "rejected"], reason: str = "") -> Report:
-    return Report(JobStatus(run=job.run, assignment=job.assignment, status=status, reason=reason))
+def _report(
+    job: Job, status: Literal["failed", "rejected"], reason: str = "", energy: EnergyUse | None = None
+) -> Report:
+    return Report(JobStatus(run=job.run, assignment=job.assignment, status=status, reason=reason, energy=energy))

@@ -19,6 +19,7 @@ FRAME_LIMIT_BYTES = 1 << 20
 _LENGTH = struct.Struct("<I")
 
 FailureKind: TypeAlias = Literal["data", "bundle", "training", "codec", "storage", "internal"]
+Phase: TypeAlias = Literal["train", "compress"]
 
 
 class RefusedUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,10 +54,24 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag
     code_dir: str = ""
 
 
+class StopEarly(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="stop"):
+    """End the training of this job after the step that runs, and send what it reached. Meant for no later job."""
+
+    run: str
+    assignment: str
+    reason: str
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="ready"):
     """The worker listens."""
 
     backends: list[str]
+
+
+class PhaseBegun(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="phase"):
+    """The worker begins to train, or to encode and write what it trained; before that it loads and evaluates."""
+
+    phase: Phase
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="progress"):
@@ -73,7 +88,7 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="tra
     ``state_path`` is the run's state after this update, durable too; empty: nothing is to be kept. The updates in
     ``returned`` are part of it, or dropped. ``key`` names bundle, codec and (of one that was predicted) model with
     which this update can be taken back if it is refused; empty: it cannot. ``dataset_samples`` is what the dataset
-    holds now, before windows and hold-out.
+    holds now, before windows and hold-out. ``train_s`` and ``compress_s`` are wall times of the two phases.
     """
 
     path: str
@@ -84,6 +99,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="tra
     state_path: str = ""
     key: str = ""
     returned: list[UpdateId] = []
+    train_s: float = 0.0
+    compress_s: float = 0.0
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="failed"):
@@ -93,8 +110,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="fail
     reason: str
 
 
-ToWorker: TypeAlias = TrainRequest
-FromWorker: TypeAlias = Ready | Progress | Trained | Failed
+ToWorker: TypeAlias = TrainRequest | StopEarly
+FromWorker: TypeAlias = Ready | PhaseBegun | Progress | Trained | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

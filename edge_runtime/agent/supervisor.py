@@ -28,6 +28,7 @@ log = logging.getLogger("edge.worker")
 
 READ_BYTES = 1 << 16
 PIPE_BYTES = 1 << 18  # more than the largest request: a job is one MQTT packet
+STOP_GRACE_S = 30.0  # for the step that runs when training is to end
 _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10 on, and not on every libc
 
 
@@ -39,6 +40,7 @@ class Supervisor:
         loop: watches the pipe.
         on_reply: called with every reply of the worker.
         on_end: the worker died while a request was open; gives the reason and whether the agent killed it.
+        stop_grace_s: how long training that is to end early may go on, before it is killed.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class Supervisor:
         *,
         on_reply: Callable[[pipe.FromWorker], None],
         on_end: Callable[[str, bool], None],
+        stop_grace_s: float = STOP_GRACE_S,
     ) -> None:
         self._limits = limits
         self._loop = loop
+        self._stop_grace_s = stop_grace_s
         self._on_reply, self._on_end = on_reply, on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._reader = pipe.FrameReader()
@@ -58,6 +62,8 @@ class Supervisor:
         self._kill_reason: str | None = None  # set: we killed the process, its end is still to be read
         self._fault = False  # the process was killed for what it sent
         self._timer: Timer | None = None
+        self._grace: Timer | None = None
+        self._job = ("", "")
 
     @property
     def pid(self) -> int | None:
@@ -74,6 +80,7 @@ class Supervisor:
         if self._process is not None and (self._kill_reason is not None or self._process.poll() is not None):
             self._reap()  # it lingered and is dying or dead: no fault of this request
         self._busy = True
+        self._job = request.job.run, request.job.assignment
         try:
             if self._process is None:
                 self._start()
@@ -84,6 +91,17 @@ class Supervisor:
                 self._process.kill()
             self._kill_reason = f"the worker cannot be started ({error.strerror or error})"
             self._loop.call_soon(self._ended)
+
+    def stop_early(self, reason: str) -> None:
+        """Asks the worker to end its training after this step and to send what it has; kills it if it goes on."""
+        if self._process is None or not self._busy or self._kill_reason is not None:
+            return
+        run, assignment = self._job
+        with contextlib.suppress(OSError):  # it is dying: its end is still to be read
+            self._write(pipe.encode(pipe.StopEarly(run=run, assignment=assignment, reason=reason)))
+        self._end_grace()
+        late = f"{reason}; the step that ran then did not end within {self._stop_grace_s:g} s"
+        self._grace = self._loop.call_later(self._stop_grace_s, lambda: self.kill(late))
 
     def kill(self, reason: str) -> None:
         """Kills the worker; if a request is open, ``on_end`` follows with this reason."""
@@ -137,7 +155,10 @@ class Supervisor:
             self._ended()
             return
         for reply in replies:
+            if isinstance(reply, pipe.PhaseBegun) and reply.phase == "compress":
+                self._end_grace()
             if isinstance(reply, (pipe.Trained, pipe.Failed)):
+                self._end_grace()
                 self._busy = False
                 self._arm(self._limits.worker_linger_s, "idle")
             if isinstance(reply, pipe.Failed) and reply.kind == "internal":
@@ -148,6 +169,11 @@ class Supervisor:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(delay_s, lambda: self.kill(reason))
+
+    def _end_grace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
 
     def _ended(self) -> None:
         killed, fault = self._kill_reason, self._fault
@@ -164,6 +190,7 @@ class Supervisor:
 
     def _reap(self) -> int:
         process, self._process, self._kill_reason = self._process, None, None
+        self._end_grace()
         if self._timer is not None:
             self._timer.cancel()
         if process is None:

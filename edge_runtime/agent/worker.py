@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ from edge_runtime.errors import EdgeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edge_runtime.messages import Job
     from edge_runtime.training.job import JobRunner
 
 log = logging.getLogger("edge.worker")
@@ -58,16 +61,54 @@ def _serve(requests: int, replies: int, memory_mb: int | None) -> int:
     if memory_mb is not None:
         _limit_memory(memory_mb)  # not before the imports: OpenBLAS tries for ever where it gets no memory to start
     runner = JobRunner()
-    reader = pipe.FrameReader()
+    incoming = _Requests(requests)
     _send(replies, pipe.Ready(backends=["onnx"]))
-    while data := os.read(requests, _READ_BYTES):
-        for frame in reader.feed(data):
-            request = pipe.decode_to_worker(frame)
-            _send(replies, _answer(runner, request, replies))
+    while (request := incoming.next()) is not None:
+        _send(replies, _answer(runner, request, replies, incoming))
     return 0
 
 
-def _answer(runner: JobRunner, request: pipe.TrainRequest, replies: int) -> pipe.Trained | pipe.Failed:
+class _Requests:
+    """What the daemon sends: one job after the other, and word that the one at work is to end."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._reader = pipe.FrameReader()
+        self._jobs: deque[pipe.TrainRequest] = deque()
+        self._stop: pipe.StopEarly | None = None
+        self._poll = select.poll()
+        self._poll.register(handle, select.POLLIN)
+        self._ended = False
+
+    def next(self) -> pipe.TrainRequest | None:
+        """Waits for the next job; None when the daemon is gone."""
+        while not self._jobs and not self._ended:
+            self._read()
+        return self._jobs.popleft() if self._jobs else None
+
+    def stop_reason(self, job: Job) -> str:
+        """Why the training of this job should end now; empty: it should go on. Takes microseconds, never waits."""
+        if not self._ended and self._poll.poll(0):
+            self._read()
+        asked = self._stop
+        if asked is None or (asked.run, asked.assignment) != (job.run, job.assignment):
+            return ""
+        return asked.reason
+
+    def _read(self) -> None:
+        data = os.read(self._handle, _READ_BYTES)
+        self._ended = not data
+        for frame in self._reader.feed(data):
+            message = pipe.decode_to_worker(frame)
+            if isinstance(message, pipe.StopEarly):
+                self._stop = message
+            else:
+                self._jobs.append(message)
+
+
+def _answer(
+    runner: JobRunner, request: pipe.TrainRequest, replies: int, incoming: _Requests
+) -> pipe.Trained | pipe.Failed:
     from edge_runtime.training.job import failure_kind
 
     told = time.monotonic()
@@ -80,7 +121,12 @@ def _answer(runner: JobRunner, request: pipe.TrainRequest, replies: int) -> pipe
             _send(replies, pipe.Progress(step=step, steps_total=steps_total, loss=loss))
 
     try:
-        return runner.run(request, on_step)
+        return runner.run(
+            request,
+            on_step,
+            on_phase=lambda phase: _send(replies, pipe.PhaseBegun(phase=phase)),
+            stop=lambda: incoming.stop_reason(request.job),
+        )
     except BrokenPipeError:
         raise
     except EdgeError as error:

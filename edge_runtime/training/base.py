@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     GradientHook: TypeAlias = Callable[[Vector, Vector], Vector]
     Sampler: TypeAlias = Callable[[int, Stream], NDArray[np.integer[Any]]]
     OnStep: TypeAlias = Callable[[int, int, float], None]
+    Stop: TypeAlias = Callable[[], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,9 @@ class TrainSettings:
 class TrainResult:
     """Weights after training, float32 ``[layout.size]``, and what was done; ``loss`` is the mean over all samples seen.
 
-    ``vector`` belongs to the trainer and is overwritten by its next call.
+    ``vector`` belongs to the trainer and is overwritten by its next call. ``samples`` is what the result stands for:
+    all samples of the view. Of training that ended within its first pass (``stopped`` says why) it is the share that
+    was seen, so that it weighs what a device with only these samples would.
     """
 
     vector: Vector
@@ -46,6 +49,7 @@ class TrainResult:
     samples: int
     loss: float
     train_s: float
+    stopped: str = ""
 
 
 class Trainer(Protocol):
@@ -70,8 +74,11 @@ class Trainer(Protocol):
         gradient: GradientHook | None = None,
         sampler: Sampler | None = None,
         on_step: OnStep | None = None,
+        stop: Stop | None = None,
     ) -> TrainResult:
         """Trains on ``view.train`` from the weights ``start`` (float32 ``[layout.size]``), optimiser slots at zero.
+
+        ``stop`` is asked after every step but the last: with a reason training ends there, empty it goes on.
 
         Raises:
             TrainingError: an unknown hyper-parameter, or a loss or weight that is not finite.

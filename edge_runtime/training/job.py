@@ -28,10 +28,10 @@ from edge_runtime.training.state import codec_key, load_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from edge_runtime.agent.pipe import FailureKind, TrainRequest
+    from edge_runtime.agent.pipe import FailureKind, Phase, TrainRequest
     from edge_runtime.compression.base import Layout
     from edge_runtime.data import Dataset
-    from edge_runtime.training.base import OnStep, Vector
+    from edge_runtime.training.base import OnStep, Stop, Vector
     from edge_runtime.training.state import RunState
 
 _T = TypeVar("_T")
@@ -55,8 +55,18 @@ class JobRunner:
         self._max_bundles, self._max_datasets = bundles, datasets
         self._clock = clock
 
-    def run(self, request: TrainRequest, on_step: OnStep | None = None) -> Trained:
+    def run(
+        self,
+        request: TrainRequest,
+        on_step: OnStep | None = None,
+        *,
+        on_phase: Callable[[Phase], None] | None = None,
+        stop: Stop | None = None,
+    ) -> Trained:
         """Does one job; ``on_step(step, steps_total, loss)`` is called after each step.
+
+        ``on_phase`` is called when training begins, and when its result is to be encoded and written. ``stop`` is asked
+        after every step: with a reason training ends there, and the update is made of what it reached.
 
         The update file holds a container with the channels of the job's method, laid out as ``Bundle.layout()``; beside
         it lies the run's state after this update, where there is any. A job without epochs and steps only evaluates:
@@ -84,7 +94,12 @@ class JobRunner:
             return Trained(path="", sha256="", size_bytes=0, meta=meta, dataset_samples=samples)
         state_path = Path(request.state_path) if request.state_path else None
         state = load_state(state_path, job.bundle.sha256, codec_key(job.bundle.sha256, spec))
-        result, channels = _Training(request, loaded, method).run(view, received.vector, state, on_step)
+        enter = on_phase or (lambda _phase: None)
+        enter("train")
+        began_s = time.monotonic()
+        result, channels = _Training(request, loaded, method).run(view, received.vector, state, on_step, stop)
+        enter("compress")
+        trained_s = time.monotonic()
         if channels.keys() != set(method.channels):
             raise TrainingError(
                 f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(method.channels)}"
@@ -99,6 +114,7 @@ class JobRunner:
                 meta,
                 steps=result.steps,
                 loss=result.loss,
+                stopped=result.stopped,
                 train_ms=round(1000 * result.train_s),
                 encode_cpu_ms=round(1000 * done.encode_cpu_s),
             ),
@@ -106,6 +122,8 @@ class JobRunner:
             state_path=done.state_path,
             key=done.key,
             returned=[refused.update for refused in request.refused],
+            train_s=trained_s - began_s,
+            compress_s=time.monotonic() - trained_s,
         )
 
     def _load(self, request: TrainRequest, variant: str | None) -> _Loaded:
@@ -188,13 +206,19 @@ class _Training:
             raise TrainingError(f"method {method.name!r} keeps {min(unknown)!r} personal, which the model lacks")
 
     def run(
-        self, view: View, received: Vector, state: RunState, on_step: OnStep | None
+        self, view: View, received: Vector, state: RunState, on_step: OnStep | None, stop: Stop | None
     ) -> tuple[TrainResult, dict[str, Vector]]:
         """Trains and updates the method's part of ``state``; personal tensors do not get into the channels."""
         method, layout = self._method, self._layout
         start = method.on_receive(_with_personal(received, layout, self._personal, state), layout, state.memory)
         result = self._trainer.train(
-            start, view, self._settings, gradient=method.gradient_hook(), sampler=method.sampler, on_step=on_step
+            start,
+            view,
+            self._settings,
+            gradient=method.gradient_hook(),
+            sampler=method.sampler,
+            on_step=on_step,
+            stop=stop,
         )
         trained = result.vector
         if self._personal:

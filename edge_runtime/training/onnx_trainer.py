@@ -13,7 +13,7 @@ from edge_runtime.messages import Evaluation
 from edge_runtime.training.base import TrainResult
 from edge_runtime.training.onnx_graph import OnnxGraph, scalar, shared
 from edge_runtime.training.randomness import Stream
-from edge_runtime.training.schedule import BatchRule, batches, total_steps
+from edge_runtime.training.schedule import BatchRule, batches, samples_of, total_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edge_runtime.bundle.manifest import Manifest
     from edge_runtime.compression.base import Layout
     from edge_runtime.data.view import View
-    from edge_runtime.training.base import GradientHook, OnStep, Sampler, TrainSettings, Vector
+    from edge_runtime.training.base import GradientHook, OnStep, Sampler, Stop, TrainSettings, Vector
 
 _LARGEST = float(np.finfo(np.float32).max)
 _MAX_BINDINGS = 4  # batch sizes that stay bound: the usual one and a partial one, twice
@@ -65,6 +65,7 @@ class OnnxTrainer:
         gradient: GradientHook | None = None,
         sampler: Sampler | None = None,
         on_step: OnStep | None = None,
+        stop: Stop | None = None,
     ) -> TrainResult:
         """See :class:`~edge_runtime.training.base.Trainer`."""
         began = time.monotonic()
@@ -82,7 +83,7 @@ class OnnxTrainer:
         for side in self._sides:
             side.reset(start)
         dropout = Stream(settings.seed, "dropout")
-        loss, loss_sum, seen, step = self._results["loss"], 0.0, 0, 0
+        loss, loss_sum, seen, step, stopped = self._results["loss"], 0.0, 0, 0, ""
         for step, positions in enumerate(batches(count, settings, rule, sampler), 1):
             indices = view.train[positions]
             size = self._fill(first, view, indices, settings.batch_size)
@@ -97,10 +98,13 @@ class OnnxTrainer:
             seen += len(indices)
             if on_step is not None:
                 on_step(step, total, value)
+            if stop is not None and step < total and (stopped := stop()):
+                break
         vector = self._sides[step % 2].vector
         if vector.size and not (math.isfinite(vector.min()) and math.isfinite(vector.max())):
             raise TrainingError(f"weights are NaN or infinite after step {step} of {total}; {self._cure()}")
-        return TrainResult(vector, step, count, loss_sum / seen, time.monotonic() - began)
+        stands_for = samples_of(count, seen, total, settings, rule) if stopped else count
+        return TrainResult(vector, step, stands_for, loss_sum / seen, time.monotonic() - began, stopped)
 
     def evaluate(
         self, weights: Vector, view: View, indices: NDArray[np.integer[Any]], batch_size: int

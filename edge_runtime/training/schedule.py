@@ -63,6 +63,17 @@ def total_steps(count: int, settings: TrainSettings, rule: BatchRule) -> int:
     return settings.epochs * -(-used // size)
 
 
+def samples_of(count: int, seen: int, total: int, settings: TrainSettings, rule: BatchRule) -> int:
+    """How many of ``count`` samples training stands for that ended after ``seen`` samples of its ``total`` steps.
+
+    Within the first pass it is the share that was seen, so for a job in epochs the samples themselves; from then on all
+    of them. Where the whole job is shorter than a pass, the share is of what the whole job would have seen: it would
+    have stood for all samples.
+    """
+    first_pass = min(rule.used(count, settings.batch_size), total * settings.batch_size)
+    return max(1, min(count, round(count * seen / first_pass)))
+
+
 def batches(
     count: int, settings: TrainSettings, rule: BatchRule, sampler: Sampler | None = None
 ) -> Iterator[NDArray[np.integer[Any]]]:

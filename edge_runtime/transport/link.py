@@ -190,6 +190,15 @@ class Link:
         limit = self.max_packet_bytes
         return min(CHUNK_BYTES, (limit - 4096) // 1024 * 1024) if limit >= 16_384 else max(64, limit // 2)
 
+    @property
+    def local_host(self) -> str | None:
+        """This end's address of the connection; None while there is none."""
+        sock = None if self._client is None else self._client.socket()
+        try:
+            return str(sock.getsockname()[0]) if isinstance(sock, socket.socket) else None
+        except OSError:  # it ended just now
+            return None
+
     def start(self) -> None:
         """Connects now and reconnects until :meth:`stop`."""
         self._started = True

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.agent import jobs as j
-from edge_runtime.messages import BlobRef, Job, ModelRef, UpdateId, UpdateMeta
+from edge_runtime.messages import BlobRef, EnergyUse, Job, ModelRef, UpdateId, UpdateMeta
 from edge_runtime.store.spool import RunChange, SpooledUpdate
 
 CAN = j.Capabilities(
@@ -467,6 +467,93 @@ def test_paused_device_does_not_train():
     assert j.step(state, j.Paused(2.0, "")) == [j.StartTraining(job("a2"))]
 
 
+def test_a_limit_ends_training_and_keeps_its_work():
+    """A job that has begun to train is asked to end once, however often a limit is met; its update is sent as any."""
+    state = fresh()
+    running(state)
+    assert j.step(state, j.PhaseBegun("train")) == []
+    assert j.step(state, j.LimitReached("drew 12 J")) == [j.StopEarly("drew 12 J")]
+    assert j.step(state, j.LimitReached("drew 13 J")) == []
+    assert j.step(state, j.Paused(1.0, "too hot", True)) == []
+    assert trained(state) == [j.SpoolUpdate(spooled(), CHANGE), j.Offer(update(), push=True)]
+    assert state.paused == "too hot"
+
+
+def test_heat_ends_training_early_and_new_jobs_wait():
+    """After heat the work is kept, and the next job waits until it is cooler."""
+    state = fresh()
+    running(state)
+    arrive(state, job("b1", run="other"))
+    ready(state, "b", "m")
+    j.step(state, j.PhaseBegun("train"))
+    assert j.step(state, j.Paused(1.0, "too hot", True)) == [j.StopEarly("too hot")]
+    assert starts(trained(state)) == []
+    assert starts(j.step(state, j.Paused(2.0, ""))) == ["b1"]
+
+
+def test_a_limit_before_the_first_step_kills_the_worker():
+    """While the worker loads and evaluates there is nothing to send: the job fails, and says what it drew."""
+    state = fresh()
+    running(state)
+    assert j.step(state, j.LimitReached("drew 12 J")) == [j.StopTraining("drew 12 J")]
+    drew = EnergyUse(radio_mj=5)
+    (report,) = j.step(state, j.WorkerCrashed(1.0, "drew 12 J", True, drew))
+    assert (report.status.status, report.status.reason, report.status.energy) == ("failed", "drew 12 J", drew)
+    assert state.crashes == {}
+
+
+def test_a_limit_lets_the_encoding_end():
+    """What was trained to its end is written and sent, too hot or not."""
+    state = fresh()
+    running(state)
+    j.step(state, j.PhaseBegun("train"))
+    j.step(state, j.PhaseBegun("compress"))
+    assert j.step(state, j.LimitReached("drew 12 J")) == []
+    assert j.step(state, j.Paused(1.0, "too hot", True)) == []
+    assert j.Offer(update(), push=True) in trained(state)
+
+
+def test_want_of_memory_kills_training_that_is_ending_too():
+    """To encode takes memory: what was to end early is killed at once when that gets short, and so is what encodes."""
+    for phase in ("train", "compress"):
+        state = fresh()
+        running(state)
+        j.step(state, j.PhaseBegun(phase))
+        j.step(state, j.Paused(1.0, "too hot", True))
+        assert j.step(state, j.Paused(2.0, "no memory")) == [j.StopTraining("no memory")]
+
+
+def test_training_that_does_not_end_early_fails():
+    """A worker that was killed for going on is no fault of the bundle, and the next job starts anew."""
+    state = fresh()
+    running(state)
+    j.step(state, j.PhaseBegun("train"))
+    j.step(state, j.LimitReached("drew 12 J"))
+    arrive(state, job("a2"))
+    ready(state, "b", "m")
+    effects = j.step(state, j.WorkerCrashed(1.0, "drew 12 J; the step did not end", True))
+    assert reports(effects) == [("a1", "failed")]
+    assert starts(effects) == ["a2"]
+    assert j.step(state, j.LimitReached("drew 12 J")) == [j.StopTraining("drew 12 J")]  # of the new one, not begun
+
+
+def test_words_about_a_job_that_is_over_change_nothing():
+    """Phase and limit may arrive after the end of their job."""
+    state = fresh()
+    for event in (j.PhaseBegun("train"), j.LimitReached("drew 12 J")):
+        assert j.step(state, event) == []
+    assert state == fresh()
+
+
+def test_a_failed_job_says_what_it_drew():
+    """Joules go with the report, also where nothing came of them."""
+    state = fresh()
+    running(state)
+    drew = EnergyUse(train_mj=1200)
+    (report,) = j.step(state, j.TrainingFailed(1.0, "loss is NaN", drew))
+    assert report.status.energy == drew
+
+
 class Device:
     """Carries out effects as the daemon does, on a spool that survives restarts, and holds the rules."""
 
@@ -476,7 +563,8 @@ class Device:
         self.trained: dict[UpdateId, int] = {}
         self.state = fresh()
         self.training: Job | None = None
-        self.stopping = False
+        self.stopping = self.ending = False
+        self.phase: str | None = None
         self.now = 0.0
 
     def send(self, event) -> list:
@@ -491,10 +579,15 @@ class Device:
                     waiting = [name for name, (verdict, bytes_) in self.spool.items() if bytes_ and is_open(verdict)]
                     assert wanted.epochs is None or not waiting, "a second update without a verdict"
                     assert self.crashes.get(wanted.bundle.sha256, 0) < j.CRASH_LIMIT, "trained in quarantine"
-                    self.training = wanted
+                    self.training, self.phase, self.ending = wanted, None, False
                 case j.StopTraining():
                     assert self.training is not None
                     self.stopping = True
+                case j.StopEarly():
+                    assert self.training is not None
+                    assert self.phase == "train", "asked to end what has not begun, or is over"
+                    assert not self.ending, "asked twice"
+                    self.ending = True
                 case j.SpoolUpdate(wanted):
                     self.spool[wanted.update] = ("ready", wanted.blob.size_bytes > 0)
                 case j.Offer(identity):
@@ -535,7 +628,7 @@ NAMES = ["a1", "a2", "a3", "a4", "e1"]  # the last one only evaluates
 BUNDLES = ["b1", "b2"]
 
 
-def act(device: Device, random: Random) -> None:
+def act(device: Device, random: Random) -> None:  # noqa: PLR0912 - one arm per thing
     """One random thing that can happen to a device."""
     device.now += random.choice([0.0, 0.1, 30.0])
     name = random.choice(NAMES)
@@ -547,7 +640,7 @@ def act(device: Device, random: Random) -> None:
         priority=random.randrange(3),
         epochs=None if name == "e1" else 1,
     )
-    match random.randrange(13):
+    match random.randrange(15):
         case 0 | 1 | 2:
             crashes = device.crashes.get(wanted.bundle.sha256, 0)
             known = device.spool.get(identity, (None, False))[0]
@@ -561,7 +654,7 @@ def act(device: Device, random: Random) -> None:
             device.end(j.Trained(device.now, "file", blob("u", size), META))
         case 8 if device.training is not None:
             if device.stopping or random.random() < 0.5:
-                device.end(j.WorkerCrashed(device.now, "ended", device.stopping))
+                device.end(j.WorkerCrashed(device.now, "ended", device.stopping or device.ending))
             else:
                 device.end(random.choice([j.TrainingFailed(device.now, "failed"), j.ModelLost(device.now)]))
         case 9:
@@ -571,11 +664,20 @@ def act(device: Device, random: Random) -> None:
         case 11:
             device.send(
                 random.choice(
-                    [j.JobCancelled("run", name), j.Tick(device.now), j.Paused(device.now, random.choice(["", "hot"]))]
+                    [
+                        j.JobCancelled("run", name),
+                        j.Tick(device.now),
+                        j.Paused(device.now, random.choice(["", "hot"]), random.random() < 0.5),
+                        j.LimitReached("drew too much"),
+                    ]
                 )
             )
         case 12 if random.random() < 0.3:
             device.restart()
+        case 13 | 14 if device.training is not None:
+            if device.training.epochs is not None:
+                device.phase = {None: "train"}.get(device.phase, "compress")
+                device.send(j.PhaseBegun(device.phase))
         case _:
             opened = {key for key, (verdict, _) in device.spool.items() if is_open(verdict)}
             offered = {effect.update for effect in device.send(j.Connected())}

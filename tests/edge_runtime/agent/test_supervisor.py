@@ -57,7 +57,9 @@ def request(name: str = "a", **job) -> pipe.TrainRequest:
 class Bench:
     """A supervisor with a fake worker."""
 
-    def __init__(self, tmp_path: Path, monkeypatch, behaviour: str = "answer(request)", **limits) -> None:
+    def __init__(
+        self, tmp_path: Path, monkeypatch, behaviour: str = "answer(request)", grace_s: float = 30.0, **limits
+    ) -> None:
         self.loop = Loop()
         self.replies: list[pipe.FromWorker] = []
         self.ends: list[tuple[str, bool]] = []
@@ -74,6 +76,7 @@ class Bench:
             self.loop,
             on_reply=lambda reply: self.on_reply(reply),  # noqa: PLW0108 - tests replace it
             on_end=lambda reason, ours: self.ends.append((reason, ours)),
+            stop_grace_s=grace_s,
         )
 
     def until(self, condition) -> None:
@@ -200,6 +203,39 @@ def test_wall_limit_kills_a_job(bench):
     one.supervisor.request(request())
     one.until(lambda: one.ends)
     assert one.ends == [("the job ran longer than 0.3 s", True)]
+
+
+TWO_PARTS = """
+if isinstance(request, pipe.TrainRequest):
+    send(pipe.PhaseBegun(phase="train"))
+else:
+    assert (request.run, request.assignment, request.reason) == ("r", "a", "too hot")
+    send(pipe.PhaseBegun(phase="compress"))
+    time.sleep(0.3)
+    answer(request)
+"""
+
+
+def test_training_that_is_to_end_early_gets_time_to_encode(bench):
+    """The time to react counts until the worker encodes: that may take longer, and nothing is killed afterwards."""
+    one = bench(TWO_PARTS, grace_s=0.15)
+    one.supervisor.request(request())
+    one.until(lambda: pipe.PhaseBegun(phase="train") in one.replies)
+    one.supervisor.stop_early("too hot")
+    one.until(lambda: one.trained)
+    one.supervisor.stop_early("too hot")  # too late: no job runs
+    assert one.ends == []
+    assert one.supervisor.pid is not None
+
+
+def test_training_that_goes_on_when_it_should_end_is_killed(bench):
+    """A step that does not end in time ends with its process: no fault of the bundle, and the reason says it."""
+    one = bench("time.sleep(60)", grace_s=0.1)
+    one.supervisor.request(request())
+    one.until(lambda: one.replies)
+    one.supervisor.stop_early("too hot")
+    one.until(lambda: one.ends)
+    assert one.ends == [("too hot; the step that ran then did not end within 0.1 s", True)]
 
 
 def test_kill_gives_its_reason(bench):

@@ -14,7 +14,7 @@ from edge_runtime.data import DatasetConfig
 from tests.edge_runtime.toy_jobs import ToyJobs
 
 NOISY = """
-import os, sys
+import os, sys, time
 from edge_runtime.data import open_dataset as inner
 from edge_runtime.data import DatasetConfig
 def make(config):
@@ -23,7 +23,12 @@ def make(config):
         os.kill(os.getpid(), 9)
     if config.options.get("bug"):
         raise KeyError("a bug in the user's code")
-    return inner(DatasetConfig(name=config.name, path=config.options["path"]))
+    dataset = inner(DatasetConfig(name=config.name, path=config.options["path"]))
+    snapshot, pause_s = dataset.snapshot(), config.options.get("pause_s")
+    if pause_s:
+        batch = snapshot.batch
+        snapshot.batch = lambda indices: (time.sleep(pause_s), batch(indices))[1]
+    return dataset
 """
 
 PARENT = """
@@ -65,7 +70,7 @@ class Worker:
 
     def answer(self, request):
         self.send(request)
-        while isinstance(reply := self.receive(), pipe.Progress):
+        while isinstance(reply := self.receive(), (pipe.Progress, pipe.PhaseBegun)):
             pass
         return reply
 
@@ -133,6 +138,7 @@ def test_progress_comes_about_once_a_second(worker, jobs):
     worker.receive()
     began = time.monotonic()
     worker.send(jobs.request(epochs=None, steps=60_000))
+    assert worker.receive() == pipe.PhaseBegun(phase="train")
     seen = []
     while isinstance(reply := worker.receive(), pipe.Progress):
         seen.append(reply)
@@ -141,6 +147,28 @@ def test_progress_comes_about_once_a_second(worker, jobs):
     assert len(seen) == 2
     assert 1.5 < time.monotonic() - began < 30
     assert 0 < seen[0].step < seen[1].step < seen[1].steps_total == 60_000
+
+
+def test_training_ends_early_with_what_it_reached(worker, jobs):
+    """Asked to end, the worker stops after the step that runs and sends its update, which says how far it came and why;
+    word about another job, or about one that is over, ends nothing.
+    """
+    worker.receive()
+    slow = DatasetConfig(name="d", factory="noisy:make", options={"path": str(jobs.data), "pause_s": 0.02})
+    worker.send(pipe.StopEarly(run="r", assignment="other", reason="stale"))
+    worker.send(jobs.request(dataset=slow, epochs=None, steps=100, batch_size=8))
+    assert worker.receive() == pipe.PhaseBegun(phase="train")
+    worker.send(pipe.StopEarly(run="r", assignment="a", reason="drew 12 J"))
+    while isinstance(reply := worker.receive(), pipe.Progress):
+        pass
+    assert reply == pipe.PhaseBegun(phase="compress")
+    done = worker.receive()
+    assert done.meta.stopped == "drew 12 J"
+    assert 0 < done.meta.steps < 100
+    assert done.meta.samples == min(60, 8 * done.meta.steps)
+    assert jobs.delta(done).any()
+    again = worker.answer(jobs.request(assignment="b"))
+    assert (again.meta.stopped, again.meta.steps) == ("", 8)
 
 
 def test_worker_ends_when_its_input_ends(worker):

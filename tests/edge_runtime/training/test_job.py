@@ -2,15 +2,17 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edge_runtime.compression import Layout
-from edge_runtime.compression.pipeline import encode_model
+from edge_runtime.compression.pipeline import CodecSpec, encode_model
 from edge_runtime.data import DatasetConfig
 from edge_runtime.errors import BundleError, CodecError, DataError, EdgeError, StorageError, TrainingError
 from edge_runtime.training.job import JobRunner, failure_kind
+from edge_runtime.training.state import codec_key, load_state
 from tests.edge_runtime import toy_bundle
 from tests.edge_runtime.toy_jobs import ToyJobs
 
@@ -58,6 +60,61 @@ def test_jobs_repeat_bit_for_bit_and_differ_by_device_and_assignment(jobs):
     assert jobs.read(run_job(jobs.request())) == first
     assert jobs.read(run_job(jobs.request(assignment="b"), runner)) != first
     assert jobs.read(run_job(jobs.request(seed=1), runner)) != first
+
+
+def stopping_after(steps):
+    """A stop that is asked after every step, and gives its reason from that many steps on."""
+    asked = iter([""] * (steps - 1))
+    return lambda: next(asked, "too hot")
+
+
+@pytest.mark.parametrize(
+    ("job", "after", "stands_for"),
+    [
+        ({"epochs": 2}, 1, 16),  # in the first pass: the samples that were seen
+        ({"epochs": 2}, 3, 48),
+        ({"epochs": 2}, 5, 60),  # after it: all
+        ({"epochs": None, "steps": 40}, 2, 32),
+        ({"epochs": None, "steps": 2}, 1, 30),  # the whole job is half a pass and stands for all: half of it for half
+        ({"epochs": 1, "last_batch": "drop"}, 1, 20),  # one of three batches
+    ],
+)
+def test_what_a_job_that_ended_early_stands_for(jobs, job, after, stands_for):
+    """The update is what the steps until then made, it weighs the share of the samples that was seen, and says why."""
+    whole = run_job(jobs.request(**job))
+    assert (whole.meta.samples, whole.meta.stopped) == (60, "")
+    done = JobRunner().run(jobs.request(**job), stop=stopping_after(after))
+    assert (done.meta.steps, done.meta.samples, done.meta.stopped) == (after, stands_for, "too hot")
+    shorter = run_job(jobs.request(**{**job, "epochs": None, "steps": after}))
+    np.testing.assert_array_equal(jobs.delta(done), jobs.delta(shorter))
+
+
+def test_a_job_that_was_at_its_last_step_was_not_stopped(jobs):
+    """Training that did all its steps ended as it should, whatever was asked meanwhile; phases are told in order."""
+    phases = []
+    done = JobRunner().run(jobs.request(), stop=stopping_after(8), on_phase=phases.append)
+    assert (done.meta.steps, done.meta.stopped, phases) == (8, "", ["train", "compress"])
+    phases.clear()
+    JobRunner().run(jobs.request(epochs=None), stop=lambda: "hot", on_phase=phases.append)
+    assert phases == []
+
+
+def test_what_a_lossy_codec_leaves_out_of_a_stopped_job_is_kept(jobs):
+    """Sent and residual together are what was trained, as after any job."""
+    options = {"codec": "topk", "codec_options": {"density": 0.2}}
+    runner = JobRunner()
+    request = jobs.request(epochs=3, **options)
+    done = runner.run(request, stop=stopping_after(2))
+    exact = jobs.delta(runner.run(jobs.request(epochs=3), stop=stopping_after(2)))
+    spec = CodecSpec("topk", {"density": 0.2})
+    state = load_state(Path(done.state_path), jobs.bundle.sha256, codec_key(jobs.bundle.sha256, spec)).codec
+    layout = jobs.bundle.layout()
+    buffer = np.concatenate([np.full(end - start, name in layout.buffers) for name, _, start, end in layout.spans()])
+    kept = np.zeros(layout.size)
+    kept[~buffer] += state.get("delta.feedback.residual", 0)
+    kept[buffer] += state.get("delta.buffers.residual", 0)
+    assert kept.any()
+    np.testing.assert_allclose(jobs.delta(done) + kept, exact, atol=1e-6)
 
 
 def test_a_job_without_epochs_and_steps_only_evaluates(jobs):

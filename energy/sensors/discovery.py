@@ -1,0 +1,98 @@
+"""Which sensors this machine has, and which way of measuring is best.
+
+Sensors that need settings (a smart plug, the modelled one) are made by who has these, and added to what is found.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from energy.errors import Fault, SensorError, UsageError
+from energy.sensors._files import fault_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from energy.sensors.base import Quality, Scope, Sensor
+
+MODULES = ("thor", "jetson", "jetson_legacy", "raspberry_pi", "battery", "rapl", "nvml")  # of equals, the first is best
+
+_SCOPES: tuple[Scope, ...] = ("board", "module", "rail", "package", "modelled")
+_QUALITIES: tuple[Quality, ...] = ("counter", "power", "coarse", "modelled")
+
+
+class Refusal(NamedTuple):
+    """A sensor that cannot be used here, and why in words; ``absent`` ones among them."""
+
+    sensor: str
+    fault: Fault
+    reason: str
+
+
+class Found(NamedTuple):
+    """What a search came to. Who takes it closes the sensors."""
+
+    sensors: tuple[Sensor, ...]
+    refused: tuple[Refusal, ...]
+
+
+def discover(root: Path = Path("/")) -> Found:
+    """Every sensor that answers a real read, looked up below ``root``. Raises nothing: what fails is in ``refused``."""
+    sensors: list[Sensor] = []
+    refused: list[Refusal] = []
+    for name in MODULES:
+        module, shown = importlib.import_module(f"energy.sensors.{name}"), name.replace("_", "-")
+        try:
+            sensors += module.probe(root)
+        except SensorError as error:
+            refused.append(Refusal(shown, error.fault, str(error)))
+        except OSError as error:  # a folder of the system that may not be entered
+            refused.append(Refusal(shown, fault_of(error), f"{shown}: {error}; run where /sys and /proc may be read"))
+    return Found(tuple(sensors), tuple(refused))
+
+
+def ranked(sensors: Iterable[Sensor]) -> list[tuple[Sensor, ...]]:
+    """Ways to know what the machine draws, best first; the sensors of one way are added.
+
+    One way is a sensor of the whole system, or one of the CPU together with the best of the graphics cards; where both
+    exist, either alone comes after them. Measured comes before modelled, then board before module before package, then
+    counters and power before coarse. Of equals CPU and graphics together come first, since a counter of the platform
+    may leave graphics cards out; then the first given one.
+    """
+    every = list(sensors)
+    ways = [(sensor,) for sensor in every if sensor.domain == "system"]
+    cpus = sorted((sensor for sensor in every if sensor.domain == "cpu"), key=_rank)
+    gpus = sorted((sensor for sensor in every if sensor.domain == "gpu"), key=_rank)[:1]
+    together: list[tuple[Sensor, ...]] = [(cpu, *gpus) for cpu in cpus]
+    alone: list[tuple[Sensor, ...]] = [(sensor,) for sensor in (*(cpus if gpus else ()), *gpus)]
+    return sorted([*ways, *together, *alone], key=lambda way: (max(_rank(sensor) for sensor in way), -len(way)))
+
+
+def choose(found: Found, wanted: str = "auto") -> list[tuple[Sensor, ...]]:
+    """Ways to measure: ``auto`` all of them, best first; the name of a sensor that one alone; ``none`` no way.
+
+    Raises:
+        UsageError: no such sensor here; the message says which there are, and why others were refused.
+    """
+    if wanted == "auto":
+        return ranked(found.sensors)
+    if wanted == "none":
+        return []
+    name = wanted.replace("_", "-").lower()
+    ways = [(sensor,) for sensor in found.sensors if sensor.source.sensor == name]
+    if ways:
+        return list(ways)
+    here = ", ".join(sensor.source.sensor for sensor in found.sensors) or "none"
+    why = next((f"; {refusal.reason}" for refusal in found.refused if refusal.sensor == name), None)
+    if why is None:
+        others = "; ".join(refusal.reason for refusal in found.refused if refusal.fault != "absent")
+        why = f"; refused: {others}" if others else ""
+    raise UsageError(f"no sensor {wanted!r} on this machine (choose auto, none, or one of: {here}){why}")
+
+
+def _rank(sensor: Sensor) -> tuple[bool, int, bool]:
+    source = sensor.source
+    modelled = source.modelled or source.scope == "modelled"
+    return modelled, _SCOPES.index(source.scope), _QUALITIES.index(source.quality) >= _QUALITIES.index("coarse")

@@ -28,7 +28,13 @@ _CAUSES = {  # nvmlClocksEventReasons that slow a card down; idle and requested 
     0x40: "too hot (hardware)",
     0x80: "power brake",
 }
-_FAULTS: dict[int, Fault] = {3: "unsupported", 4: "permission", 9: "unsupported", 12: "absent"}  # NVML_ERROR_*
+_FAULTS: dict[int, Fault] = {
+    3: "unsupported",
+    4: "permission",
+    9: "unsupported",
+    12: "absent",
+    13: "unsupported",
+}  # NVML_ERROR_*
 
 
 class Card(NamedTuple):
@@ -136,11 +142,8 @@ def throttling(library: Any) -> tuple[tuple[str, ...] | None, dict[str, int]]:
     except SensorError:
         return None, {}
     for index, (_, handle) in enumerate(handles):
-        try:
-            bits = library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-        except library.NVMLError:  # this card does not tell
-            pass
-        else:
+        bits = _reasons(library, handle)
+        if bits is not None:
             told = True
             causes += [f"gpu{index}: {cause}" for bit, cause in _CAUSES.items() if bits & bit]
         try:
@@ -148,6 +151,16 @@ def throttling(library: Any) -> tuple[tuple[str, ...] | None, dict[str, int]]:
         except library.NVMLError:
             continue
     return (tuple(causes) if told else None), clocks
+
+
+def _reasons(library: Any, handle: Any) -> int | None:
+    """Bits of what holds the clocks of a card down; None if it does not tell. Drivers before 535 know the old name."""
+    for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+        try:
+            return int(getattr(library, name)(handle))
+        except (AttributeError, library.NVMLError):  # the module or the driver does not have it
+            continue
+    return None
 
 
 def _start(library: Any) -> Any:

@@ -42,6 +42,9 @@ class FakeNvml:
     def nvmlDeviceGetPowerUsage(self, card: dict[str, object]) -> object:
         return self._answer(card, "power_mw")
 
+    def nvmlDeviceGetCurrentClocksEventReasons(self, _card: dict[str, object]) -> object:
+        raise FakeNvmlError(13)  # NVML_ERROR_FUNCTION_NOT_FOUND, as drivers before 535 say
+
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, card: dict[str, object]) -> object:
         return self._answer(card, "reasons")
 

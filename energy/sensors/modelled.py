@@ -29,6 +29,7 @@ class Modelled:
         utilisation: seconds that cores were busy since some start, summed over cores; must not fall.
         cores: of the machine; None: as many as it has.
         clock: monotonic seconds.
+        fitted_to: what the watts were calibrated against, in words; empty if they are nominal.
 
     Raises:
         SensorError: watts that cannot be.
@@ -42,6 +43,7 @@ class Modelled:
         *,
         cores: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        fitted_to: str = "",
     ) -> None:
         if not 0 <= idle_watts <= busy_watts < 10_000:
             raise SensorError(
@@ -51,14 +53,11 @@ class Modelled:
             )
         self.idle_watts = idle_watts
         self.busy_watts = busy_watts
-        self.source = Source(
-            NAME,
-            "modelled",
-            "modelled",
-            f"nothing measured: {idle_watts:.3g} W idle to {busy_watts:.3g} W busy, by load",
-        )
+        origin = f"fitted to {fitted_to}" if fitted_to else "nominal"
+        covers = f"nothing measured: {idle_watts:.3g} W idle to {busy_watts:.3g} W busy, by CPU load, {origin}"
+        self.source = Source(NAME, "modelled", "modelled", covers)
         self.domain: Domain = "system"
-        self.rails = (Rail(NAME, "modelled", "joules", limit_watts=max(10 * busy_watts, 1.0)),)
+        self.rails: tuple[Rail, ...] = (Rail(NAME, "modelled", "joules", limit_watts=max(10 * busy_watts, 1.0)),)
         self.interval_s = INTERVAL_S
         self._utilisation = utilisation
         self._cores = cores or os.cpu_count() or 1

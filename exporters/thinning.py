@@ -1,0 +1,143 @@
+"""From a trained model and an energy profile to a thinner model: prune, repair, compare.
+
+The cost is what the profile's device is predicted to spend on one training step; see :mod:`exporters.pruning` for the
+choice of channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from energy.estimate import Estimate, Estimator
+from energy.layers import DEFAULT_BATCH, partition
+from exporters._layers import layer_table
+from exporters._losses import reference_loss
+from exporters._model import inspect_model
+from exporters._tuning import Samples, Tuning, fine_tune, score
+from exporters.errors import UsageError
+from exporters.pruning import Removal, prune_channels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import nn
+
+    from edge_runtime.bundle.manifest import Loss
+    from energy.profile import Profile, Quantity
+
+IMPORTANCE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One network in numbers. ``step`` is predicted, for one training step; FLOPs are forward, per sample."""
+
+    parameters: int
+    flops: int
+    step: Estimate
+    loss: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """The thinner network, and both in numbers. ``quantity`` is that of both steps."""
+
+    module: nn.Module
+    quantity: Quantity
+    before: Figures
+    after: Figures
+    removals: list[Removal]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: the loss, the optimiser that a device will run, samples per step, and both sets of samples."""
+
+    loss: Loss
+    optimizer: str
+    train: Samples
+    test: Samples
+    batch: int = DEFAULT_BATCH
+
+
+def thin(
+    module: nn.Module,
+    example: torch.Tensor,
+    task: Task,
+    profile: Profile,
+    *,
+    share: float,
+    tuning: Tuning,
+    keep: tuple[str, ...] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Thinned:
+    """Prunes ``module`` until a step is predicted to cost ``share`` of what it did, and trains what is left.
+
+    ``module`` is not changed. It teaches the thinner one (:class:`exporters._tuning.Tuning`).
+
+    Raises:
+        UsageError: the share is not between 0 and 1.
+        ProfileError: the profile knows nothing of a kind of layer.
+        ExportError: the share cannot be reached.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"--share {share:g} is not between 0 and 1; 0.5 halves the cost of a step")
+    say = progress or (lambda _line: None)
+
+    estimator = Estimator(profile)
+
+    def predicted(part: nn.Module) -> Estimate:
+        return estimator.estimate(partition(description(part, example, task), task.batch))
+
+    before = _figures(module, example, task, predicted(module))
+    say(f"pruning to {share:.0%} of {before.step.total:.4g} {phrase(profile.quantity)} per step")
+    pruned = prune_channels(
+        module,
+        example,
+        cost=lambda part: predicted(part).total,
+        target=share * before.step.total,
+        loss=lambda output, target: reference_loss(task.loss, output, target),
+        batches=lambda: task.train.batches(IMPORTANCE_BATCH, tuning.seed),
+        keep=keep,
+        on_removal=lambda step: say(
+            f"{step.layer}: {step.removed} channels less, {step.left} left, {step.cost / before.step.total:.0%}"
+        ),
+    )
+    say(f"training what is left for {tuning.epochs} epochs")
+    fine_tune(pruned.module, task.train, task.loss, tuning, teacher=module)
+    after = _figures(pruned.module, example, task, predicted(pruned.module))
+    return Thinned(pruned.module, profile.quantity, before, after, pruned.removals)
+
+
+def phrase(quantity: Quantity) -> str:
+    """A quantity in words, so that what was modelled says so."""
+    return quantity.replace("_", " ")
+
+
+def description(module: nn.Module, example: torch.Tensor, task: Task) -> dict[str, Any]:
+    """What the manifest of this network would say of its layers, without exporting it."""
+    model = inspect_model(module, example, task.loss, None)
+    shapes = {name: list(value.shape) for name, value in model.tensors().items()}
+    return {
+        "name": "network",
+        "layers": msgspec.to_builtins(layer_table(model)),
+        "parameters": [{"shape": shape, "trainable": name in model.trainable} for name, shape in shapes.items()],
+        "optimizer": {"name": task.optimizer},
+    }
+
+
+def _figures(module: nn.Module, example: torch.Tensor, task: Task, step: Estimate) -> Figures:
+    loss, accuracy = score(module, task.test, task.loss)
+    layers = layer_table(inspect_model(module, example, task.loss, None))
+    return Figures(
+        parameters=sum(value.numel() for value in module.parameters()),
+        flops=sum(layer.flops * layer.calls for layer in layers),
+        step=step,
+        loss=loss,
+        accuracy=accuracy,
+    )

@@ -7,13 +7,14 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import edge_runtime
 from edge_runtime import logs
 from edge_runtime.errors import BundleError, ConfigError, DataError, EdgeError
 
 if TYPE_CHECKING:
+    from edge_runtime.agent.config import AgentConfig
     from edge_runtime.bundle.manifest import Manifest
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -57,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check configuration and datasets, without connecting",
-        description="Reads the configuration, opens every dataset and says what it holds. With a bundle every sample "
-        "is compared with what the bundle takes: shape, type, labels, NaN.",
+        description="Reads the configuration, says which sensor would measure joules, opens every dataset and says "
+        "what it holds. With a bundle every sample is compared with what the bundle takes: shape, type, labels, NaN.",
         epilog="example:\n  edge-agent check --config agent.toml --bundle digits.bundle --json",
         formatter_class=raw,
     )
@@ -117,14 +118,57 @@ def _check(options: argparse.Namespace) -> int:
 
             View(data.name, snapshot, manifest, Window()).check_values()
     fits = {} if manifest is None else {"bundle": manifest.name}
+    energy = _energy(config)
     if options.json:
-        print(json.dumps({"device": config.device, "broker": config.broker.url, "datasets": found, **fits}))
+        about = {"device": config.device, "broker": config.broker.url, "energy": energy}
+        print(json.dumps({**about, "datasets": found, **fits}))
     else:
         print(f"device {config.device}, broker {config.broker.url}")
+        for line in _energy_lines(energy, config):
+            print(f"energy: {line}")
         for entry in found:
             fit = "" if manifest is None else f", all fit {manifest.name}"
             print(f"dataset {entry['name']}: {entry['samples']} samples{fit}")
     return EXIT_OK
+
+
+def _energy(config: AgentConfig) -> dict[str, Any]:
+    """Which sensor the agent would use, which ones it would not and why, and what its radio costs."""
+    from edge_runtime.agent.radio import radio_of
+    from edge_runtime.agent.sensing import ROOT, survey
+    from energy.way import combined
+
+    ways, refused = survey(config.energy)
+    source = combined([sensor.source for sensor in ways[0]]) if ways else None
+    for sensor in {id(sensor): sensor for way in ways for sensor in way}.values():
+        sensor.close()
+    return {
+        "source": None if source is None else {**source._asdict(), "modelled": source.modelled},
+        "refused": [refusal._asdict() for refusal in refused],
+        "radio": radio_of(config.energy, None, ROOT)._asdict(),
+    }
+
+
+def _energy_lines(energy: dict[str, Any], config: AgentConfig) -> list[str]:
+    source, radio = energy["source"], energy["radio"]
+    if source is None:
+        switched_off = config.energy.sensor == "none"
+        cure = "switched off" if switched_off else "no sensor, and no watts for a modelled one in [energy]"
+        lines = [f"joules are unknown: {cure}"]
+        if config.limits.job_joules is not None:
+            lines.append("limits.job_joules will not hold: nothing here can measure")
+    else:
+        word = "modelled" if source["modelled"] else f"measured by {source['sensor']} ({source['scope']})"
+        lines = [f"{word}: {source['covers']}"]
+    wanted = ("plug", config.energy.sensor)
+    lines += [
+        f"refused: {refusal['reason']}"
+        for refusal in energy["refused"]
+        if refusal["fault"] != "absent" or refusal["sensor"] in wanted
+    ]
+    up, down = radio["joules_per_mb_up"], radio["joules_per_mb_down"]
+    costs = "unknown" if up is None else f"{up:.3g} J per MB up, {down:.3g} down, modelled"
+    return [*lines, f"radio: {costs} ({radio['about']})"]
 
 
 def _manifest(path: Path) -> Manifest:

@@ -81,7 +81,7 @@ def load_agent_config(path: Path) -> AgentConfig:
     """
     config = load_toml(path, AgentConfig)
     folder = path.parent
-    broker = config.broker
+    broker, plug = config.broker, config.energy.plug
 
     def absolute(name: str | None) -> str | None:
         return None if name is None else str(folder / name)
@@ -97,7 +97,13 @@ def load_agent_config(path: Path) -> AgentConfig:
             certificate=absolute(broker.certificate),
             key=absolute(broker.key),
         ),
-        energy=msgspec.structs.replace(config.energy, calibration=absolute(config.energy.calibration)),
+        energy=msgspec.structs.replace(
+            config.energy,
+            calibration=absolute(config.energy.calibration),
+            plug=None
+            if plug is None
+            else msgspec.structs.replace(plug, password_file=absolute(plug.password_file), ca=absolute(plug.ca)),
+        ),
         data=[
             msgspec.structs.replace(data, path=str(folder / data.path)) if data.path else data for data in config.data
         ],

@@ -9,7 +9,19 @@ import msgspec
 
 from edge_runtime.errors import ConfigError
 
-Watts = Annotated[float, msgspec.Meta(ge=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class PlugConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[energy.plug]``: the smart plug that feeds this device; see :mod:`energy.sensors.plug`."""
+
+    url: str
+    kind: Literal["tasmota", "shelly1", "shelly2"]
+    topic: str
+    channel: Annotated[int, msgspec.Meta(ge=0)] = 0
+    username: str | None = None
+    password_file: str | None = None
+    ca: str | None = None
 
 
 class EnergyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,13 +34,14 @@ class EnergyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     sensor: str = "auto"
-    idle_watts: Watts | None = None
-    busy_watts: Watts | None = None
+    idle_watts: NotNegative | None = None
+    busy_watts: NotNegative | None = None
     calibration: str | None = None
     modelled_of: Literal["machine", "agent"] = "machine"
     radio: Literal["wifi", "lte", "3g", "ethernet"] | None = None
-    joules_per_mb_up: Watts | None = None
-    joules_per_mb_down: Watts | None = None
+    joules_per_mb_up: NotNegative | None = None
+    joules_per_mb_down: NotNegative | None = None
+    plug: PlugConfig | None = None
 
     @property
     def has_model(self) -> bool:
@@ -45,6 +58,18 @@ def check_energy_config(config: EnergyConfig, job_joules: float | None) -> None:
     for key, value in msgspec.structs.asdict(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"energy.{key} = {value} is no number to calculate with; leave it out or set one")
+    _check_model(config)
+    if config.sensor == "plug" and config.plug is None:
+        raise ConfigError('energy.sensor = "plug" needs [energy.plug] with url, kind and topic')
+    if (config.joules_per_mb_up is None) != (config.joules_per_mb_down is None):
+        raise ConfigError("energy.joules_per_mb_up and energy.joules_per_mb_down belong together; set both")
+    if config.radio is not None and config.joules_per_mb_up is not None:
+        raise ConfigError("energy.radio and energy.joules_per_mb_* say the same thing; leave one of them out")
+    if job_joules is not None and config.sensor == "none":
+        raise ConfigError('limits.job_joules cannot be kept with energy.sensor = "none"; name a sensor, or "auto"')
+
+
+def _check_model(config: EnergyConfig) -> None:
     idle, busy = config.idle_watts, config.busy_watts
     if (idle is None) != (busy is None):
         raise ConfigError("energy.idle_watts and energy.busy_watts belong together; set both")
@@ -54,9 +79,3 @@ def check_energy_config(config: EnergyConfig, job_joules: float | None) -> None:
         raise ConfigError("energy.calibration brings its own watts; leave out idle_watts and busy_watts")
     if config.sensor == "modelled" and not config.has_model:
         raise ConfigError('energy.sensor = "modelled" needs idle_watts and busy_watts, or calibration')
-    if (config.joules_per_mb_up is None) != (config.joules_per_mb_down is None):
-        raise ConfigError("energy.joules_per_mb_up and energy.joules_per_mb_down belong together; set both")
-    if config.radio is not None and config.joules_per_mb_up is not None:
-        raise ConfigError("energy.radio and energy.joules_per_mb_* say the same thing; leave one of them out")
-    if job_joules is not None and config.sensor == "none":
-        raise ConfigError('limits.job_joules cannot be kept with energy.sensor = "none"; name a sensor, or "auto"')

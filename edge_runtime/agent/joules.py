@@ -30,6 +30,7 @@ log = logging.getLogger("edge.energy")
 FASTEST_S = 0.1  # between samples while a job runs
 SHARE = 1 / 50  # of the time that reading a slow sensor may take: some are a process each time
 IDLE_STRETCH_S = 60.0  # a baseline is of the last minutes; between two of them a sensor that failed is tried again
+COARSE_DELAYS_S = (2.0, 4.0)  # after a tick: a plug that was not read for 3 s makes its next reading wait for an answer
 LATE_S, LATE = 0.02, 0.2  # how much longer (and shorter) than the worker's own time a window may be
 
 
@@ -77,7 +78,7 @@ class Joules:
 
         ways, refused = survey(config, busy_s=busy_s, root=root)
         for refusal in refused:
-            if refusal.fault != "absent" or refusal.sensor == config.sensor:
+            if refusal.fault != "absent" or refusal.sensor in (config.sensor, "plug"):
                 log.warning("energy: %s", refusal.reason)
         if not ways:
             log.info("energy: there is no sensor here, and no watts for a modelled one in agent.toml: joules unknown")
@@ -96,10 +97,17 @@ class Joules:
             return
         if self._idle is not None and self._loop.now() - self._idle.started_s < IDLE_STRETCH_S:
             self._meter.sample()
-            return
-        self._end_idle()
-        self._meter.sample()
-        self._idle = self._meter.open("idle", idle=True)
+        else:
+            self._end_idle()
+            self._meter.sample()
+            self._idle = self._meter.open("idle", idle=True)
+        if self._meter.source is not None and self._meter.source.quality == "coarse":
+            for delay_s in COARSE_DELAYS_S:
+                self._loop.call_later(delay_s, self._sample_idle)
+
+    def _sample_idle(self) -> None:
+        if self._meter is not None and self._idle is not None:
+            self._meter.sample()
 
     def job_begins(self, job: Job) -> None:
         """From here on what is drawn counts for this job."""

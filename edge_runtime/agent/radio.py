@@ -59,7 +59,7 @@ def radio_of(config: EnergyConfig, local_host: str | None, root: Path) -> Radio:
         return RADIOS[config.radio]
     name = None if local_host is None else _interface(local_host)
     if name is None:
-        return Radio(None, None, "unknown before there is a connection; or set energy.radio")
+        return Radio(None, None, "by the interface of the connection; or set energy.radio")
     return _of_interface(name, root / "sys/class/net" / name)
 
 

@@ -10,7 +10,7 @@ from edge_runtime.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edge_runtime.agent.energy_config import EnergyConfig
+    from edge_runtime.agent.energy_config import EnergyConfig, PlugConfig
     from energy.sensors.base import Sensor
     from energy.sensors.discovery import Refusal
 
@@ -47,10 +47,15 @@ def survey(config: EnergyConfig, *, busy_s: Callable[[], float] | None = None, r
 
 
 def _measured(config: EnergyConfig, root: Path) -> tuple[list[tuple[Sensor, ...]], tuple[Refusal, ...]]:
-    from energy.errors import UsageError
-    from energy.sensors.discovery import choose, discover
+    from energy.errors import SensorError, UsageError
+    from energy.sensors.discovery import Found, Refusal, choose, discover
 
     found = discover(root)
+    if config.plug is not None and config.sensor in ("auto", "plug"):
+        try:
+            found = Found((*found.sensors, _plug(config.plug)), found.refused)
+        except SensorError as error:
+            found = Found(found.sensors, (*found.refused, Refusal("plug", error.fault, str(error))))
     try:
         ways = choose(found, config.sensor)
     except UsageError as error:
@@ -66,22 +71,36 @@ def _measured(config: EnergyConfig, root: Path) -> tuple[list[tuple[Sensor, ...]
     return ways, found.refused
 
 
+def _plug(config: PlugConfig) -> Sensor:
+    from energy.sensors.plug import Plug, PlugSettings
+
+    secret, authority = config.password_file, config.ca
+    return Plug(
+        PlugSettings(
+            broker=config.url,
+            kind=config.kind,
+            topic=config.topic,
+            channel=config.channel,
+            user=config.username,
+            password_file=None if secret is None else Path(secret),
+            ca_file=None if authority is None else Path(authority),
+        )
+    )
+
+
 def _modelled(config: EnergyConfig, busy_s: Callable[[], float] | None, root: Path) -> Sensor:
     from energy.errors import EnergyError
     from energy.sensors.modelled import Modelled, machine_busy_s
 
     try:
-        idle, busy = _watts(config)
-        return Modelled(idle, busy, busy_s or machine_busy_s(root))
+        busy_s = busy_s or machine_busy_s(root)
+        if config.idle_watts is not None and config.busy_watts is not None:
+            return Modelled(config.idle_watts, config.busy_watts, busy_s)
+        from energy.calibration import load_calibration
+
+        assert config.calibration is not None
+        fitted = load_calibration(Path(config.calibration))
+        origin = f"{fitted.sensor} ({fitted.scope})"
+        return Modelled(fitted.idle_watts, fitted.busy_watts, busy_s, cores=fitted.cores, fitted_to=origin)
     except EnergyError as error:
-        raise ConfigError(f"energy.sensor modelled: {error}") from error
-
-
-def _watts(config: EnergyConfig) -> tuple[float, float]:
-    if config.idle_watts is not None and config.busy_watts is not None:
-        return config.idle_watts, config.busy_watts
-    from energy.calibration import load_calibration
-
-    assert config.calibration is not None
-    found = load_calibration(Path(config.calibration))
-    return found.idle_watts, found.busy_watts
+        raise ConfigError(f"energy: {error}") from error

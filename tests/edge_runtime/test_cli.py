@@ -46,6 +46,29 @@ def test_check_compares_data_with_a_bundle(agent, capsys):
     assert json.loads(out)["bundle"] == "toy"
 
 
+def test_check_says_what_joules_would_come_from(agent, capsys):
+    """The sensor in use or what stands in for it, refusals with their reason, the radio, limits that cannot hold."""
+    (agent / "agent.toml").write_text(
+        AGENT + '[energy]\nsensor = "modelled"\nidle_watts = 2\nbusy_watts = 5\nradio = "lte"'
+    )
+    code, out, _ = run(agent, capsys, "check")
+    assert code == 0
+    assert "energy: modelled: nothing measured: 2 W idle to 5 W busy" in out
+    assert "energy: radio: 5.27 J per MB up, 2.18 down, modelled (LTE of a phone" in out
+    said = json.loads(run(agent, capsys, "check", "--json")[1])["energy"]
+    assert (said["source"]["modelled"], said["refused"]) == (True, [])
+    (agent / "agent.toml").write_text(AGENT + '[energy]\nsensor = "none"')
+    assert "energy: joules are unknown: switched off" in run(agent, capsys, "check")[1]
+    (agent / "agent.toml").write_text(AGENT + '[energy]\nsensor = "jetsom"')
+    code, _, error = run(agent, capsys, "check")
+    assert (code, "no sensor 'jetsom' on this machine" in error) == (2, True)
+    (agent / "agent.toml").write_text(AGENT + '[energy]\nsensor = "thor"\n[limits]\njob_joules = 5')
+    out = run(agent, capsys, "check")[1]
+    if "energy: joules are unknown" in out:  # on any machine but a Jetson Thor
+        assert "energy: limits.job_joules will not hold: nothing here can measure" in out
+        assert "energy: refused: thor: " in out
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

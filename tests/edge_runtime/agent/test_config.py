@@ -39,6 +39,19 @@ def test_relative_paths_count_from_the_file(tmp_path):
     assert (config.limits.worker_nice, config.limits.worker_threads) == (5, 1)
 
 
+def test_energy_has_defaults_and_paths_of_its_own(tmp_path):
+    """Without the section the best sensor is looked for; files of the section count from the file's folder, too."""
+    config = load(tmp_path, GOOD)
+    assert (config.energy.sensor, config.energy.has_model, config.limits.job_joules) == ("auto", False, None)
+    text = '[energy]\ncalibration = "modelled.json"\n[energy.plug]\nurl = "mqtt://10.0.0.2"\nkind = "shelly2"\n'
+    text += 'topic = "shelly-1"\npassword_file = "plug.secret"\n[limits]\njob_joules = 100\n'
+    config = load(tmp_path, GOOD.replace("[limits]\n", text))
+    assert config.energy.calibration == str(tmp_path / "modelled.json")
+    assert config.energy.plug.password_file == str(tmp_path / "plug.secret")
+    assert (config.energy.plug.channel, config.energy.plug.ca, config.energy.has_model) == (0, None, True)
+    assert config.limits.job_joules == 100.0
+
+
 def test_password_is_read_anew_and_belongs_to_the_device(tmp_path):
     """The password file is read at every connection; without a user name the device's name is it."""
     settings = link_settings(load(tmp_path, GOOD))
@@ -68,6 +81,31 @@ def test_password_is_read_anew_and_belongs_to_the_device(tmp_path):
         ("worker_nice = 5", "blob_mb = 0", r"limits\.blob_mb must be a number > 0"),
         ("worker_nice = 5", "blob_mb = inf", r"limits\.blob_mb = inf"),
         ("worker_nice = 5", "max_temperature_c = nan", r"limits\.max_temperature_c = nan"),
+        ("[limits]", "[energy]\nidle_watts = 2\n[limits]", r"idle_watts and energy\.busy_watts belong together"),
+        (
+            "[limits]",
+            "[energy]\nidle_watts = 5\nbusy_watts = 4\n[limits]",
+            r"busy_watts = 4 is not above energy\.idle_watts = 5",
+        ),
+        (
+            "[limits]",
+            '[energy]\nidle_watts = 2\nbusy_watts = 4\ncalibration = "m.json"\n[limits]',
+            r"energy\.calibration brings its own watts",
+        ),
+        ("[limits]", '[energy]\nsensor = "modelled"\n[limits]', r"needs idle_watts and busy_watts, or calibration"),
+        ("[limits]", '[energy]\nsensor = "plug"\n[limits]', r"needs \[energy\.plug\] with url, kind and topic"),
+        ("[limits]", '[energy]\nsenser = "auto"\n[limits]', r"'senser' in \[energy\]; did you mean 'sensor'"),
+        ("[limits]", '[energy]\nradio = "5g"\n[limits]', r"energy\.radio"),
+        ("[limits]", "[energy]\njoules_per_mb_up = 2\n[limits]", "joules_per_mb_down belong together"),
+        (
+            "[limits]",
+            '[energy]\nradio = "lte"\njoules_per_mb_up = 2\njoules_per_mb_down = 1\n[limits]',
+            "say the same thing",
+        ),
+        ("[limits]", "[energy]\nidle_watts = 1\nbusy_watts = inf\n[limits]", r"energy\.busy_watts = inf"),
+        ("[limits]", '[energy.plug]\nurl = "mqtt://a"\nkind = "kasa"\ntopic = "t"\n[limits]', r"energy\.plug\.kind"),
+        ("[limits]", '[energy]\nsensor = "none"\n[limits]\njob_joules = 9', r"limits\.job_joules cannot be kept with"),
+        ("worker_nice = 5", "job_joules = 0", r"limits\.job_joules must be a number > 0"),
         ('device = "pi-7"', 'device = "pi 7"', "device name 'pi 7'"),
         ('device = "pi-7"', "", "device"),
         ('name = "digits"', 'name = "a/b"', r"data\[0\]\.name must be 1 to 64 letters, digits"),

@@ -16,6 +16,7 @@ from edge_runtime import messages, topics
 from edge_runtime.agent import daemon, pipe, transfers
 from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig
 from edge_runtime.agent.daemon import Agent
+from edge_runtime.agent.energy_config import EnergyConfig
 from edge_runtime.agent.health import unhealthy
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.errors import ConfigError, StorageError
@@ -241,6 +242,22 @@ def test_a_job_leaves_one_line_of_what_it_took(world, caplog):
     world.until(lambda: world.heard(messages.UpdateOffer))
     line = "job run/a1: 3 samples in 1.2 s, 6 bytes encoded in 8 ms of CPU, 5006 bytes written"
     assert line in caplog.text
+
+
+def test_the_radio_of_a_job_is_modelled_from_its_bytes(world):
+    """What came for the job and what it sends; blobs that were here already cost nothing."""
+    costs = EnergyConfig(sensor="none", joules_per_mb_up=3000.0, joules_per_mb_down=10.0)
+    agent = world.agent(energy=costs)
+    world.until(lambda: world.states)
+    for name, fetched in (("a1", 301_000), ("b1", 0)):
+        count = len(world.requests)
+        world.tell(world.job(name, run=name))
+        world.until(lambda count=count: len(world.requests) > count)
+        train(world, agent, name.encode())
+        world.until(lambda name=name: any(o.update.assignment == name for o in world.heard(messages.UpdateOffer)))
+        energy = world.heard(messages.UpdateOffer)[-1].meta.energy
+        assert energy == messages.EnergyUse(radio_mj=round(1000 * (2 * 0.003 + fetched * 1e-5)))
+    assert agent._fetched == {}
 
 
 def test_models_that_others_build_on_are_kept(world):

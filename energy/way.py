@@ -45,6 +45,7 @@ class Part:
         self.sensor = sensor
         self.accuracy: float = getattr(sensor, "accuracy", None) or 0.0
         self.gap_limit_s = max(GAP_S, GAP_INTERVALS * sensor.interval_s)
+        self._stuck: tuple[float, ...] = ()  # what it said when it was found frozen
         self.restart()
 
     def restart(self) -> None:
@@ -107,6 +108,9 @@ class Part:
 
     def _believe(self, at_s: float, values: tuple[float, ...]) -> None:
         source, interval_s = self.sensor.source, self.sensor.interval_s
+        if values == self._stuck:
+            raise SensorError("frozen", f"{source.sensor} still says exactly the same")
+        self._stuck = ()
         if values != self._values:
             self._values, self._same_since_s, self._same = values, at_s, 0
         self._same += 1
@@ -118,6 +122,7 @@ class Part:
         else:
             limit_s, readings = float("inf"), 0  # a coarse value stays, and the sensor itself knows how old it is
         if self._same > readings and same_s > limit_s:
+            self._stuck = values
             raise SensorError("frozen", f"{source.sensor} has said exactly the same for {same_s:.0f} s")
         if self.counts or self.sensor.domain != "system" or source.modelled:
             return

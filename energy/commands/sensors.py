@@ -68,9 +68,8 @@ def _row(sensor: Sensor, error: SensorError | None = None) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]], refused: list[Refusal], none: str, conditions: str) -> None:
     for row in rows:
-        print(
-            f"{row['sensor']}: {row['quality']} of the {row['scope']} ({row['domain']}), every {row['interval_s']:g} s"
-        )
+        what = "no sensor" if row["quality"] == "modelled" else f"{row['quality']} of the {row['scope']}"
+        print(f"{row['sensor']}: {what} ({row['domain']}), every {row['interval_s']:g} s")
         print(f"  covers {row['covers']}")
         if row["fault"]:
             print(f"  fails now: {row['fault']}")

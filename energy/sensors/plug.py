@@ -73,6 +73,7 @@ class Plug:
         self._broker = settings.broker
         self._refused = ""
         self._client = self._connect(settings, client_id)
+        self._client.loop_start()
         try:
             self._ask_and_wait()
         except SensorError:
@@ -136,7 +137,6 @@ class Plug:
             client.connect(address.hostname, address.port or (8883 if address.scheme == "mqtts" else 1883))
         except (OSError, ValueError) as error:
             raise SensorError("absent", f"{NAME}: broker {settings.broker}: {error}; check address and port") from error
-        client.loop_start()
         return client
 
     def _on_connect(self, client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
@@ -176,9 +176,9 @@ class Plug:
             self._client.publish(question.topic, question.payload)  # QoS 0: unanswered questions are asked again
 
     def _ask_and_wait(self) -> None:
+        heard = self._heard if self._watts is not None else 0
         self._ask()
         with self._news:
-            heard = self._heard
             self._news.wait_for(lambda: self._heard > heard or self._refused or self._error, timeout=self._wait_s)
             if self._refused:
                 raise SensorError(

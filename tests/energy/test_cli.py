@@ -1,0 +1,162 @@
+"""``edge-energy`` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from energy.calibration import Calibration, save_calibration
+from energy.commands.measure import mean_and_half_width
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "energy.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60, **options)
+
+
+@pytest.fixture
+def rapl(tmp_path: Path) -> Path:
+    """A tree with the counter of one package, which the test moves."""
+    zone = tmp_path / "root/sys/class/powercap/intel-rapl:0"
+    zone.mkdir(parents=True)
+    (zone / "name").write_text("package-0\n")
+    (zone / "max_energy_range_uj").write_text("262143328850\n")
+    (zone / "energy_uj").write_text("1000000\n")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A calibration."""
+    save_calibration(Calibration(3.0, 7.0, 2, 0.1, "rapl", "package", "CPU"), tmp_path / "modelled.json")
+    return tmp_path / "modelled.json"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    """A machine without any sensor."""
+    (tmp_path / "bare").mkdir()
+    return tmp_path / "bare"
+
+
+def test_sensors_are_listed_with_what_they_cover(rapl: Path) -> None:
+    """A sensor that answers is shown with scope, rails and one reading, as text and as JSON."""
+    text = call("sensors", "--root", rapl)
+    assert text.returncode == 0, text.stderr
+    assert "rapl: counter of the package" in text.stdout
+    found = json.loads(call("sensors", "--root", rapl, "--json").stdout)
+    assert found["sensors"][0]["rails"] == [
+        {"name": "package-0", "scope": "package", "in_total": True, "joules": pytest.approx(1.0)}
+    ]
+
+
+def test_machine_without_sensors_says_so(empty: Path) -> None:
+    """Nothing to read is exit code 1 and a sentence with the cure; --all names what was looked for."""
+    result = call("sensors", "--root", empty)
+    assert result.returncode == 1
+    assert "no sensor of power or energy can be read here" in result.stdout
+    assert "(absent)" not in result.stdout
+    assert "jetson" in call("sensors", "--root", empty, "--all").stdout
+    assert call("watch", "--root", empty).returncode == 1
+    calibrated = call("calibrate", "--root", empty, "-o", empty / "x.json")
+    assert calibrated.returncode == 2
+    assert "needs a sensor that measures" in calibrated.stderr
+
+
+def test_unknown_sensor_and_command_are_refused(rapl: Path) -> None:
+    """A name that is not there is answered with those that are."""
+    wrong = call("measure", "--root", rapl, "--sensor", "jetson", "--", "true")
+    assert wrong.returncode == 2
+    assert "rapl" in wrong.stderr
+    assert "sensors, watch, measure, calibrate" in call("mesure").stderr
+    assert call("measure").returncode == 2
+    assert call("measure", "--root", rapl, "--", "/no/such/program").returncode == 2
+
+
+def test_measure_without_a_sensor_times_the_command_and_passes_its_exit_code(empty: Path) -> None:
+    """The command runs, its output and exit code are its own, and no joules are invented."""
+    result = call("measure", "--root", empty, "--json", "--", "sh", "-c", "echo hello; exit 7")
+    assert result.returncode == 7
+    first, _, rest = result.stdout.partition("\n")
+    assert first == "hello"
+    report = json.loads(rest)
+    assert report["source"] is None
+    assert report["runs"][0]["joules"] is None
+    assert report["runs"][0]["modelled_joules"] is None
+    assert report["runs"][0]["seconds"] > 0
+    assert "no sensor" in result.stderr
+
+
+def test_measure_reads_gross_and_net(rapl: Path) -> None:
+    """A command that moves the counter by 5 J drew 5 J, above an idle stretch that drew less."""
+    code = "import sys,time; time.sleep(.3); open(sys.argv[1],'w').write('6000000')"
+    counter = rapl / "sys/class/powercap/intel-rapl:0/energy_uj"
+    command = ("--", sys.executable, "-c", code, counter)
+    result = call("measure", "--root", rapl, "--idle", "0.2", "-o", rapl / "drew.json", *command)
+    report = json.loads((rapl / "drew.json").read_text())
+    assert result.returncode == 0
+    run = report["runs"][0]
+    assert run["joules"] == pytest.approx(5.0, abs=0.3)
+    assert run["modelled_joules"] is None
+    assert run["rails_joules"] == {"package-0": run["joules"]}
+    assert report["source"]["sensor"] == "rapl"
+    assert "gross" in result.stderr
+
+
+def test_modelled_figures_are_labelled_everywhere(model: Path) -> None:
+    """Keys and text of a modelled measurement never say plain joules or watts."""
+    result = call(
+        "measure", "--root", "/", "--sensor", "modelled", "--model", model, "--idle", "0.1", "--json", "--", "true"
+    )
+    run = json.loads(result.stdout)["runs"][0]
+    assert run["modelled_joules"] > 0
+    assert run["idle_modelled_watts"] >= 3.0
+    assert {run[key] for key in ("joules", "net_joules", "watts", "idle_watts", "half_width_joules")} == {None}
+    text = call(
+        "measure", "--sensor", "modelled", "--model", model, "--idle", "0.1", "--repeat", "2", "--", "true"
+    ).stderr
+    assert "NOT MEASURED" in text
+    assert all("modelled" in line for line in text.splitlines() if " J" in line or " W" in line)
+
+
+def test_watch_prints_json_lines_in_a_pipe(model: Path) -> None:
+    """One object per interval, ended by --count."""
+    result = call("watch", "--sensor", "modelled", "--model", model, "--interval", "0.2", "--count", "2")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["joules"] for line in lines] == [None, None]
+    assert all(line["modelled_watts"] >= 3.0 for line in lines)
+    assert result.returncode == 0
+
+
+def test_interrupt_ends_the_command_and_still_tells_what_it_drew(model: Path) -> None:
+    """^C reaches the command; its figures up to then are printed, and the exit code says it was a signal."""
+    arguments = ["measure", "--sensor", "modelled", "--model", str(model), "--idle", "0", "--json", "--"]
+    child = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(30)"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "energy.cli", *arguments, *child],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        os.killpg(process.pid, signal.SIGINT)
+        text = process.stdout.read()
+    assert json.loads(text)["runs"][0]["modelled_joules"] > 0
+    assert process.returncode in (1, 130)
+
+
+def test_interval_over_runs_is_students() -> None:
+    """Three runs of 1, 2 and 3 J: mean 2, half-width 4.30 x 1 / sqrt(3)."""
+    assert mean_and_half_width([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.483), abs=1e-3)
+    assert mean_and_half_width([5.0]) == (5.0, None)

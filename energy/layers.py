@@ -41,7 +41,6 @@ DEFAULT_BATCH = 32
 # Classes whose name is not the function's in other letters.
 _NAMES = {
     "NonDynamicallyQuantizableLinear": "linear",
-    "MultiheadAttention": "multi_head_attention",
     "LogSigmoid": "logsigmoid",
     "SiLU": "silu",
     "GELU": "gelu",
@@ -61,7 +60,7 @@ _NOTHING = frozenset({"flatten", "unflatten", "identity"})
 # Two operands: with a number, or of another shape, they are other kinds.
 _PAIRED = frozenset({"add", "sub", "mul", "div"})
 _NORMS = {"batch_norm1d", "batch_norm2d", "batch_norm3d", "layer_norm", "group_norm"}
-_WEIGHTED = _NORMS | {"linear", "lstm", "gru", "rnn", "prelu", "multi_head_attention"}
+_WEIGHTED = _NORMS | {"linear", "lstm", "gru", "rnn", "prelu", "multihead_attention"}
 
 
 class LayerSpec(NamedTuple):
@@ -98,10 +97,7 @@ def partition(manifest: Mapping[str, Any], batch: int | None = None) -> list[Lay
         )
     fixed = manifest.get("batch") or {}
     samples = (fixed.get("size") if fixed.get("mode") == "fixed" else None) or batch or DEFAULT_BATCH
-    found = []
-    for layer in layers:
-        if layer.get("calls", 1) > 0:
-            found += _specs(layer, samples)
+    found = [spec_of(entry, samples) for layer in layers for entry in elementary(layer)]
     return [*found, *_optimizer(manifest)]
 
 
@@ -124,25 +120,29 @@ def canonical(kind: str) -> str:
     return "".join(letters)
 
 
-def _specs(layer: Entry, batch: int) -> list[LayerSpec]:
+def elementary(layer: Entry) -> list[Entry]:
+    """An entry of a layer table as entries of one layer each: biases and stacked layers apart, free ones left out."""
     kind = canonical(layer["kind"])
     settings: Mapping[str, Any] = layer["settings"]
-    if kind in _NOTHING or (kind.startswith(("dropout", "alpha_dropout")) and str(settings.get("p")) == "0"):
+    free = kind in _NOTHING or ("dropout" in kind and str(settings.get("p")) == "0")
+    if free or not layer.get("calls", 1):
         return []
-    shapes = tuple(layer["input_shape"]), tuple(layer["output_shape"])
     if kind in {"lstm", "gru", "rnn"}:
-        return _recurrent(layer, kind, batch)
-    family, sizes = _sizes(kind, settings, *shapes)
-    specs = [_spec(layer, layer["name"], family + _backward(kind, layer), sizes, batch)]
-    if kind.startswith("conv") and settings.get("bias") and layer.get("trainable", True):
-        bias = {"in_channels": sizes["out_channels"], "in_positions": sizes["out_positions"]}
-        specs.append(_spec(layer, f"{layer['name']}.bias", "bias", bias, batch))
-    return specs
+        return _recurrent(layer)
+    if not kind.startswith("conv") or not settings.get("bias"):
+        return [layer]
+    made = layer["output_shape"]
+    bias = {"name": f"{layer['name']}.bias", "kind": "bias", "input_shape": made, "output_shape": made, "settings": {}}
+    plain = {**layer, "settings": {**settings, "bias": 0}}
+    return [plain, {**bias, "calls": layer.get("calls", 1)}] if layer.get("trainable", True) else [plain]
 
 
-def _spec(layer: Entry, name: str, kind: str, sizes: Sizes, batch: int) -> LayerSpec:
+def spec_of(entry: Entry, batch: int) -> LayerSpec:
+    """Kind and sizes of an elementary entry."""
+    kind = canonical(entry["kind"])
+    family, sizes = _sizes(kind, entry["settings"], entry["input_shape"], entry["output_shape"])
     kept = {key: int(value) for key, value in {"batch": batch, **sizes}.items() if value != 1}
-    return LayerSpec(name, kind, kept, layer.get("calls", 1))
+    return LayerSpec(entry["name"], family + _backward(kind, entry), kept, entry.get("calls", 1))
 
 
 def _backward(kind: str, layer: Entry) -> str:
@@ -259,24 +259,31 @@ _SIZES: dict[str, Callable[[Entry, Sequence[int], Sequence[int]], Sizes]] = {
     "softmax": _along,
     "log_softmax": _along,
     "cross_entropy": _classes,
+    "lstm": _dense,
+    "gru": _dense,
+    "rnn": _dense,
+    "bias": _classes,
     "embedding": _embedding,
-    "multi_head_attention": _attention,
+    "multihead_attention": _attention,
 }
 
 
-def _recurrent(layer: Entry, kind: str, batch: int) -> list[LayerSpec]:
-    """One spec per stacked layer; a direction is a call."""
+def _recurrent(layer: Entry) -> list[Entry]:
+    """One entry per stacked layer; a direction is a call."""
     settings, steps = layer["settings"], layer["input_shape"][0]
     width, hidden = layer["input_shape"][-1], int(settings["hidden_size"])
     directions = 1 + int(settings.get("bidirectional", 0))
-    calls, specs = layer.get("calls", 1) * directions, []
+    calls = layer.get("calls", 1) * directions
+    entries: list[Entry] = []
     for index in range(int(settings.get("num_layers", 1))):
-        sizes = {"in_channels": width, "out_channels": hidden, "in_positions": steps, "out_positions": steps}
-        below = {**layer, "input_gradient": True} if index and layer.get("trainable", True) else layer
-        name = layer["name"] if index == 0 else f"{layer['name']}.{index}"
-        specs.append(_spec({**layer, "calls": calls}, name, kind + _backward(kind, below), sizes, batch))
+        single = {"input_size": width, "hidden_size": hidden, "num_layers": 1}
+        shapes = {"input_shape": [steps, width], "output_shape": [steps, hidden]}
+        entry = {**layer, **shapes, "settings": single, "calls": calls}
+        if index:
+            entry |= {"name": f"{layer['name']}.{index}", "input_gradient": layer.get("trainable", True)}
+        entries.append(entry)
         width = hidden * directions
-    return specs
+    return entries
 
 
 def _optimizer(manifest: Mapping[str, Any]) -> list[LayerSpec]:

@@ -39,12 +39,18 @@ def file_entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
 
 def write_bundle(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> int:
     """Writes the bundle and returns its size in bytes; an older file at ``path`` is replaced in one step."""
+    return write_archive(path, {MANIFEST_NAME: encode_manifest(manifest), **files}, zipfile.ZIP_STORED)
+
+
+def write_archive(path: Path, files: Mapping[str, bytes], compression: int) -> int:
+    """Writes a zip with the same bytes for the same content, in one step; returns its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in {MANIFEST_NAME: encode_manifest(manifest), **files}.items():
+        with os.fdopen(handle, "wb") as stream, zipfile.ZipFile(stream, "w", compression) as archive:
+            for name, data in files.items():
                 entry = zipfile.ZipInfo(name, _EPOCH)
+                entry.compress_type = compression
                 entry.external_attr = _MODE << 16
                 entry.create_system = 3
                 archive.writestr(entry, data)

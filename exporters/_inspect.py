@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edge_runtime.bundle.manifest import Batch, Manifest
     from exporters.export import ExportReport
+    from exporters.probes import PackReport
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
@@ -88,4 +89,15 @@ def manifest_text(manifest: Manifest, sha256: str) -> str:
         for entry in manifest.parameters
     ]
     lines += _table([("parameter", "dtype", "shape", "role"), *roles])
+    return "\n".join(lines)
+
+
+def probes_text(report: PackReport) -> str:
+    """What a probe pack holds."""
+    layers, candidates = sum(report.layers.values()), sum(report.candidates.values())
+    lines = [f"{report.path}: {report.size_bytes} bytes, {layers} layers and {candidates} other sizes to measure", ""]
+    rows = [(kind, str(count), str(report.candidates.get(kind, 0))) for kind, count in sorted(report.layers.items())]
+    lines += _table([("kind", "layers", "other sizes"), *rows])
+    for kind, names in sorted(report.missing.items()):
+        lines.append(f"no probe for {kind} ({', '.join(names[:3])}): what it costs will be missing from estimates")
     return "\n".join(lines)

@@ -138,7 +138,7 @@ class _Table(TorchFunctionMode):
             activation_bytes=made.element_size() * size,
             settings=settings,
             input_gradient=any(value.requires_grad for value in given if value is not weight),
-            trainable=weight is not None and weight.requires_grad,
+            trainable=any(value.requires_grad and value.is_leaf for value in given[1:]),
         )
         self._enter(prefix + kind, entry)
 

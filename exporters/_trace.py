@@ -35,7 +35,6 @@ Kind = Literal["gradients", "evaluate"]
 # Stands for the batch while tracing: unlike any layer size, so that no comparison mistakes one for the other.
 _BATCH_HINT = 1523
 
-_BATCHED = ("x", "y", "mask")
 _USES = {"gradients": ("x", "y", "mask", "seed"), "evaluate": ("x", "y", "mask")}
 
 
@@ -51,6 +50,14 @@ class Traced(NamedTuple):
     dropout_streams: int
 
 
+class Given(NamedTuple):
+    """One input of a traced function beside its tensors: shape without the batch axis if it has one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batched: bool = True
+
+
 def trace(model: Model, kind: Kind, *, batch: int | None, mask: bool) -> Traced:
     """Traces one function of ``model`` and declares its outputs on a new builder.
 
@@ -62,27 +69,71 @@ def trace(model: Model, kind: Kind, *, batch: int | None, mask: bool) -> Traced:
     """
     stack: list[str] = []
     step = Step(model, stack)
+    given = {
+        "x": Given(tuple(model.example.shape[1:]), model.example.dtype),
+        "y": Given(model.target.shape, model.target.dtype),
+        "mask": Given((), torch.float32),
+        "seed": Given((), torch.int64, batched=False),
+    }
+    uses = [name for name in _USES[kind] if name != "mask" or mask]
+
+    def run(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        values.setdefault("seed", torch.zeros((), dtype=torch.int64))
+        result: dict[str, torch.Tensor] = getattr(step, kind)(values)
+        return result
+
+    model.module.train(kind == "gradients")
+    inputs = {name: given[name] for name in uses}
+    tensors = {f"p.{name}": value for name, value in model.tensors().items()}
+    builder = trace_function(run, tensors, inputs, batch=batch, module=model.module, stack=stack, places=step.places)
+    return Traced(builder, tuple(step.unused), step.streams)
+
+
+def trace_function(
+    function: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    tensors: Mapping[str, torch.Tensor],
+    given: Mapping[str, Given],
+    *,
+    batch: int | None,
+    module: nn.Module,
+    stack: list[str],
+    places: Mapping[str, str],
+) -> GraphBuilder:
+    """Traces a function of named tensors and declares its named outputs on a new builder.
+
+    Args:
+        function: maps all inputs by name to outputs by name; runs ``module``.
+        tensors: inputs whose sizes never change.
+        given: the other inputs; the first has a batch axis.
+        batch: size of the batch axis; None: dynamic.
+        module: watched, so that messages can name its layers.
+        stack: gets the names of the layers that run.
+        places: which layer called an operator first; filled by ``function``.
+
+    Raises:
+        NotDynamicError: a dynamic batch was asked for and the function fixes it.
+        ExportError: it cannot be traced, or uses an operator without a translation.
+    """
     symbolic = batch is None
-    fake = _inputs(model, batch, mask=mask, uses=_USES[kind])
+    fake = _inputs(tensors, given, batch)
     names: list[str] = []
 
     def flat(*values: torch.Tensor) -> list[torch.Tensor]:
-        given = dict(zip(fake, values, strict=True))
-        given.setdefault("seed", torch.zeros((), dtype=torch.int64))
-        result = getattr(step, kind)(given)
+        result = function(dict(zip(fake, values, strict=True)))
         names[:] = result
         return list(result.values())
 
     if symbolic:
-        _refuse_recurrent_dropout(model.module)
-    model.module.train(kind == "gradients")
-    with _named_layers(model.module, stack), _plain_kernels():
-        module = _make_graph(flat, fake, symbolic=symbolic, stack=stack)
-    _check_still_symbolic(fake, symbolic=symbolic)
+        _refuse_recurrent_dropout(module)
+    with _named_layers(module, stack), _plain_kernels():
+        graph = _make_graph(flat, fake, symbolic=symbolic, stack=stack)
+    first = next(iter(given))
+    _check_still_symbolic(fake[first], symbolic=symbolic)
     builder = GraphBuilder()
-    inputs = [_declare(builder, name, value, symbolic=symbolic and name in _BATCHED) for name, value in fake.items()]
-    converter = Converter(builder, "x" if symbolic else None, step.places)
-    outputs = dict(zip(names, converter.run(module, inputs), strict=True))
+    batched = {name for name, item in given.items() if item.batched and symbolic}
+    inputs = [_declare(builder, name, value, symbolic=name in batched) for name, value in fake.items()]
+    converter = Converter(builder, first if symbolic else None, places)
+    outputs = dict(zip(names, converter.run(graph, inputs), strict=True))
     for name, value in outputs.items():
         if name.startswith("new.p.") and value.name == name.removeprefix("new."):
             continue  # a buffer that training leaves alone
@@ -90,30 +141,26 @@ def trace(model: Model, kind: Kind, *, batch: int | None, mask: bool) -> Traced:
             raise NotDynamicError(f"output {name} has a batch size in more than its first axis")
         shape = tuple(BATCH_AXIS if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
         builder.set_output(name, value.name, Port(NUMPY[value.dtype], shape))
-    return Traced(builder, tuple(step.unused), step.streams)
+    return builder
 
 
-def _inputs(model: Model, batch: int | None, *, mask: bool, uses: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _inputs(
+    tensors: Mapping[str, torch.Tensor], given: Mapping[str, Given], batch: int | None
+) -> dict[str, torch.Tensor]:
     """Fake tensors for every graph input: shapes without data."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    given: dict[str, torch.Tensor] = {}
-    for name, value in model.tensors().items():
-        fixed = _sizes([DimDynamic.STATIC] * value.dim())
-        given[f"p.{name}"] = mode.from_tensor(value, symbolic_context=fixed)
+    result: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        result[name] = mode.from_tensor(value, symbolic_context=_sizes([DimDynamic.STATIC] * value.dim()))
     size: Any = batch
     if batch is None:
         axis = torch.empty(_BATCH_HINT, device="meta")
         size = mode.from_tensor(axis, symbolic_context=_sizes([DimDynamic.DYNAMIC])).shape[0]
     with mode:
-        data: dict[str, torch.Tensor] = {
-            "x": torch.empty((size, *model.example.shape[1:]), dtype=model.example.dtype),
-            "y": torch.empty((size, *model.target.shape), dtype=model.target.dtype),
-            "seed": torch.empty((), dtype=torch.int64),
-        }
-        if mask:
-            data["mask"] = torch.empty((size,))
-    given.update({name: data[name] for name in uses if name in data})
-    return given
+        for name, item in given.items():
+            shape = (size, *item.shape) if item.batched else item.shape
+            result[name] = torch.empty(shape, dtype=item.dtype)
+    return result
 
 
 def _sizes(kinds: list[DimDynamic]) -> StatelessSymbolicContext[Any, Any]:
@@ -180,10 +227,10 @@ def _refuse_recurrent_dropout(module: nn.Module) -> None:
             raise NotDynamicError(f"layer {name!r} has dropout between recurrent layers, which needs a fixed batch")
 
 
-def _check_still_symbolic(fake: Mapping[str, torch.Tensor], *, symbolic: bool) -> None:
+def _check_still_symbolic(fake: torch.Tensor, *, symbolic: bool) -> None:
     if not symbolic:
         return
-    size: Any = fake["x"].shape[0]
+    size: Any = fake.shape[0]
     if not isinstance(size, torch.SymInt) or size.node.expr.is_number or size.node.maybe_as_int() is not None:
         raise NotDynamicError("forward() fixes the batch size, for example by int(x.shape[0]) or a fixed view")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,7 +16,7 @@ from exporters import _inspect
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _HYPER = ("lr", "momentum", "weight_decay", "beta1", "beta2", "eps", "clip_norm")
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_bundle(commands)
     _add_inspect(commands)
+    _add_probes(commands)
     return parser
 
 
@@ -103,6 +105,29 @@ def _add_inspect(commands: Any) -> None:
     parser.set_defaults(run=_inspect_command)
 
 
+def _add_probes(commands: Any) -> None:
+    parser = commands.add_parser(
+        "probes",
+        help="make a probe pack: what a device measures to learn what layers cost",
+        description="Traces every layer of some bundles alone, with other sizes of the same kinds beside them, into one "
+        "file for edge-energy profile. Bundles share what they have in common.",
+        epilog="example: edge-export probes lenet.bundle har.bundle -o layers.probes",
+    )
+    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="whose layers are probed")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="probe pack to write")
+    parser.add_argument("--per-kind", type=int, default=40, metavar="N", help="other sizes per kind (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the other sizes (default: 0)")
+    parser.add_argument("--batch", type=_samples, default=32, metavar="N", help="samples per step (default: 32)")
+    parser.add_argument("--json", action="store_true", help="print a machine-readable report")
+    parser.set_defaults(run=_probes_command)
+
+
+def _samples(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of samples")
+    return int(text)
+
+
 def _batch(text: str) -> str | int:
     if text in {"auto", "dynamic"}:
         return text
@@ -125,15 +150,22 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _bundle(arguments: argparse.Namespace) -> int:
+@contextlib.contextmanager
+def _extra() -> Iterator[None]:
+    """Names the extra where a library of it is missing."""
     try:
-        from exporters import _source
-        from exporters.export import export_bundle
+        yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         cure = 'pip install "edge-training-runtime[export]"'
         raise UsageError(f"exporting needs {error.name}, which is not installed: {cure}") from error
+
+
+def _bundle(arguments: argparse.Namespace) -> int:
+    with _extra():
+        from exporters import _source
+        from exporters.export import export_bundle
 
     given = _source.load(arguments.source, arguments.input_shape, arguments.input_dtype)
     options = {
@@ -151,6 +183,25 @@ def _bundle(arguments: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(report) | {"path": str(report.path), "batch": _plain(report.batch)}))
     else:
         print(_inspect.report_text(report))
+    return 0
+
+
+def _probes_command(arguments: argparse.Namespace) -> int:
+    with _extra():
+        from exporters.probes import export_probes
+
+    report = export_probes(
+        arguments.bundles,
+        arguments.output,
+        per_kind=arguments.per_kind,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        progress=lambda line: print(f"{line} ...", file=sys.stderr),
+    )
+    if arguments.json:
+        print(json.dumps(report._asdict() | {"path": str(report.path)}))
+    else:
+        print(_inspect.probes_text(report))
     return 0
 
 

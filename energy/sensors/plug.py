@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 NAME = "plug"
 INTERVAL_S = 1.0
-WAIT_S = 5.0  # for the first answer, and for one after a pause
+WAIT_S = 5.0  # for the first answer
+PAUSE_WAIT_S = 2.0  # for a fresh one when nobody read for a while
 STALE_S = 15.0
 STALE_UNASKED_S = 90.0  # Gen1 speaks every 30 s when nothing changes
 LIMIT_WATTS = 4000.0  # a European socket carries 16 A
@@ -75,7 +76,7 @@ class Plug:
         self._client = self._connect(settings, client_id)
         self._client.loop_start()
         try:
-            self._ask_and_wait()
+            self._ask_and_wait(wait_s)
         except SensorError:
             self.close()
             raise
@@ -97,7 +98,7 @@ class Plug:
         paused = now_s - self._read_s > 3 * INTERVAL_S
         self._read_s = now_s
         if paused:
-            self._ask_and_wait()
+            self._ask_and_wait(min(self._wait_s, PAUSE_WAIT_S))
         else:
             self._ask()
         with self._news:
@@ -175,11 +176,11 @@ class Plug:
         if question is not None:
             self._client.publish(question.topic, question.payload)  # QoS 0: unanswered questions are asked again
 
-    def _ask_and_wait(self) -> None:
+    def _ask_and_wait(self, wait_s: float) -> None:
         heard = self._heard if self._watts is not None else 0
         self._ask()
         with self._news:
-            self._news.wait_for(lambda: self._heard > heard or self._refused or self._error, timeout=self._wait_s)
+            self._news.wait_for(lambda: self._heard > heard or self._refused or self._error, timeout=wait_s)
             if self._refused:
                 raise SensorError(
                     "permission", f"{NAME}: broker {self._broker}: {self._refused}; check user and password"

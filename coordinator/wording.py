@@ -47,8 +47,9 @@ def source_words(source: dict[str, Any] | None) -> str:
     """Where a device has its joules from."""
     if source is None:
         return "-"
-    modelled = "modelled" in (source["quality"], source["scope"])
-    return f"{source['sensor']}, {'modelled' if modelled else source['scope'] + ', measured'}"
+    if "modelled" not in (source["quality"], source["scope"]):
+        return f"{source['sensor']}, {source['scope']}, measured"
+    return "modelled" if source["sensor"] == "modelled" else f"{source['sensor']}, modelled"
 
 
 def number(value: float | None) -> str:

@@ -33,6 +33,7 @@ COMMANDS = (
     Command("watch", "energy.commands.watch", "show power live"),
     Command("measure", "energy.commands.measure", "run a command and say what it drew"),
     Command("calibrate", "energy.commands.calibrate", "fit the modelled sensor to one that measures"),
+    Command("report", "energy.commands.report", "a profile or the ledger of a run as a page, CSV and JSON"),
 )
 
 _EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted; measure passes its command's on"

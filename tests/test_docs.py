@@ -46,7 +46,7 @@ COMMANDS = [
         ("coordinator.cli", command)
         for command in ("serve", "submit", "status", "runs", "devices", "model", "stop", "verify")
     ),
-    *(("energy.cli", command) for command in ("sensors", "watch", "measure", "calibrate")),
+    *(("energy.cli", command) for command in ("sensors", "watch", "measure", "calibrate", "report")),
     *(("exporters.cli", command) for command in ("bundle", "inspect")),
 ]
 

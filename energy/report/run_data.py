@@ -1,0 +1,252 @@
+"""The ledger of a run, as ``edge-coordinator status RUN --json`` or a ``summary.json`` tells it, and its tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import msgspec
+
+from energy.report.tables import Column, Table, page_column, text_column
+from energy.report.units import amount, both_words, digits, duration, percent, total
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_Amount = Annotated[float, msgspec.Meta(ge=0.0)]
+PARTS = (
+    "train_joules",
+    "train_modelled_joules",
+    "compress_joules",
+    "compress_modelled_joules",
+    "radio_modelled_joules",
+)
+_JOB_KEYS = (
+    *("device", "round", "assignment", "status", "sensor", "scope", "quality", "covers"),
+    *PARTS,
+    *("idle_watts", "idle_modelled_watts", "train_seconds", "stopped", "note"),
+)
+_TEXTS = ("device", "assignment", "status", "sensor", "scope", "quality", "covers", "stopped", "note")
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the ledger; None: unknown."""
+
+    device: str
+    round: int = 0
+    assignment: str = ""
+    status: str = ""
+    sensor: str | None = None
+    scope: str | None = None
+    quality: str | None = None
+    covers: str | None = None
+    train_joules: _Amount | None = None
+    compress_joules: _Amount | None = None
+    train_modelled_joules: _Amount | None = None
+    compress_modelled_joules: _Amount | None = None
+    radio_modelled_joules: _Amount | None = None
+    idle_watts: _Amount | None = None
+    idle_modelled_watts: _Amount | None = None
+    train_seconds: _Amount | None = None
+    stopped: str = ""
+    note: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known what its training drew."""
+        return self.train_joules is not None or self.train_modelled_joules is not None
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One closed round; accuracies are shares."""
+
+    round: int
+    accuracy: float | None = None
+    device_accuracy: float | None = None
+    updates: int = 0
+    seconds: float | None = None
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """What the coordinator itself summed up."""
+
+    joules: _Amount | None = None
+    modelled_joules: _Amount | None = None
+    radio_modelled_joules: _Amount | None = None
+    measured_jobs: int = 0
+    modelled_jobs: int = 0
+    unknown_jobs: int = 0
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. ``ledger`` is None in files of versions before there was one."""
+
+    run: str
+    status: str = ""
+    reason: str = ""
+    rounds: int = 0
+    rounds_planned: int = 0
+    accuracy: float | None = None
+    device_accuracy: float | None = None
+    initial_accuracy: float | None = None
+    seconds: float | None = None
+    devices: int = 0
+    bytes_up: int | None = None
+    bytes_down: int | None = None
+    history: list[Round]
+    energy: Totals = Totals()
+    ledger: list[Job] | None = None
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The rows of the ledger."""
+        return self.ledger or []
+
+
+class Drawn(NamedTuple):
+    """Sums over jobs, joules by part as named in the ledger; None: none was known."""
+
+    jobs: int
+    unknown_jobs: int
+    stopped_jobs: int
+    parts: dict[str, float | None]
+
+    @property
+    def measured(self) -> float | None:
+        """Joules of training and compression that were measured."""
+        return total(self.parts[name] for name in ("train_joules", "compress_joules"))
+
+    @property
+    def modelled(self) -> float | None:
+        """Joules of training and compression that were modelled."""
+        return total(self.parts[name] for name in ("train_modelled_joules", "compress_modelled_joules"))
+
+    @property
+    def radio(self) -> float | None:
+        """Joules of the radio, which are always modelled."""
+        return self.parts["radio_modelled_joules"]
+
+    @property
+    def everything(self) -> float:
+        """All known joules, of either kind: how long a bar is."""
+        return total(self.parts.values()) or 0.0
+
+
+def drawn(jobs: Iterable[Job]) -> Drawn:
+    """What these jobs drew."""
+    jobs = list(jobs)
+    return Drawn(
+        len(jobs),
+        sum(not job.known for job in jobs),
+        sum(bool(job.stopped) for job in jobs),
+        {name: total(getattr(job, name) for job in jobs) for name in PARTS},
+    )
+
+
+def by_device(run: Run) -> dict[str, Drawn]:
+    """What every device drew, by its name."""
+    groups: dict[str, list[Job]] = {}
+    for job in run.jobs:
+        groups.setdefault(job.device, []).append(job)
+    return {name: drawn(groups[name]) for name in sorted(groups)}
+
+
+def by_round(run: Run) -> dict[int, Drawn]:
+    """What the jobs drew that each round gave out, closed rounds without any included, in order."""
+    groups: dict[int, list[Job]] = {entry.round: [] for entry in run.history}
+    for job in run.jobs:
+        groups.setdefault(job.round, []).append(job)
+    return {number: drawn(groups[number]) for number in sorted(groups)}
+
+
+def run_tables(run: Run) -> list[Table]:
+    """``devices``, ``rounds``, ``sensors`` and ``jobs``."""
+    return [_devices(run), _rounds(run), _sensors(run), _jobs(run)]
+
+
+# Five columns of joules for programs; for people one per part, with the word measured or modelled beside the figure.
+_SUMS = (
+    Column("jobs", "jobs"),
+    Column("unknown_jobs", "energy unknown", in_page=False),
+    Column("stopped_jobs", "ended early"),
+    *(Column(name, name, in_page=False) for name in PARTS),
+    page_column("training", "training"),
+    page_column("compression", "compression"),
+    page_column("radio", "radio"),
+)
+
+
+def _sums(sums: Drawn) -> tuple[Any, ...]:
+    train, train_modelled, compress, compress_modelled, radio = (sums.parts[name] for name in PARTS)
+    words = both_words(train, train_modelled), both_words(compress, compress_modelled), both_words(None, radio)
+    return (sums.jobs, sums.unknown_jobs, sums.stopped_jobs, *sums.parts.values(), *words)
+
+
+def _devices(run: Run) -> Table:
+    rows = []
+    for name, sums in by_device(run).items():
+        of_device = [job for job in run.jobs if job.device == name]
+        sensors = sorted({_sensor_words(job) for job in of_device if job.quality is not None})
+        seconds = total(job.train_seconds for job in of_device)
+        rows.append((name, "; ".join(sensors), seconds, *_sums(sums)))
+    columns = (
+        text_column("device", "device"),
+        text_column("sensors", "by"),
+        Column("train_seconds", "training time", duration),
+        *_SUMS,
+    )
+    return Table("devices", columns, rows)
+
+
+def _rounds(run: Run) -> Table:
+    closed = {entry.round: entry for entry in run.history}
+    rows = []
+    for number, sums in by_round(run).items():
+        entry = closed.get(number, Round(round=number))
+        rows.append((number, entry.accuracy, entry.device_accuracy, entry.seconds, *_sums(sums)))
+    columns = (
+        Column("round", "round", lambda value: str(value + 1)),  # counted from 0 in files, as everywhere
+        Column("accuracy", "accuracy", percent),
+        Column("device_accuracy", "on devices", percent),
+        Column("seconds", "took", duration),
+        *_SUMS,
+    )
+    return Table("rounds", columns, rows)
+
+
+def _sensors(run: Run) -> Table:
+    groups: dict[tuple[str, str, str, str], list[Job]] = {}
+    for job in run.jobs:
+        if job.quality is not None or job.known:
+            key = (job.sensor or "", job.scope or "", job.quality or "", job.covers or "")
+            groups.setdefault(key, []).append(job)
+    rows = []
+    for key, jobs in sorted(groups.items()):
+        sums, names = drawn(jobs), sorted({job.device for job in jobs})
+        shown = ", ".join(names[:6]) + (" \u2026" if len(names) > 6 else "")
+        rows.append((*key, len(names), shown, len(jobs), sums.measured, sums.modelled))
+    columns = (
+        text_column("sensor", "sensor"),
+        text_column("scope", "scope"),
+        text_column("quality", "quality"),
+        text_column("covers", "covers"),
+        Column("devices", "devices", in_page=False),
+        text_column("device_names", "devices"),
+        Column("jobs", "jobs"),
+        Column("joules", "measured", amount),
+        Column("modelled_joules", "modelled", amount),
+    )
+    return Table("sensors", columns, rows)
+
+
+def _jobs(run: Run) -> Table:
+    shows = {"idle_watts": digits, "idle_modelled_watts": digits}
+    columns = tuple(
+        text_column(key, key) if key in _TEXTS else Column(key, key, shows.get(key, str)) for key in _JOB_KEYS
+    )
+    return Table("jobs", columns, [tuple(getattr(job, key) for key in _JOB_KEYS) for job in run.jobs])
+
+
+def _sensor_words(job: Job) -> str:
+    if job.quality == "modelled" or job.scope == "modelled":
+        return "modelled" if job.sensor in (None, "modelled") else f"{job.sensor} (modelled)"
+    return f"{job.sensor or 'unnamed'} ({job.scope or 'unknown scope'})"

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import CodecError
+from edge_runtime.plugins import any_installed
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -73,6 +74,8 @@ def codec_class(codec: str | int) -> type[Codec]:
 
 
 def _entry_points() -> dict[str, EntryPoint]:
+    if not any_installed(GROUP):
+        return {}
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import TrainingError
+from edge_runtime.plugins import any_installed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +52,8 @@ def create_method(name: str, options: Mapping[str, float] | None = None) -> Clie
 
 
 def _entry_points() -> dict[str, EntryPoint]:
+    if not any_installed(GROUP):
+        return {}
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -10,7 +10,16 @@ from energy.report import charts
 from energy.report.page import Tile, figure, items, page, section, text, tiles
 from energy.report.profile_data import error_of, power_modelled
 from energy.report.tables import html_table
-from energy.report.units import PREDICTED_WORDS, QUANTITY_UNIT, amount, digits, duration, percent, quantity_words
+from energy.report.units import (
+    PREDICTED_WORDS,
+    QUANTITY_UNIT,
+    amount,
+    counted,
+    digits,
+    duration,
+    percent,
+    quantity_words,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +41,7 @@ def profile_page(
     made = datetime.fromtimestamp(profile.created_unix_s, timezone.utc)
     day = f", made {made:%Y-%m-%d %H:%M} UTC" if profile.created_unix_s > 0 else ""
     mode = f", power mode {device.power_mode}" if device.power_mode else ""
-    threads = f"{device.threads} thread{'' if device.threads == 1 else 's'}"
+    threads = counted(device.threads, "thread")
     lead = f"{device.board}, {device.cpu}, {threads}{mode}{day}."
     body = [
         _tiles(profile),
@@ -42,7 +51,9 @@ def profile_page(
         _left_out(profile, tested),
         _spread(profile),
         section(
-            "Kinds of layers", html_table(by_key["kinds"], empty="No layer has been measured yet."), _about_errors()
+            "Kinds of layers",
+            html_table(by_key["kinds"], cards=True, empty="No layer has been measured yet."),
+            _about_errors(),
         ),
         _power(profile),
         _sensor(profile),
@@ -64,15 +75,13 @@ def _tiles(profile: Profile) -> str:
     entries = [
         Tile(str(points), f"layers measured, of {len(profile.families)} kinds"),
         Tile(duration(profile.profiling_seconds), "of profiling"),
-        Tile(
-            "\u2013" if not judged else percent(sum(map(abs, judged)) / len(judged)),
-            f"mean error over {len(judged)} whole models",
-        ),
-        Tile(
-            "\u2013" if profile.idle_watts is None else f"{digits(profile.idle_watts)} W",
-            "idle, modelled" if power_modelled(profile) else "idle, measured",
-        ),
     ]
+    if judged:
+        mean = sum(map(abs, judged)) / len(judged)
+        entries.append(Tile(percent(mean), f"mean error over {counted(len(judged), 'whole model')}"))
+    if profile.idle_watts is not None:
+        words = "idle, modelled" if power_modelled(profile) else "idle, measured"
+        entries.append(Tile(f"{digits(profile.idle_watts)} W", words))
     factor = profile.factor.get(profile.quantity)
     if factor is not None:
         error = profile.factor_error.get(profile.quantity)
@@ -155,7 +164,7 @@ def _wholes(profile: Profile, table: Table) -> str:
         f"{held} of {len(judged)} metered values lie inside. An anchor set the profile's factor and proves nothing."
     )
     legend = [("dot", "inside its interval"), ("outside", "outside"), ("anchor", "anchor")]
-    return section(heading, figure(draw, caption, legend=legend), html_table(table))
+    return section(heading, figure(draw, caption, legend=legend), html_table(table, cards=True))
 
 
 def _left_out(profile: Profile, tested: Sequence[LeftOut]) -> str:

@@ -8,7 +8,7 @@ from energy.report import charts
 from energy.report.page import Tile, figure, items, page, section, text, tiles
 from energy.report.run_data import PARTS, Drawn, Job, Run, by_device, by_round, drawn
 from energy.report.tables import html_table
-from energy.report.units import amount, both_words, duration, percent
+from energy.report.units import amount, both_words, counted, duration, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,13 +38,13 @@ def run_page(run: Run, tables: Sequence[Table], foot: str) -> str:
     body.append(
         section(
             "Which sensor measured what",
-            html_table(by_key["sensors"], empty="No device has said what it draws."),
+            html_table(by_key["sensors"], cards=True, empty="No device has said what it draws."),
             text(
                 "Scope says what a figure is of: a whole board, a module without its carrier, one package, or a model."
             ),
         )
     )
-    body.append(section("Devices", html_table(by_key["devices"], empty="No job has reported its end.")))
+    body.append(section("Devices", html_table(by_key["devices"], cards=True, empty="No job has reported its end.")))
     body.append(section("Rounds", html_table(by_key["rounds"], empty="No round has closed yet.")))
     body.append(_stopped(run))
     return page(f"Energy of run {run.run}", lead, body, foot)
@@ -69,7 +69,7 @@ def _tiles(run: Run) -> str:
             Tile(amount(radio), "radio, modelled from bytes"),
             Tile(f"{sums.jobs - sums.unknown_jobs}/{sums.jobs}", "jobs whose energy is known"),
             Tile(percent(accuracy), "accuracy"),
-            Tile(duration(run.seconds), f"{run.devices} devices"),
+            Tile(duration(run.seconds), counted(run.devices, "device")),
         ]
     )
 
@@ -87,7 +87,7 @@ def _warnings(run: Run) -> list[str]:
     elif sums.measured is None and sums.modelled is None:
         said.append("No device said what its jobs drew: they have no sensor and no model. Nothing here is zero.")
     elif sums.unknown_jobs:
-        said.append(f"The energy of {sums.unknown_jobs} of {sums.jobs} jobs is unknown and in no sum.")
+        said.append(f"What training drew is unknown for {sums.unknown_jobs} of {sums.jobs} jobs, so it is in no sum.")
     if sums.measured is not None and sums.modelled is not None:
         said.append(
             "Some devices measured and some were modelled: these joules are not compared, only put side by side."

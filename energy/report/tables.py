@@ -69,8 +69,8 @@ def page_column(key: str, heading: str) -> Column:
     return Column(key, heading, number=True, in_files=False)
 
 
-def html_table(table: Table, *, empty: str = "There are none.") -> str:
-    """The table in HTML; columns in which nothing is known are left out."""
+def html_table(table: Table, *, cards: bool = False, empty: str = "There are none.") -> str:
+    """The table in HTML; columns in which nothing is known are left out. ``cards``: on a phone one card per row."""
     if not table.rows:
         return f"<p>{escape(empty)}</p>"
     shown = [
@@ -80,7 +80,8 @@ def html_table(table: Table, *, empty: str = "There are none.") -> str:
     ]
     head = "".join(f"<th{_css(column)}>{escape(column.heading)}</th>" for _, column in shown)
     body = "".join(f"<tr>{''.join(_cell(column, row[index]) for index, column in shown)}</tr>" for row in table.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    css = ' class="cards"' if cards else ""
+    return f'<div class="scroll"><table{css}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def csv_text(table: Table) -> str:
@@ -112,7 +113,7 @@ def _cell(column: Column, value: Any) -> str:
     unknown = value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))
     words = _DASH if unknown else column.show(value)
     css = ' class="long"' if not column.number and len(words) > _LONG else _css(column)
-    return f"<td{css}>{escape(words)}</td>"
+    return f'<td{css} data-label="{escape(column.heading)}"><span>{escape(words)}</span></td>'
 
 
 def _css(column: Column) -> str:

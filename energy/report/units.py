@@ -72,6 +72,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f}{_SPACE}min" if seconds < 7200 else f"{seconds / 3600:.1f}{_SPACE}h"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def total(values: Iterable[float | None]) -> float | None:
     """The sum of what is known; None if nothing is."""
     known = [value for value in values if value is not None]

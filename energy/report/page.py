@@ -55,7 +55,8 @@ th,td{overflow-wrap:normal}td:not(.number){min-width:6.5rem;max-width:24rem}
 th:first-child,td:first-child{position:sticky;left:0;background:var(--paper);padding-left:0}
 @media screen and (max-width:760px){td.long{min-width:14rem!important}.cards thead{display:none}
 .cards,.cards tbody,.cards tr{display:block}.cards tr{border:1px solid var(--line);border-radius:.5rem;
-padding:.3rem .7rem;margin:.5rem 0}.cards td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.15rem 0;
+padding:.3rem .7rem;margin:.5rem 0}
+.cards td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.15rem 0;
 min-width:0!important;max-width:none!important;white-space:normal;text-align:right;position:static!important}
 .cards td::before{content:attr(data-label);color:var(--soft);text-align:left;flex:none}
 .cards td:first-child{font-weight:600}}

@@ -19,7 +19,7 @@ _STYLE = """
 --train:#0072b2;--compress:#d98200;--radio:#00805f;--hatch:#fff;--accent:#0072b2;--shade:#0072b214;--window:#cfe3f1}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 figure,.tile,tr{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible!important}
-table{font-size:8.5pt!important}td,th{padding:.2em .5em!important;white-space:normal!important}}
+table{font-size:8.5pt!important}td,th{padding:.2em .5em!important}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1.2rem clamp(.8rem,3vw,2rem) 3rem;max-width:58rem;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:anywhere}
@@ -60,7 +60,7 @@ padding:.3rem .7rem;margin:.5rem 0}
 min-width:0!important;max-width:none!important;white-space:normal;text-align:right;position:static!important}
 .cards td::before{content:attr(data-label);color:var(--soft);text-align:left;flex:none}
 .cards td:first-child{font-weight:600}}
-.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}th.number{white-space:normal}
+.number{text-align:right;font-variant-numeric:tabular-nums}
 footer{margin-top:2.5rem;padding-top:.6rem;border-top:1px solid var(--line);color:var(--soft);font-size:.875rem}
 """
 

@@ -86,4 +86,4 @@ def total(values: Iterable[float | None]) -> float | None:
 def both_words(measured: float | None, modelled: float | None) -> str:
     """Joules with the word beside each figure."""
     parts = ((measured, "measured"), (modelled, "modelled"))
-    return ", ".join(f"{amount(value)} {word}" for value, word in parts if value is not None) or "unknown"
+    return ", ".join(f"{amount(value)}{_SPACE}{word}" for value, word in parts if value is not None) or "unknown"

@@ -150,8 +150,8 @@ def _energy_lines(summary: dict[str, Any]) -> list[str]:
     if jobs:
         radio = energy["radio_modelled_joules"]
         lines.append(
-            f"energy: {energy_words(energy)}, for training and compression of {counted(jobs, 'job')}"
-            + (f"; unknown for {energy['unknown_jobs']} more" if energy["unknown_jobs"] else "")
+            f"energy: {energy_words(energy)}, for compression and the training of {counted(jobs, 'job')}"
+            + (f"; what training drew is unknown for {energy['unknown_jobs']} more" if energy["unknown_jobs"] else "")
             + (f"; radio {joules(radio)} modelled" if radio is not None else "")
         )
     if summary["stopped_jobs"]:

@@ -164,7 +164,7 @@ def wholes_table(profile: Profile) -> Table:
             Column(f"high_{name}", "at most", show),
         ]
     columns += [
-        Column("relative_error", "error", lambda value: f"{100 * value:+.1f} %"),
+        Column("relative_error", "error", lambda value: f"{100 * value:+.1f}\u00a0%"),
         Column("inside", "inside", in_page=False),
         page_column("note", "90 % interval"),
     ]

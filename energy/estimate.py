@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from energy.errors import ProfileError
-from energy.features import SIZES, Floats, flops
+from energy.features import Floats, flops, size_table
 from energy.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from energy.layers import LayerSpec, Sizes
+    from energy.layers import LayerSpec
     from energy.profile import Family, Profile, Quantity
 
 Z90 = 1.6449  # half of a normal 90 % interval
@@ -124,7 +124,7 @@ class Estimator:
         """Layers of one kind, and the variance of their sum."""
         process = known.process
         log_mean, shared = process.posterior([layer.sizes for layer in layers])
-        table = _table([layer.sizes for layer in layers])
+        table = size_table([layer.sizes for layer in layers])
         same = (table[:, None, :] == table[None, :, :]).all(axis=2)
         # Layers of the same sizes deviate together: they run the same code.
         covariance = shared + process.noise_variance * same
@@ -153,12 +153,8 @@ def estimate(
 
 
 def _load(family: Family, quantity: Quantity) -> _Known:
-    table = _table([point.sizes for point in family.points if quantity in point.costs])
+    table = size_table([point.sizes for point in family.points if quantity in point.costs])
     return _Known(Process.of(family, quantity), table.min(axis=0), table.max(axis=0))
-
-
-def _table(sizes: Sequence[Sizes]) -> Floats:
-    return np.array([[row.get(name, 1) for name in SIZES] for row in sizes], dtype=np.float64)
 
 
 def _interval(mean: float, variance: float) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """What a layer's cost depends on: logarithms of its sizes, of its work and of what it moves through memory.
 
-Libraries of dense kernels work on blocks of channels, so their cost has steps where a smooth model sees none. The work
-is therefore counted with channels rounded up to a block. Which block is a matter of the library and the processor, and
-found by fitting (:mod:`energy.fitting`).
+Libraries of dense kernels work on blocks of channels, so their cost has steps where a smooth model sees none. Work and
+traffic are therefore counted with channels rounded up to a block; which block is a matter of library and processor, and
+found by fitting (:mod:`energy.fitting`). Images of up to three channels have kernels of their own that waste less, so
+the work is given both ways.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 # Blocks of channels that libraries use: none, 4 (NEON), 8 (AVX2, NEON twice), 16 (AVX-512), 32 (int8 and GPU tiles).
 BLOCKS = (1, 4, 8, 16, 32)
+IMAGE_CHANNELS = 3
 SIZES = (
     "batch",
     "in_channels",
@@ -33,26 +35,52 @@ SIZES = (
     "groups",
     "elements",
 )
-FEATURES = (*SIZES, "flops", "input_elements", "output_elements", "weight_elements")
+# The positions of the input are in the elements of the input.
+FEATURES = (
+    "batch",
+    "in_channels",
+    "out_channels",
+    "out_positions",
+    "kernel_positions",
+    "stride",
+    "dilation",
+    "groups",
+    "blocked_flops",
+    "flops",
+    "input_elements",
+    "output_elements",
+)
 
-_DENSE = ("conv", "linear", "bilinear", "multihead_attention")
+_DENSE = ("conv", "linear", "bilinear")
 _RECURRENT = {"rnn": 1, "gru": 3, "lstm": 4}  # gates
 
 
 def features(kind: str, sizes: Sequence[Sizes], block: int = 1) -> Floats:
-    """Natural logarithms, float64 ``[layers, len(FEATURES)]``; work counted with channels padded to ``block``."""
-    table = np.array([[max(1, row.get(name, 1)) for name in SIZES] for row in sizes], dtype=np.float64)
-    table = table.reshape(len(sizes), len(SIZES))
-    batch, inputs, outputs, in_positions, out_positions = table[:, :5].T
-    work = _multiply_adds(kind, table, block)
-    moved = (batch * inputs * in_positions, batch * outputs * out_positions, _weights(kind, table))
-    result: Floats = np.log(np.column_stack([table, 2 * work, *moved]))
+    """Natural logarithms, float64 ``[layers, len(FEATURES)]``; channels of dense kinds are rounded up to ``block``."""
+    table = size_table(sizes)
+    column = {name: table[:, index] for index, name in enumerate(SIZES)}
+    inputs, outputs = column["in_channels"], column["out_channels"]
+    if kind.startswith(_DENSE):
+        wide_in, wide_out = _padded(inputs, block), _padded(outputs, block)
+    else:
+        wide_in, wide_out = inputs, outputs
+    column["blocked_flops"] = 2 * _work(kind, column, block, image=False)
+    column["flops"] = 2 * _work(kind, column, block, image=True)
+    column["input_elements"] = column["batch"] * wide_in * column["in_positions"] * column["elements"]
+    column["output_elements"] = column["batch"] * wide_out * column["out_positions"]
+    result: Floats = np.log(np.column_stack([column[name] for name in FEATURES]))
     return result
 
 
 def flops(kind: str, sizes: Sizes) -> float:
-    """Floating-point operations of the forward pass of one step, 2 per multiply-add; 1 per value where none."""
+    """Floating-point operations of the forward pass of one step, 2 per multiply-add or value."""
     return float(np.exp(features(kind, [sizes])[0, FEATURES.index("flops")]))
+
+
+def size_table(sizes: Sequence[Sizes]) -> Floats:
+    """The sizes as numbers from 1, float64 ``[layers, len(SIZES)]``."""
+    rows = [[max(1, row.get(name, 1)) for name in SIZES] for row in sizes]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(SIZES))
 
 
 def _padded(channels: Floats, block: int) -> Floats:
@@ -60,33 +88,24 @@ def _padded(channels: Floats, block: int) -> Floats:
     return result
 
 
-def _gates(kind: str) -> int:
-    return next((gates for name, gates in _RECURRENT.items() if kind.startswith(name)), 0)
-
-
-def _multiply_adds(kind: str, table: Floats, block: int) -> Floats:
-    batch, inputs, outputs, _, positions, taps, _, _, groups, elements = table.T
-    work: Floats = batch * positions * taps * outputs
+def _work(kind: str, column: dict[str, Floats], block: int, *, image: bool) -> Floats:
+    """Multiply-adds, or values where there are none; ``image``: few input channels are not rounded up."""
+    batch, inputs, outputs = column["batch"], column["in_channels"], column["out_channels"]
+    positions, taps, groups = column["out_positions"], column["kernel_positions"], column["groups"]
+    gates = next((number for name, number in _RECURRENT.items() if kind.startswith(name)), 0)
     if kind.startswith("optimizer"):
-        work = elements
-    elif gates := _gates(kind):
+        work = column["elements"]
+    elif gates:
         wide = _padded(outputs, block)
         work = batch * positions * gates * wide * (_padded(inputs, block) + wide)
+    elif kind.startswith("multihead_attention"):
+        work = batch * positions * inputs * (4 * outputs + 2 * positions)
     elif kind.startswith(_DENSE):
-        # Channels of a group are padded by themselves; a depthwise kernel has one, and runs over channels instead.
-        depthwise = groups == inputs
-        each = np.where(depthwise, 1.0, _padded(inputs / groups, block))
-        work = batch * positions * taps * each * _padded(outputs, block)
-    return work
-
-
-def _weights(kind: str, table: Floats) -> Floats:
-    _, inputs, outputs, _, _, taps, _, _, groups, elements = table.T
-    count: Floats = outputs
-    if kind.startswith("optimizer"):
-        count = elements
-    elif gates := _gates(kind):
-        count = gates * outputs * (inputs + outputs)
-    elif kind.startswith(_DENSE):
-        count = inputs / groups * outputs * taps
-    return count
+        each = inputs / groups
+        # A depthwise kernel has one channel, and runs over groups instead.
+        plain = (groups == inputs) | (image & (each <= IMAGE_CHANNELS))
+        work = batch * positions * taps * np.where(plain, each, _padded(each, block)) * _padded(outputs, block)
+    else:
+        work = batch * np.maximum(inputs * column["in_positions"], outputs * positions * taps)
+    result: Floats = work
+    return result

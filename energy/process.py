@@ -1,16 +1,21 @@
 """Gaussian process on the logarithm of a cost: prediction with NumPy alone.
 
 Rasmussen and Williams, Gaussian Processes for Machine Learning (2006): prediction 2.2 and algorithm 2.1, Matern 5/2
-with a length per feature 4.2.1 and 5.1, leaving one out 5.4.2. The covariance of two layers is
+with a length per feature 4.2.1 and 5.1, leaving one out 5.4.2. The covariance of two layers is, on standardised
+features x, a sum of
 
-    signal^2 (1 + r + r^2 / 3) exp(-r) + trend^2 x.x' + level^2,    r = sqrt(5) |(x - x') / length|
+* ``trend^2 x.x'`` and a level: carries far from the points,
+* ``signal^2 m(|x - x'| / length)`` with the Matern function m: bends the trend near the points,
+* ``step_signal^2 m(|c - c'| / step_length)`` for the number c of input channels, and of output channels: what blocks
+  of channels do whatever the other sizes are.
 
-on standardised features x: the straight trend carries far from the points, the Matern term bends it near them. The
-variance of a point is its own, from its measurement, plus ``noise``^2 for what the features cannot tell.
+The variance of a point is its own, from its measurement, plus ``noise^2`` for what the features cannot tell, times the
+point's ``doubt`` (1, more for outliers).
 
 Parameters, all lists of float: ``block`` (of channels), ``columns`` (of :data:`energy.features.FEATURES` in use),
-``center`` and ``scale`` (of those columns), ``length``, ``signal``, ``trend``, ``noise`` (standard deviations of log
-cost), ``offset`` (log cost that the model is about).
+``center`` and ``scale`` (of those columns), ``steps`` (which of them have steps), ``length`` (per column), ``signal``,
+``step_length`` and ``step_signal`` (per step), ``trend``, ``noise``, ``doubt`` (per point), ``offset`` (log cost that
+the model is about). Signals, trend and noise are standard deviations of log cost.
 """
 
 from __future__ import annotations
@@ -30,11 +35,10 @@ if TYPE_CHECKING:
 
 LEVEL = 2.0
 JITTER = 1e-8  # keeps the covariance positive in float64
-_NAMES = ("block", "columns", "center", "scale", "length", "signal", "trend", "noise", "offset")
-
-
-# Medians of the parameters before anything was measured, in units of log cost and of standardised features.
-PRIOR = {"length": np.e, "signal": 0.5, "trend": 1.0, "noise": 0.08}
+STEPPED = (FEATURES.index("in_channels"), FEATURES.index("out_channels"))
+# Medians of the parameters before anything was measured.
+PRIOR = {"signal": 0.5, "step_length": 1.1, "step_signal": 0.18, "trend": 1.0, "noise": 0.08}
+_LENGTH = 1.1  # times the root of the number of features, which distances grow with
 
 
 class Prediction(NamedTuple):
@@ -62,23 +66,22 @@ class Process:
         Raises:
             ProfileError: a parameter is missing or has another length than the others, or a cost is not positive.
         """
-        _check(kind, parameters)
-        self.kind, self.spread = kind, spread
-        self._block = int(parameters["block"][0])
-        self._columns = np.array(parameters["columns"], dtype=np.intp)
-        self._center, self._scale = np.array(parameters["center"]), np.array(parameters["scale"])
-        self._length = np.array(parameters["length"])
-        self._signal2, self._trend2 = parameters["signal"][0] ** 2, parameters["trend"][0] ** 2
-        self._noise2, self._offset = parameters["noise"][0] ** 2, parameters["offset"][0]
-        self._points = self.inputs(sizes)
+        _check(kind, parameters, len(sizes))
         if not all(cost > 0 for cost in costs):
             raise ProfileError(f"{kind}: a point costs nothing or less; measure it again or take it out")
-        target = np.log(np.asarray(costs, dtype=np.float64)) - self._offset
+        value = {name: np.asarray(numbers, dtype=np.float64) for name, numbers in parameters.items()}
+        self.kind, self.spread = kind, spread
+        self._block, self._columns = int(parameters["block"][0]), value["columns"].astype(np.intp)
+        self._center, self._scale, self._length = value["center"], value["scale"], value["length"]
+        self._steps = list(zip(value["steps"].astype(np.intp), value["step_length"], value["step_signal"], strict=True))
+        self._signal, self._trend = parameters["signal"][0], parameters["trend"][0]
+        self._noise, self._offset = parameters["noise"][0], parameters["offset"][0]
+        self._points = self.inputs(sizes)
         own = np.asarray(relative_errors, dtype=np.float64) ** 2
         covariance = self.covariance(self._points, self._points)
-        covariance[np.diag_indices_from(covariance)] += own + self._noise2 + JITTER
-        self._inverse = np.linalg.inv(covariance)
-        self._weights = self._inverse @ target
+        covariance[np.diag_indices_from(covariance)] += own + self._noise**2 * value["doubt"] + JITTER
+        self._inverse: Floats = np.asarray(np.linalg.inv(covariance), dtype=np.float64)
+        self._weights: Floats = self._inverse @ (np.log(np.asarray(costs, dtype=np.float64)) - self._offset)
 
     @classmethod
     def of(cls, family: Family, quantity: Quantity) -> Process:
@@ -101,6 +104,11 @@ class Process:
             spread=fitted.spread,
         )
 
+    @property
+    def noise_variance(self) -> float:
+        """Variance of log cost that no further point of other layers can take away."""
+        return self._noise**2
+
     def inputs(self, sizes: Sequence[Sizes]) -> Floats:
         """Standardised features of layers, float64 ``[layers, columns]``."""
         table = features(self.kind, sizes, self._block)[:, self._columns]
@@ -109,9 +117,11 @@ class Process:
 
     def covariance(self, left: Floats, right: Floats) -> Floats:
         """Prior covariance of log costs, float64 ``[left, right]``; both as :meth:`inputs` gives them."""
-        trend: Floats = self._trend2 * left @ right.T + LEVEL**2
-        bend = matern(left / self._length, right / self._length, self._signal2)
-        return trend + bend
+        total: Floats = self._trend**2 * left @ right.T + LEVEL**2
+        total += self._signal**2 * _matern(left / self._length, right / self._length)
+        for column, length, signal in self._steps:
+            total += signal**2 * _matern(left[:, [column]] / length, right[:, [column]] / length)
+        return total
 
     def posterior(self, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:
         """Mean ``[layers]`` and covariance ``[layers, layers]`` of log costs given the points.
@@ -126,71 +136,74 @@ class Process:
         """Costs of layers, noise of a layer and spread included."""
         inputs = self.inputs(sizes)
         known = self.covariance(inputs, self._points)
-        prior = self._signal2 + self._trend2 * np.sum(inputs**2, axis=1) + LEVEL**2
+        bends = self._signal**2 + sum(signal**2 for _, _, signal in self._steps)
+        prior = self._trend**2 * np.sum(inputs**2, axis=1) + LEVEL**2 + bends
         variance = prior - np.sum(known @ self._inverse * known, axis=1)
-        deviation = self.spread * np.sqrt(np.maximum(variance, 0.0) + self._noise2)
+        deviation = self.spread * np.sqrt(np.maximum(variance, 0.0) + self._noise**2)
         return Prediction(known @ self._weights + self._offset, deviation)
 
-    def left_out(self) -> Floats:
-        """Standardised residuals of each point as predicted from all others, float64 ``[points]``; ignores spread."""
+    def left_out(self) -> Prediction:
+        """Each point as predicted from all others: measured minus predicted log cost, and its deviation; no spread."""
         precision = np.diag(self._inverse)
-        return np.asarray(self._weights / np.sqrt(precision), dtype=np.float64)
-
-    @property
-    def noise_variance(self) -> float:
-        """Variance of log cost that no further point of other layers can take away."""
-        return float(self._noise2)
-
-
-def telling_columns(table: Floats) -> list[int]:
-    """Columns of features that vary and do not repeat another one."""
-    found: list[int] = []
-    standard: list[Floats] = []
-    for column in range(table.shape[1]):
-        values = table[:, column]
-        if np.ptp(values) < 1e-9:
-            continue
-        values = (values - values.mean()) / values.std()
-        if not any(np.allclose(values, other, atol=1e-6) for other in standard):
-            found.append(column)
-            standard.append(values)
-    return found
-
-
-def prior_length(columns: int) -> float:
-    """Median length before anything was measured: distances grow with the number of features, and lengths with it."""
-    return float(PRIOR["length"] * np.sqrt(max(columns, 1) / 6.0))
+        return Prediction(self._weights / precision, 1.0 / np.sqrt(precision))
 
 
 def prior(kind: str, sizes: Sequence[Sizes], block: int = 8) -> Process:
-    """What is believed of a kind before any point: ``sizes``, the layers in question, set the scale of its features."""
+    """What is believed of a kind before any point; ``sizes``, the layers in question, give the scale of features."""
     table = features(kind, sizes, block)
-    columns = telling_columns(table)
-    parameters = {
-        "block": [float(block)],
+    frame = standard_frame(table)
+    parameters = {"block": [float(block)], **frame, **{name: [PRIOR[name]] for name in ("signal", "trend", "noise")}}
+    parameters |= {"length": [prior_length(len(frame["columns"]))] * len(frame["columns"])}
+    parameters |= {name: [PRIOR[name]] * len(frame["steps"]) for name in ("step_length", "step_signal")}
+    return Process(kind, [], [], [], parameters=parameters | {"doubt": [], "offset": [0.0]})
+
+
+def standard_frame(table: Floats) -> dict[str, list[float]]:
+    """The columns of features that vary and do not repeat another one, how to standardise them, which have steps."""
+    columns: list[int] = []
+    found: list[Floats] = []
+    for column in range(table.shape[1]):
+        values = table[:, column]
+        if len(values) == 0 or np.ptp(values) < 1e-9:
+            continue
+        values = (values - values.mean()) / values.std()
+        if not any(np.allclose(values, other, atol=1e-6) for other in found):
+            columns.append(column)
+            found.append(values)
+    return {
         "columns": [float(column) for column in columns],
-        "center": table[:, columns].mean(axis=0).tolist(),
-        "scale": table[:, columns].std(axis=0).tolist(),
-        "length": [prior_length(len(columns))] * len(columns),
-        **{name: [PRIOR[name]] for name in ("signal", "trend", "noise")},
-        "offset": [0.0],
+        "center": table[:, columns].mean(axis=0).tolist() if columns else [],
+        "scale": table[:, columns].std(axis=0).tolist() if columns else [],
+        "steps": [float(columns.index(column)) for column in STEPPED if column in columns],
     }
-    return Process(kind, [], [], [], parameters=parameters)
 
 
-def matern(left: Floats, right: Floats, variance: float) -> Floats:
-    """Matern 5/2 covariance of rows that are already divided by their lengths, float64 ``[left, right]``."""
+def prior_length(columns: int) -> float:
+    """Median length before anything was measured."""
+    return float(_LENGTH * np.sqrt(max(columns, 1)))
+
+
+def _matern(left: Floats, right: Floats) -> Floats:
+    """Matern 5/2 correlation of rows that are divided by their lengths already, float64 ``[left, right]``."""
     squares = np.sum(left**2, axis=1)[:, None] + np.sum(right**2, axis=1)[None, :] - 2.0 * left @ right.T
     r = np.sqrt(5.0 * np.maximum(squares, 0.0))
-    return np.asarray(variance * (1.0 + r + r * r / 3.0) * np.exp(-r), dtype=np.float64)
+    result: Floats = (1.0 + r + r * r / 3.0) * np.exp(-r)
+    return result
 
 
-def _check(kind: str, parameters: Mapping[str, list[float]]) -> None:
-    missing = [name for name in _NAMES if name not in parameters]
+def _check(kind: str, parameters: Mapping[str, list[float]], points: int) -> None:
+    cure = "run edge-energy fit on this profile"
+    one = ("block", "signal", "trend", "noise", "offset")
+    per_column, per_step = ("columns", "center", "scale", "length"), ("steps", "step_length", "step_signal")
+    missing = [name for name in (*one, *per_column, *per_step, "doubt") if name not in parameters]
     if missing:
-        raise ProfileError(f"{kind}: the model lacks {', '.join(missing)}; run edge-energy fit on this profile")
-    columns = parameters["columns"]
-    if any(len(parameters[name]) != len(columns) for name in ("center", "scale", "length")) or any(
-        not 0 <= column < len(FEATURES) for column in columns
-    ):
-        raise ProfileError(f"{kind}: the model's parameters do not fit each other; run edge-energy fit on this profile")
+        raise ProfileError(f"{kind}: the model lacks {', '.join(missing)}; {cure}")
+    columns, steps = parameters["columns"], parameters["steps"]
+    fits = all(len(parameters[name]) == 1 for name in one)
+    fits &= all(len(parameters[name]) == len(columns) for name in per_column)
+    fits &= all(len(parameters[name]) == len(steps) for name in per_step)
+    fits &= all(0 <= column < len(FEATURES) for column in columns)
+    if not fits or any(not 0 <= step < len(columns) for step in steps) or parameters["block"][0] < 1:
+        raise ProfileError(f"{kind}: the model's parameters do not fit each other; {cure}")
+    if len(parameters["doubt"]) != points:
+        raise ProfileError(f"{kind}: fitted to {len(parameters['doubt'])} points, and there are {points}; {cure}")

@@ -197,7 +197,7 @@ class Joules:
             self._on_limit(f"the job drew {drawn:.3g} J ({how}), and {name} = {limit:g}")
 
     def _limit_of(self, job: Job) -> tuple[float, str] | None:
-        limits = [(self._job_joules, "limits.job_joules"), (job.joule_limit, "the job's joule_limit")]
+        limits = [(self._job_joules, "limits.job_joules"), (job.joule_limit, "job_joules of its plan")]
         return min(((value, name) for value, name in limits if value is not None), default=None)
 
     def _end_idle(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -198,7 +200,7 @@ def test_a_job_ends_at_its_joules_and_keeps_its_work(device: Any, orin: Path, ow
     one.until(lambda: one.agent.state.updates)  # the worker is there: what its start draws counts for its job
     one.give(steps=2000, joule_limit=10.0 if own else None)
     update = one.update()
-    name = "the job's joule_limit" if own else "limits.job_joules"
+    name = "job_joules of its plan" if own else "limits.job_joules"
     assert f"J (measured), and {name} = 10" in update.meta.stopped
     assert 0 < update.meta.steps < 2000
     assert update.meta.energy.train_mj > 1000
@@ -300,19 +302,12 @@ def test_cpu_time_of_the_worker_is_kept_when_it_ends() -> None:
     pids: list[int] = []
     cpu = OwnCpu(lambda: pids[0] if pids else None)
     before = cpu.read()
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        sum(range(3_000_000))
-        os.write(tell, b"x")
-        signal.pause()
-    pids.append(child)
-    os.read(ready, 1)
-    while_it_runs = cpu.read()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    code = "sum(range(3_000_000)); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        pids.append(child.pid)
+        child.stdout.readline()
+        while_it_runs = cpu.read()
+        child.kill()
     gone = cpu.read()
     pids.clear()
     assert before < while_it_runs <= gone <= cpu.read()
-    for handle in (ready, tell):
-        os.close(handle)

@@ -51,7 +51,8 @@ svg .value{font-variant-numeric:tabular-nums}svg .inwindow{font-size:12px}
 table{border-collapse:separate;border-spacing:0;font-size:.875rem;min-width:100%}
 th,td{padding:.35rem .7rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600;vertical-align:bottom}
-th,td{overflow-wrap:normal}td:not(.number){min-width:6.5rem;max-width:24rem}
+th,td{overflow-wrap:normal}td:not(.number){min-width:5rem;max-width:24rem}
+td.long{min-width:11rem!important}
 th:first-child,td:first-child{position:sticky;left:0;background:var(--paper);padding-left:0}
 @media screen and (max-width:760px){td.long{min-width:14rem!important}.cards thead{display:none}
 .cards,.cards tbody,.cards tr{display:block}.cards tr{border:1px solid var(--line);border-radius:.5rem;

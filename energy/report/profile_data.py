@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from energy.profile import Family, Point, Profile, Quantity, Whole
 
-MOST_LEFT_OUT = 80  # points per kind that are predicted from all others; each needs a model of its own
 Z_90 = 1.645  # standard deviations of the 90 % interval
 
 
@@ -62,36 +61,25 @@ class BundleCost(NamedTuple):
 
 
 def left_out(family: Family, quantity: Quantity) -> list[LeftOut]:
-    """Points of a fitted kind, each predicted from all others; at most ``MOST_LEFT_OUT``, spread over all of them.
+    """The points of a fitted kind, each predicted from all others; none of a kind that was not fitted.
 
     Raises:
         ProfileError: the fitted model is damaged.
     """
-    from energy.process import Process
-
     points = [point for point in family.points if quantity in point.costs]
     if quantity not in family.fitted or len(points) < 3:
         return []
-    fitted = family.fitted[quantity]
-    chosen = range(0, len(points), math.ceil(len(points) / MOST_LEFT_OUT))
+    from energy.process import Process
+
+    process = Process.of(family, quantity)
+    errors = process.left_out()
     found = []
-    for index in chosen:
-        others = points[:index] + points[index + 1 :]
-        costs = [point.costs[quantity] for point in others]
-        process = Process(
-            family.kind,
-            [point.sizes for point in others],
-            [cost.mean for cost in costs],
-            [cost.relative_error for cost in costs],
-            parameters=fitted.parameters,
-            spread=fitted.spread,
-        )
-        prediction = process.predict([points[index].sizes])
-        mean, deviation = float(prediction.mean[0]), float(prediction.deviation[0])
-        bounds = (math.exp(mean), math.exp(mean - Z_90 * deviation), math.exp(mean + Z_90 * deviation))
+    for point, error, deviation in zip(points, errors.mean.tolist(), errors.deviation.tolist(), strict=True):
+        measured, half = point.costs[quantity].mean, Z_90 * process.spread * deviation
+        bounds = (measured * math.exp(-error), measured * math.exp(-error - half), measured * math.exp(-error + half))
         if not all(math.isfinite(bound) for bound in bounds):
             raise ProfileError(f"{family.kind}: its model predicts no number; run edge-energy fit on this profile")
-        found.append(LeftOut(family.kind, points[index].sizes, points[index].costs[quantity].mean, *bounds))
+        found.append(LeftOut(family.kind, point.sizes, measured, *bounds))
     return found
 
 
@@ -146,7 +134,7 @@ def kinds_table(profile: Profile, tested: Sequence[LeftOut]) -> Table:
         Column("measurement_error", "error of measuring", percent),
         Column("fitted", "fitted", lambda value: "yes" if value else "no"),
         Column("left_out_median_error", "error, left out", percent),
-        Column("left_out_coverage_90", "inside 90 % interval", lambda value: percent(value, 0)),
+        Column("left_out_coverage_90", "inside 90\u00a0% interval", lambda value: percent(value, 0)),
     )
     return Table("kinds", columns, rows)
 
@@ -166,7 +154,7 @@ def wholes_table(profile: Profile) -> Table:
     columns += [
         Column("relative_error", "error", lambda value: f"{100 * value:+.1f}\u00a0%"),
         Column("inside", "inside", in_page=False),
-        page_column("note", "90 % interval"),
+        page_column("note", "90\u00a0% interval"),
     ]
     rows = []
     for whole in profile.wholes:

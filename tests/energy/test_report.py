@@ -94,17 +94,13 @@ def make_run(jobs, rounds=2, **changes):
     return Run(**{**values, "ledger": list(jobs), "accuracy": 0.6, "initial_accuracy": 0.1, "devices": 2, **changes})
 
 
-PARAMETERS = {
-    "block": [1.0],
-    "columns": [0.0],
-    "center": [3.0],
-    "scale": [1.0],
-    "length": [2.0],
-    "signal": [0.5],
-    "trend": [1.0],
-    "noise": [0.05],
-    "offset": [-6.0],
-}
+def fitted(points):
+    """A model as a fit leaves it, with one feature (the batch) and no steps."""
+    one = {"block": 1.0, "columns": 0.0, "center": 3.0, "scale": 1.0, "length": 2.0, "signal": 0.5, "trend": 1.0}
+    one |= {"noise": 0.05, "offset": -6.0}
+    parameters = {name: [value] for name, value in one.items()}
+    parameters |= {"steps": [], "step_length": [], "step_signal": [], "doubt": [1.0] * len(points)}
+    return Fitted(parameters=parameters)
 
 
 def make_profile(quantity="joules", **changes):
@@ -119,7 +115,7 @@ def make_profile(quantity="joules", **changes):
         "device": Device(name="pi-7", board="Raspberry Pi 5", cpu="4x Cortex-A76", power_mode="ondemand"),
         "quantity": quantity,
         "families": [
-            Family(kind="linear", points=points, fitted={quantity: Fitted(parameters=PARAMETERS)}),
+            Family(kind="linear", points=points, fitted={quantity: fitted(points)}),
             Family(kind="relu", points=points[:2]),
         ],
         "fixed": {quantity: 1e-4},
@@ -323,14 +319,10 @@ def test_layers_of_a_bundle(tmp_path, capsys):
     with zipfile.ZipFile(DIGITS) as archive:
         layers = partition(json.loads(archive.read("manifest.json")))
     costs = {"joules": Cost(mean=1e-3, relative_error=0.01)}
-    families = [
-        Family(
-            kind=kind,
-            points=[Point(sizes=layer.sizes, costs=costs) for layer in layers if layer.kind == kind],
-            fitted={"joules": Fitted(parameters=PARAMETERS)},
-        )
-        for kind in sorted({layer.kind for layer in layers})
-    ]
+    families = []
+    for kind in sorted({layer.kind for layer in layers}):
+        points = [Point(sizes=layer.sizes, costs=costs) for layer in layers if layer.kind == kind]
+        families.append(Family(kind=kind, points=points, fitted={"joules": fitted(points)}))
     save_profile(make_profile(families=families), tmp_path / "profile.json")
     page, data = tmp_path / "page.html", tmp_path / "all.json"
     command = ["report", str(tmp_path / "profile.json"), "-o", str(page), "--json", str(data)]

@@ -24,7 +24,7 @@ from energy.process import Process
 if TYPE_CHECKING:
     from benchmarks.layer_joules import LayerTable
 
-HELD_OUT, ROWS, SEEDS = 200, (30, 100, 300), 6
+HELD_OUT, ROWS, SEEDS = 200, (30, 100, 300), 10
 DRAWN = 8  # predictions that are timed
 Z90 = 1.6449
 

@@ -42,12 +42,13 @@ def choose(
     if not references or count <= 0:
         return []
     split = len(candidates)
-    _, covariance = process.posterior([*candidates, *references])
+    mean, covariance = process.posterior([*candidates, *references])
+    noise = process.noise_variance(mean[:split]) + 1e-9
     share = np.full(len(references), 1.0) if weights is None else np.asarray(weights, dtype=np.float64)
     price = np.ones(split) if prices is None else np.asarray(prices, dtype=np.float64)
     chosen: list[int] = []
     for _ in range(min(count, split)):
-        variance = np.maximum(np.diag(covariance)[:split], 0.0) + process.noise_variance + 1e-9
+        variance = np.maximum(np.diag(covariance)[:split], 0.0) + noise
         gain = (covariance[:split, split:] ** 2 @ share) / share.sum() / variance / price
         gain[chosen] = -1.0
         best = int(np.argmax(gain))

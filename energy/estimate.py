@@ -127,7 +127,7 @@ class Estimator:
         table = size_table([layer.sizes for layer in layers])
         same = (table[:, None, :] == table[None, :, :]).all(axis=2)
         # Layers of the same sizes deviate together: they run the same code.
-        covariance = shared + process.noise_variance * same
+        covariance = shared + np.where(same, process.noise_variance(log_mean)[:, None], 0.0)
         calls = np.array([layer.calls for layer in layers], dtype=np.float64)
         means = self._factor * calls * np.exp(log_mean + np.diag(covariance) / 2.0)
         spread = covariance * process.spread**2

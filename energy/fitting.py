@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MINIMUM_POINTS = 4
 FOLDS = 5
 _BLOCK_POINTS = 120  # enough to tell which block it is
+_PREFERRED_BLOCK, _PREFERENCE = 8, 1.0  # of blocks that explain few points alike, this one; in log probability
 _ROBUST_PASSES = 2
 _FREEDOM = 4.0
 _ITERATIONS = 60
@@ -118,7 +119,8 @@ def _block(data: _Data) -> int:
         if not any(np.array_equal(table, other) for other in seen):  # no channels to round up
             seen.append(table)
             problem = _Problem(data, table)
-            found.append((problem.loss(problem.solve(problem.mean))[0], block))
+            loss, _ = problem.loss(problem.solve(problem.mean))
+            found.append((loss - (_PREFERENCE if block == _PREFERRED_BLOCK else 0.0), block))
     return min(found)[1]
 
 
@@ -129,7 +131,7 @@ def _fit_block(data: _Data, block: int) -> dict[str, list[float]]:
         parameters = problem.parameters(logs, block)
         residual, deviation = _process(data, parameters).left_out()
         squares = (residual / deviation) ** 2
-        problem.doubt = np.maximum(1.0, (_FREEDOM + squares) / (_FREEDOM + 1.0))
+        problem.expect(residual, np.maximum(1.0, (_FREEDOM + squares) / (_FREEDOM + 1.0)))
         logs = problem.solve(logs)
     return problem.parameters(logs, block)
 
@@ -155,7 +157,7 @@ def _spread(data: _Data, block: int, order: Sequence[int]) -> float:
 class _Problem:
     """Negative log posterior of the parameters' logarithms, and its gradient, over the pairs of points.
 
-    Order of the parameters: lengths, signal, length and signal of every step, trend, noise.
+    Order of the parameters: lengths, signal, length and signal of every step, trend, noise, floor.
     """
 
     def __init__(self, data: _Data, table: Floats) -> None:
@@ -166,7 +168,8 @@ class _Problem:
         logs = np.log(np.asarray(data.costs, dtype=np.float64))
         self._offset = float(np.median(logs))
         self._target, self._own = logs - self._offset, np.asarray(data.relative_errors, dtype=np.float64) ** 2
-        self.doubt: Floats = np.ones(count)
+        self._doubt: Floats = np.ones(count)
+        self._smallness: Floats = np.zeros(count)
         self._pairs = np.triu_indices(count)
         left, right = inputs[self._pairs[0]], inputs[self._pairs[1]]
         distances = np.ascontiguousarray(((left - right) ** 2).T)
@@ -176,7 +179,15 @@ class _Problem:
         self._times = np.where(self._pairs[0] == self._pairs[1], 1.0, 2.0)
         medians = [prior_length(self._size)] * self._size + [PRIOR["signal"]]
         medians += [PRIOR["step_length"], PRIOR["step_signal"]] * len(self._frame["steps"])
-        self.mean: Floats = np.log([*medians, PRIOR["trend"], PRIOR["noise"]])
+        self.mean: Floats = np.log([*medians, PRIOR["trend"], PRIOR["noise"], PRIOR["floor"]])
+
+    def expect(self, residual: Floats, doubt: Floats) -> None:
+        """Takes from a first fit by how much each point lies off, in log cost, and how much that is to be doubted.
+
+        How small a cost is, is judged by what the others tell, not by itself.
+        """
+        self._doubt = doubt
+        self._smallness = np.minimum(np.exp(2.0 * (residual - self._target)), 1e6)
 
     def solve(self, start: Floats) -> Floats:
         """The best parameters from ``start`` on, as logarithms."""
@@ -196,16 +207,17 @@ class _Problem:
         """By the names of :mod:`energy.process`."""
         values, size = np.exp(logs).tolist(), self._size
         named = {"block": [float(block)], **self._frame, "length": values[:size], "signal": [values[size]]}
-        named |= {"step_length": values[size + 1 : -2 : 2], "step_signal": values[size + 2 : -2 : 2]}
-        named |= {"trend": [values[-2]], "noise": [values[-1]], "doubt": self.doubt.tolist(), "offset": [self._offset]}
-        return named
+        named |= {"step_length": values[size + 1 : -3 : 2], "step_signal": values[size + 2 : -3 : 2]}
+        named |= {"trend": [values[-3]], "noise": [values[-2]], "floor": [values[-1]], "offset": [self._offset]}
+        doubt = self._doubt * (1.0 + (values[-1] / values[-2]) ** 2 * self._smallness)
+        return named | {"doubt": doubt.tolist()}
 
     def loss(self, logs: Floats) -> tuple[float, Floats]:
         """Loss and gradient at the logarithms of the parameters."""
         from scipy.linalg import lapack
 
         squares = np.exp(2.0 * logs)
-        trend2, noise2 = squares[-2:]
+        trend2, noise2, floor2 = squares[-3:]
         total = trend2 * self._products + LEVEL**2
         parts: list[tuple[Floats, Floats, Floats]] = []
         place = 0
@@ -220,7 +232,7 @@ class _Problem:
         covariance = np.empty((count, count))
         covariance[self._pairs] = total
         covariance.T[self._pairs] = total
-        covariance[np.diag_indices(count)] += noise2 * self.doubt + self._own + JITTER
+        covariance[np.diag_indices(count)] += self._doubt * (noise2 + floor2 * self._smallness) + self._own + JITTER
         factor, failed = lapack.dpotrf(covariance, lower=1)
         if failed:
             return 1e10, np.zeros_like(logs)
@@ -234,6 +246,7 @@ class _Problem:
         gradient: list[Floats] = []
         for distances, (inverse2, bend, fall) in zip(self._terms, parts, strict=True):
             gradient += [inverse2 * (distances @ (pairs * fall)), np.array([2.0 * pairs @ bend])]
-        last = [trend2 * (pairs @ self._products), noise2 * (np.diag(slope) @ self.doubt)]
+        single = np.diag(slope) * self._doubt
+        last = [trend2 * (pairs @ self._products), noise2 * single.sum(), floor2 * (single @ self._smallness)]
         gradient.append(2.0 * np.array(last))
         return float(loss), -0.5 * np.concatenate(gradient) + away / _PRIOR_DEVIATION

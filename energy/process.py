@@ -10,12 +10,13 @@ features x, a sum of
   of channels do whatever the other sizes are.
 
 The variance of a point is its own, from its measurement, plus ``noise^2`` for what the features cannot tell, times the
-point's ``doubt`` (1, more for outliers).
+point's ``doubt`` (1; more for outliers, and for small costs). A layer's noise is ``noise^2 + (floor / cost)^2``: meters
+err by a share, and by an amount that small layers drown in.
 
 Parameters, all lists of float: ``block`` (of channels), ``columns`` (of :data:`energy.features.FEATURES` in use),
 ``center`` and ``scale`` (of those columns), ``steps`` (which of them have steps), ``length`` (per column), ``signal``,
-``step_length`` and ``step_signal`` (per step), ``trend``, ``noise``, ``doubt`` (per point), ``offset`` (log cost that
-the model is about). Signals, trend and noise are standard deviations of log cost.
+``step_length`` and ``step_signal`` (per step), ``trend``, ``noise``, ``floor`` (in units of exp(offset)), ``doubt`` (per
+point), ``offset`` (log cost that the model is about). Signals, trend and noise are standard deviations of log cost.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 
 LEVEL = 2.0
 JITTER = 1e-8  # keeps the covariance positive in float64
+MAX_FLOOR = 1.0  # variance of log cost: beyond it a layer is nothing but noise, and no more so
 STEPPED = (FEATURES.index("in_channels"), FEATURES.index("out_channels"))
 # Medians of the parameters before anything was measured.
-PRIOR = {"signal": 0.5, "step_length": 1.1, "step_signal": 0.18, "trend": 1.0, "noise": 0.08}
+PRIOR = {"signal": 0.5, "step_length": 1.1, "step_signal": 0.18, "trend": 1.0, "noise": 0.06, "floor": 0.03}
 _LENGTH = 1.1  # times the root of the number of features, which distances grow with
 
 
@@ -75,7 +77,8 @@ class Process:
         self._center, self._scale, self._length = value["center"], value["scale"], value["length"]
         self._steps = list(zip(value["steps"].astype(np.intp), value["step_length"], value["step_signal"], strict=True))
         self._signal, self._trend = parameters["signal"][0], parameters["trend"][0]
-        self._noise, self._offset = parameters["noise"][0], parameters["offset"][0]
+        self._noise, self._floor = parameters["noise"][0], parameters["floor"][0]
+        self._offset = parameters["offset"][0]
         self._points = self.inputs(sizes)
         own = np.asarray(relative_errors, dtype=np.float64) ** 2
         covariance = self.covariance(self._points, self._points)
@@ -104,10 +107,12 @@ class Process:
             spread=fitted.spread,
         )
 
-    @property
-    def noise_variance(self) -> float:
-        """Variance of log cost that no further point of other layers can take away."""
-        return self._noise**2
+    def noise_variance(self, log_cost: Floats) -> Floats:
+        """Variance of the log cost of layers of about this cost that no point of other layers can take away."""
+        result: Floats = self._noise**2 + np.minimum(
+            self._floor**2 * np.exp(2.0 * (self._offset - log_cost)), MAX_FLOOR
+        )
+        return result
 
     def inputs(self, sizes: Sequence[Sizes]) -> Floats:
         """Standardised features of layers, float64 ``[layers, columns]``."""
@@ -139,8 +144,9 @@ class Process:
         bends = self._signal**2 + sum(signal**2 for _, _, signal in self._steps)
         prior = self._trend**2 * np.sum(inputs**2, axis=1) + LEVEL**2 + bends
         variance = prior - np.sum(known @ self._inverse * known, axis=1)
-        deviation = self.spread * np.sqrt(np.maximum(variance, 0.0) + self._noise**2)
-        return Prediction(known @ self._weights + self._offset, deviation)
+        mean = known @ self._weights + self._offset
+        deviation = self.spread * np.sqrt(np.maximum(variance, 0.0) + self.noise_variance(mean))
+        return Prediction(mean, deviation)
 
     def left_out(self) -> Prediction:
         """Each point as predicted from all others: measured minus predicted log cost, and its deviation; no spread."""
@@ -152,7 +158,11 @@ def prior(kind: str, sizes: Sequence[Sizes], block: int = 8) -> Process:
     """What is believed of a kind before any point; ``sizes``, the layers in question, give the scale of features."""
     table = features(kind, sizes, block)
     frame = standard_frame(table)
-    parameters = {"block": [float(block)], **frame, **{name: [PRIOR[name]] for name in ("signal", "trend", "noise")}}
+    parameters = {
+        "block": [float(block)],
+        **frame,
+        **{name: [PRIOR[name]] for name in ("signal", "trend", "noise", "floor")},
+    }
     parameters |= {"length": [prior_length(len(frame["columns"]))] * len(frame["columns"])}
     parameters |= {name: [PRIOR[name]] * len(frame["steps"]) for name in ("step_length", "step_signal")}
     return Process(kind, [], [], [], parameters=parameters | {"doubt": [], "offset": [0.0]})
@@ -193,7 +203,7 @@ def _matern(left: Floats, right: Floats) -> Floats:
 
 def _check(kind: str, parameters: Mapping[str, list[float]], points: int) -> None:
     cure = "run edge-energy fit on this profile"
-    one = ("block", "signal", "trend", "noise", "offset")
+    one = ("block", "signal", "trend", "noise", "floor", "offset")
     per_column, per_step = ("columns", "center", "scale", "length"), ("steps", "step_length", "step_signal")
     missing = [name for name in (*one, *per_column, *per_step, "doubt") if name not in parameters]
     if missing:

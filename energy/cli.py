@@ -33,6 +33,7 @@ COMMANDS = (
     Command("watch", "energy.commands.watch", "show power live"),
     Command("measure", "energy.commands.measure", "run a command and say what it drew"),
     Command("calibrate", "energy.commands.calibrate", "fit the modelled sensor to one that measures"),
+    Command("profile", "energy.commands.profile", "measure what layers cost on this device, from a probe pack"),
     Command("report", "energy.commands.report", "a profile or the ledger of a run as a page, CSV and JSON"),
 )
 

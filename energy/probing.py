@@ -171,14 +171,7 @@ def _session(data: bytes, threads: int) -> Any:
         raise UsageError(
             "profiling needs onnxruntime, which is not installed: pip install edge-training-runtime"
         ) from error
-    # As edge_runtime/training/onnx_graph.py has them: another arena or spinning threads cost otherwise.
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options = session_options(onnxruntime, threads)
     try:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class per cause and no common one
@@ -186,6 +179,18 @@ def _session(data: bytes, threads: int) -> Any:
             f"onnxruntime {onnxruntime.__version__} refuses a graph: {_line(error)}; make it again, or install a newer "
             "onnxruntime"
         ) from error
+
+
+def session_options(onnxruntime: Any, threads: int) -> Any:
+    """As edge_runtime/training/onnx_graph.py has them: another arena, or threads that spin, cost otherwise."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
 
 
 def _line(error: BaseException) -> str:

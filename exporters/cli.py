@@ -109,8 +109,8 @@ def _add_probes(commands: Any) -> None:
     parser = commands.add_parser(
         "probes",
         help="make a probe pack: what a device measures to learn what layers cost",
-        description="Traces every layer of some bundles alone, with other sizes of the same kinds beside them, into one "
-        "file for edge-energy profile. Bundles share what they have in common.",
+        description="Traces every layer of some bundles alone, with other sizes of the same kinds beside them, into one"
+        " file for edge-energy profile. Bundles share what they have in common.",
         epilog="example: edge-export probes lenet.bundle har.bundle -o layers.probes",
     )
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="whose layers are probed")

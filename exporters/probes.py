@@ -20,7 +20,7 @@ import torch
 
 from edge_runtime.bundle import Bundle
 from energy import pack
-from energy.layers import DEFAULT_BATCH, elementary, partition, spec_of
+from energy.layers import DEFAULT_BATCH, base_kind, elementary, partition, spec_of
 from exporters._archive import write_archive
 from exporters._probe_graphs import ProbeGraph, empty_graph, layer_graph, optimizer_graph
 from exporters._probe_layers import output_shape
@@ -141,7 +141,9 @@ class _Pack:
             if kind.startswith("optimizer-"):
                 drawn = self._optimizers(kind, [key[1][0][1] if key[1] else 1 for key in entries], per_kind, rng)
             else:
-                drawn = self._others(kind, list(entries.values()), per_kind, rng)
+                # Of a recurrent layer every step is traced, which takes seconds.
+                count = -(-per_kind // 2) if base_kind(kind) in {"lstm", "gru", "rnn"} else per_kind
+                drawn = self._others(kind, list(entries.values()), count, rng)
             for key, graph in drawn.items():
                 self._add("candidate", key, graph, [])
 

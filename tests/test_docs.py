@@ -46,8 +46,8 @@ COMMANDS = [
         ("coordinator.cli", command)
         for command in ("serve", "submit", "status", "runs", "devices", "model", "stop", "verify")
     ),
-    *(("energy.cli", command) for command in ("sensors", "watch", "measure", "calibrate", "report")),
-    *(("exporters.cli", command) for command in ("bundle", "inspect")),
+    *(("energy.cli", command) for command in ("sensors", "watch", "measure", "calibrate", "profile", "report")),
+    *(("exporters.cli", command) for command in ("bundle", "inspect", "probes")),
 ]
 
 

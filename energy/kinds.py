@@ -1,0 +1,111 @@
+"""One kind of layer while a device is profiled: its candidates, its points, and how much more it needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from energy import interleave
+from energy.features import flops
+from energy.fitting import MINIMUM_POINTS, fit
+from energy.process import Process, prior
+from energy.profile import Cost, Point, Quantity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from energy.layers import LayerSpec, Sizes
+    from energy.pack import Probe
+
+_REFIT_EVERY = 6
+
+
+class Measured(NamedTuple):
+    """One probe that was measured: ratios to the anchor, by quantity."""
+
+    probe: Probe
+    sizes: Sizes
+    ratios: interleave.Ratios
+
+
+class Kind:
+    """What is known of one kind of layer.
+
+    Args:
+        kind: its name.
+        candidates: probes that may be measured.
+        references: layers of the user's models, which it will be asked about.
+        batch: samples per step.
+        known: points of an earlier session.
+    """
+
+    def __init__(
+        self, kind: str, candidates: list[Probe], references: list[LayerSpec], batch: int, known: list[Point]
+    ) -> None:
+        self.kind = kind
+        self.references = references
+        self.done: list[Measured] = []
+        self._candidates = candidates
+        self._batch = batch
+        self._known = known
+        self._parameters: dict[str, list[float]] | None = None
+        self._fitted_with = 0
+
+    def left(self, most: int) -> list[Probe]:
+        """Probes that were not measured yet; none if ``most`` points are there."""
+        if len(self.done) >= most:
+            return []
+        taken = {id(item.probe) for item in self.done}
+        known = [point.sizes for point in self._known]
+        return [p for p in self._candidates if id(p) not in taken and p.spec(self._batch).sizes not in known]
+
+    def points(self, anchor: interleave.Anchor, fixed: dict[Quantity, float]) -> list[Point]:
+        """All points, without what a run costs by itself."""
+        found = list(self._known)
+        for item in self.done:
+            costs: dict[Quantity, Cost] = {}
+            for quantity, ratios in item.ratios.items():
+                scale = anchor.median(quantity)
+                if scale is not None:
+                    costs[quantity] = interleave.cost(ratios, scale, fixed.get(quantity, 0.0), item.probe.runs)
+            if costs:
+                found.append(Point(sizes=item.sizes, costs=costs))
+        return found
+
+    def belief(self, points: Sequence[Point], quantity: Quantity, *, fitted: bool) -> Process:
+        """What is known of its costs; fitted again whenever some points have come in, if SciPy may be used."""
+        usable = [point for point in points if quantity in point.costs]
+        sizes = [point.sizes for point in usable]
+        if not fitted or len(usable) < MINIMUM_POINTS:
+            asked = [spec.sizes for spec in self.references]
+            return prior(self.kind, [*(probe.spec(self._batch).sizes for probe in self._candidates), *asked, *sizes])
+        means = [point.costs[quantity].mean for point in usable]
+        errors = [point.costs[quantity].relative_error for point in usable]
+        if self._parameters is None or len(usable) - self._fitted_with >= _REFIT_EVERY:
+            self._parameters = fit(self.kind, sizes, means, errors, quick=True).parameters
+            self._fitted_with = len(usable)
+        # Points that came in since then are as good as any.
+        doubt = [*self._parameters["doubt"], *[1.0] * (len(usable) - self._fitted_with)]
+        return Process(self.kind, sizes, means, errors, parameters={**self._parameters, "doubt": doubt})
+
+    def weights(self, points: Sequence[Point], quantity: Quantity) -> list[float] | None:
+        """What each reference costs in its model, about; None where nothing is known."""
+        if not self.references:
+            return None
+        rates = [
+            point.costs[quantity].mean / flops(self.kind, point.sizes) for point in points if quantity in point.costs
+        ]
+        rate = float(np.median(rates)) if rates else 1.0
+        # Small layers count too: models yet to come may have more of them.
+        return [float(spec.calls * rate * flops(self.kind, spec.sizes)) ** 0.5 for spec in self.references]
+
+    def need(self, points: Sequence[Point], quantity: Quantity, *, fitted: bool) -> float:
+        """How much its uncertainty adds to that of the models, as a standard deviation."""
+        costs = np.array(self.weights(points, quantity) or [0.0]) ** 2
+        if not fitted or len(points) < MINIMUM_POINTS or not self.references:
+            return float(costs.sum() / np.sqrt(max(len(points), 1)))
+        process = self.belief(points, quantity, fitted=True)
+        mean, covariance = process.posterior([spec.sizes for spec in self.references])
+        means = np.array([spec.calls for spec in self.references]) * np.exp(mean)
+        return float(np.sqrt(max(means @ covariance @ means, 0.0)))

@@ -13,7 +13,8 @@ size                  meaning
 ``kernel_positions``  taps of the kernel: height x width
 ``stride``            along one axis
 ``dilation``          along one axis
-``groups``            of a convolution; heads of attention
+``groups``            of a convolution, of a depthwise one those that training computes together as one; heads of
+                      attention
 ``elements``          numbers that an optimiser updates (kinds ``optimizer-...`` only)
 ====================  ==================================================================================
 
@@ -37,6 +38,7 @@ Sizes: TypeAlias = dict[str, int]
 Entry: TypeAlias = Mapping[str, Any]
 
 DEFAULT_BATCH = 32
+DEPTHWISE_BLOCK = 8  # of exporters/_decompositions.py
 
 # Classes whose name is not the function's in other letters.
 _NAMES = {
@@ -190,8 +192,13 @@ def _convolution(kind: str, settings: Entry, given: Sequence[int], made: Sequenc
         "dilation": max(_axes(settings.get("dilation", 1), rank)),
         "groups": groups,
     }
+    if groups == given[0] and groups > 1:
+        # The exported weight gradient takes up to 8 channels as one dense block, if their number can be divided so: 32
+        # channels cost far less than 31.
+        block = max(size for size in range(1, DEPTHWISE_BLOCK + 1) if groups % size == 0)
+        return f"{kind}-depthwise", {**sizes, "groups": groups // block}
     if groups > 1:
-        return f"{kind}-depthwise" if groups == given[0] else f"{kind}-grouped", sizes
+        return f"{kind}-grouped", sizes
     return f"{kind}-pointwise" if taps == 1 else kind, sizes
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from energy import active, interleave
 from energy.errors import ProfileError
 from energy.features import flops
+from energy.fitting import MINIMUM_POINTS
 from energy.gauge import MeterGauge
 from energy.kinds import Kind, Measured
 from energy.probing import Stepper
@@ -90,6 +91,7 @@ class Profiler:
         self.anchor = interleave.Anchor(stepper, gauge)
         self._empty_ratios: interleave.Ratios = {}
         self.kinds = self._kinds(known or [])
+        self._start = self._start_points()
 
     def batches(self) -> Iterator[int]:
         """Measures until the budget is spent or nothing is left; yields the number of points after each batch.
@@ -163,9 +165,22 @@ class Profiler:
             for kind, probes in sorted(found.items())
         }
 
+    def _start_points(self) -> int:
+        """How many points every kind begins with; says so if the budget will not do for models of all kinds."""
+        rounds = self._settings.limits.minimum
+        each_s = self._gauge.window_s * rounds * (1 + 3 / TOGETHER)  # the anchor twice, and the empty graph
+        share = self._settings.budget_s / each_s / max(len(self.kinds), 1)
+        if share < MINIMUM_POINTS:
+            needed_s = each_s * len(self.kinds) * (MINIMUM_POINTS + 1)
+            self._say(
+                f"{self._settings.budget_s:.0f} s are too few for {len(self.kinds)} kinds of layers with bursts of "
+                f"{self._gauge.window_s:g} s; give --budget-s {needed_s:.0f} or more, or --resume afterwards"
+            )
+        return int(min(START_POINTS, max(MINIMUM_POINTS, share / 2)))
+
     def _plan(self) -> Iterator[list[Probe]]:
         """Batches of probes: first some of every kind, then of the kinds that need it most."""
-        first = [probe for kind in self.kinds.values() for probe in self._next(kind, START_POINTS)]
+        first = [probe for kind in self.kinds.values() for probe in self._next(kind, self._start)]
         self._rng.shuffle(first)  # kinds are spread over the batches, and so over time
         for start in range(0, len(first), TOGETHER):
             yield first[start : start + TOGETHER]

@@ -48,7 +48,7 @@ def layer_table(model: Model) -> list[Layer]:
         tensors = {name: value.clone() for name, value in model.tensors().items()}
         for name in model.trainable:
             tensors[name].requires_grad_()
-        x = model.example_batch(max(2, len(model.example)))
+        x = model.example_batch(max(1 + model.batch_statistics, len(model.example)))
         with torch.random.fork_rng(devices=[]), table:
             functional_call(model.module.train(), tensors, (x,))
     finally:

@@ -81,7 +81,10 @@ def _convolution(kind: str, entry: Entry, rng: random.Random) -> dict[str, Any] 
     if groups == 1:
         new_inputs, new_outputs, new_groups = _near(inputs, rng), _size(outputs, rng), 1
     elif groups == inputs:
-        new_groups = new_inputs = _size(groups, rng, 2)
+        new_inputs = _size(groups, rng, 2)
+        if rng.random() < 0.5:  # as most networks have them; others take another way through the exporter
+            new_inputs = max(8, round(new_inputs / 8) * 8)
+        new_groups = new_inputs
         new_outputs = new_inputs * (outputs // groups)
     else:
         new_groups = groups

@@ -69,6 +69,13 @@ def test_sizes_of_a_convolution():
     }
 
 
+def test_depthwise_channels_are_computed_in_blocks():
+    """What the exporter takes together is a size: 32 channels are 4 blocks, 31 are 31."""
+    for channels, groups in ((32, 4), (12, 2), (31, 31)):
+        (spec,) = partition(manifest(convolution(channels, channels, 3, groups=channels)))
+        assert spec.sizes["groups"] == groups
+
+
 def test_biases_and_parameters_are_layers_of_their_own():
     """A convolution's bias, and each size of tensor that the optimiser updates with how many there are."""
     parameters = [

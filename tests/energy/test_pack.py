@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,17 @@ def test_files_that_are_no_pack_are_refused(tmp_path):
     ):
         with pytest.raises(ProfileError, match=said):
             Pack(path)
+
+
+def test_packs_of_yesterday_are_read():
+    """The golden pack of format 1: its table, and a graph whose hash fits."""
+    pack = Pack(Path(__file__).parent / "golden" / "format-1.probes")
+    roles = [(probe.role, probe.kind, probe.sizes) for probe in pack.table.probes[:3]]
+    assert roles == [
+        ("empty", "", {}),
+        ("layer", "linear", {"in_channels": 64, "out_channels": 32}),
+        ("layer", "relu", {"in_positions": 512}),
+    ]
+    assert pack.table.models[0].layers[0].calls == 2
+    assert len(pack.graph(pack.table.probes[1])) == pack.table.files["p1.onnx"].size_bytes
+    pack.close()

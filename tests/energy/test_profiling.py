@@ -119,6 +119,19 @@ def test_the_budget_ends_it(tmp_path):
     assert len(list(running.batches())) <= 1
 
 
+def test_a_budget_too_small_for_the_sensor_is_said(tmp_path):
+    """Bursts of 2 s and 5 s to spend: the line names a budget that would do."""
+
+    class Slow(CpuGauge):
+        window_s = 2.0
+
+    said = []
+    pack = Pack(write_pack(tmp_path / "a.probes", [("empty", "", {}), dense("layer", 64, 32)]))
+    settings = Settings(batch=2, budget_s=5.0, fitted=False)
+    Profiler(pack, Slow(), settings, say=said.append)
+    assert "give --budget-s 36 or more" in said[0]
+
+
 def test_known_points_are_not_measured_again(tmp_path):
     """Those of an earlier session stay, and their sizes are left alone."""
     point = Point(

@@ -186,6 +186,14 @@ def test_a_probe_computes_its_layer(kind):
     assert len(wanted) == len(parameters) - (kind.startswith("conv") and "bias" in parameters)
 
 
+def test_blocks_of_depthwise_channels_are_those_of_the_exporter():
+    """The number that a layer's sizes go by is the one that its gradient is computed with."""
+    from energy.layers import DEPTHWISE_BLOCK
+    from exporters._decompositions import _BLOCK
+
+    assert DEPTHWISE_BLOCK == _BLOCK
+
+
 def test_a_first_layer_has_no_input_gradient():
     """Its probe computes weight gradients only; a frozen one the input gradient only, a forward one neither."""
     entry = table(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4))["0"]

@@ -30,12 +30,12 @@ def anchored(
     The factor is the geometric mean of measured over predicted; its error is the spread of these ratios, at least
     ``least_error``, which stands for what anchors of few architectures cannot tell.
 
-    Raises:
-        ProfileError: none of the models was metered, or a kind of layer was never profiled.
+    A model with a kind of layer that was never fitted sets no factor, and a note says so.
     """
     factor: dict[Quantity, float] = {}
     error: dict[Quantity, float] = {}
     wholes: list[Whole] = []
+    notes: dict[str, None] = {}
     for quantity in sorted({name for costs_of in costs.values() for name in costs_of}):
         if not any(quantity in family.fitted for family in profile.families):
             continue
@@ -44,7 +44,11 @@ def anchored(
         for name, measured in costs.items():
             if quantity not in measured:
                 continue
-            found = estimator.estimate(layers[name])
+            try:
+                found = estimator.estimate(layers[name])
+            except ProfileError as cause:
+                notes[f"{name} corrects nothing: {cause}"] = None
+                continue
             ratios.append(math.log(measured[quantity] / found.total))
             wholes.append(
                 Whole(
@@ -58,9 +62,11 @@ def anchored(
                     anchor=True,
                 )
             )
+        if not ratios:
+            continue
         factor[quantity] = math.exp(statistics.fmean(ratios))
         spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
         error[quantity] = max(least_error, spread)
-    if not factor:
-        raise ProfileError("no whole model could be metered; profile without --anchor")
-    return msgspec.structs.replace(profile, factor=factor, factor_error=error, wholes=wholes)
+    return msgspec.structs.replace(
+        profile, factor=factor, factor_error=error, wholes=wholes, notes=[*profile.notes, *notes]
+    )

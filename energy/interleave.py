@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from energy.profile import Quantity
 
 MINIMUM_ROUNDS = 3
-MAXIMUM_ROUNDS = 9
-TOLERANCE = 0.03
+MAXIMUM_ROUNDS = 6  # other sizes tell more than further rounds of the same
+TOLERANCE = 0.04
 # Two-sided 95 % of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.7, 4.3, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 _LEAST_ERROR = 0.002

@@ -180,8 +180,9 @@ class Profiler:
 
     def _plan(self) -> Iterator[list[Probe]]:
         """Batches of probes: first some of every kind, then of the kinds that need it most."""
-        first = [probe for kind in self.kinds.values() for probe in self._next(kind, self._start)]
-        self._rng.shuffle(first)  # kinds are spread over the batches, and so over time
+        begun = [self._next(kind, self._start) for kind in self.kinds.values()]
+        # In turn, so that kinds are spread over time, and all have some points when the budget ends early.
+        first = [probes[turn] for turn in range(self._start) for probes in begun if turn < len(probes)]
         for start in range(0, len(first), TOGETHER):
             yield first[start : start + TOGETHER]
         while True:

@@ -38,6 +38,12 @@ ANCHOR_ROUNDS = 5
 # A whole model's error that no layer explains and one anchor cannot tell; the spread between architectures measured by
 # benchmarks/thor_end_to_end.py.
 ONE_ANCHOR_ERROR = 0.05
+_UNITS = {
+    "joules": "joules",
+    "modelled_joules": "modelled joules",
+    "cpu_seconds": "CPU seconds",
+    "seconds": "seconds",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -264,11 +270,14 @@ def _whole(path: Path, settings: Settings) -> _Whole:
 
 def _tell(path: Path, profile: Profile) -> None:
     points = sum(len(family.points) for family in profile.families)
-    what = {"joules": "joules", "modelled_joules": "modelled joules", "cpu_seconds": "CPU seconds"}[profile.quantity]
-    print(f"{path}: {points} points of {len(profile.families)} kinds in {profile.profiling_seconds:.0f} s, in {what}")
+    kinds, seconds = len(profile.families), profile.profiling_seconds
+    print(f"{path}: {points} points of {kinds} kinds in {seconds:.0f} s, in {_UNITS[profile.quantity]}")
     for whole in profile.wholes:
         error = whole.predicted / whole.measured - 1
-        print(f"  {whole.model}: measured {whole.measured:.3g}, its layers say {whole.predicted:.3g} ({error:+.1%})")
+        unit = _UNITS[whole.quantity]
+        print(
+            f"  {whole.model}: measured {whole.measured:.3g} {unit}, its layers say {whole.predicted:.3g} ({error:+.1%})"
+        )
     for note in profile.notes:
         print(f"  note: {note}")
 

@@ -256,4 +256,8 @@ def test_anchors_set_the_factor(tmp_path, monkeypatch):
     (whole,) = corrected.wholes
     assert whole.anchor
     assert whole.predicted == pytest.approx(plain.total)
+    layers["other"] = [LayerSpec("fold", "fold", {"batch": 32})]
+    unknown = anchored(profile, layers, {"other": {"cpu_seconds": 1.0}}, 32, 0.05)
+    assert unknown.factor == {}
+    assert "other corrects nothing: this profile knows no fold" in unknown.notes[0]
     assert msgspec.json.decode(msgspec.json.encode(corrected), type=type(corrected)) == corrected

@@ -34,6 +34,8 @@ COMMANDS = (
     Command("measure", "energy.commands.measure", "run a command and say what it drew"),
     Command("calibrate", "energy.commands.calibrate", "fit the modelled sensor to one that measures"),
     Command("profile", "energy.commands.profile", "measure what layers cost on this device, from a probe pack"),
+    Command("fit", "energy.commands.fit", "fit models to a profile that was only measured"),
+    Command("predict", "energy.commands.predict", "what a training step of a bundle will cost, layer by layer"),
     Command("report", "energy.commands.report", "a profile or the ledger of a run as a page, CSV and JSON"),
 )
 

@@ -15,8 +15,9 @@ err by a share, and by an amount that small layers drown in.
 
 Parameters, all lists of float: ``block`` (of channels), ``columns`` (of :data:`energy.features.FEATURES` in use),
 ``center`` and ``scale`` (of those columns), ``steps`` (which of them have steps), ``length`` (per column), ``signal``,
-``step_length`` and ``step_signal`` (per step), ``trend``, ``noise``, ``floor`` (in units of exp(offset)), ``doubt`` (per
-point), ``offset`` (log cost that the model is about). Signals, trend and noise are standard deviations of log cost.
+``step_length`` and ``step_signal`` (per step), ``trend``, ``noise``, ``floor`` (in units of exp(offset)), ``doubt``
+(per point), ``offset`` (log cost that the model is about). Signals, trend and noise are standard deviations of log
+cost.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 ``scripts/demo`` runs it. A broker, a coordinator and eight ``edge-agent`` processes start on this machine, every agent
 gets a non-IID share of the digits that scikit-learn carries, and the model is trained without any share leaving its
-agent. At the end ``runs/<id>/summary.json`` holds the figures, with what every job drew as its device said: measured
-where this machine has a sensor, else modelled from CPU time, and called so.
+agent. At the end ``runs/<id>/summary.json`` holds the figures, with what every job drew. Eight agents on one machine
+would each measure all of it, so they model their joules from CPU time and bytes, and say so.
 """
 
 from __future__ import annotations

@@ -34,12 +34,13 @@ password_file = "{password_file}"
 protocol = "{protocol}"
 
 # A sensor would measure this whole machine once for every agent; so each agent models its own share of it instead,
-# from its CPU time, with nominal watts of a small board.
+# from its CPU time, with nominal watts of a small board, and a radio that this machine may not have.
 [energy]
 sensor = "modelled"
 modelled_of = "agent"
 idle_watts = 2.5
 busy_watts = 7.0
+radio = "wifi"
 
 [[data]]
 name = "{dataset}"

@@ -274,10 +274,8 @@ def _tell(path: Path, profile: Profile) -> None:
     print(f"{path}: {points} points of {kinds} kinds in {seconds:.0f} s, in {_UNITS[profile.quantity]}")
     for whole in profile.wholes:
         error = whole.predicted / whole.measured - 1
-        unit = _UNITS[whole.quantity]
-        print(
-            f"  {whole.model}: measured {whole.measured:.3g} {unit}, its layers say {whole.predicted:.3g} ({error:+.1%})"
-        )
+        found = f"measured {whole.measured:.3g} {_UNITS[whole.quantity]}, its layers say {whole.predicted:.3g}"
+        print(f"  {whole.model}: {found} ({error:+.1%})")
     for note in profile.notes:
         print(f"  note: {note}")
 

@@ -3,9 +3,9 @@
 Integrated variance reduction (Cohn 1996, Neural Network Exploration Using Optimal Experiment Design): measuring a
 candidate takes cov(reference, candidate)^2 / (var(candidate) + noise) off the variance of each reference layer. What
 counts here is the error, so the candidate with the largest fall of the references' standard deviations is the best;
-deviations well below a tenth hardly count. The variance of a Gaussian process does not depend on what will be measured, so several points
-are chosen one after the other without measuring between them. Before anything was measured, the same rule works on
-the prior, and spreads points over the references.
+deviations well below a tenth hardly count. The variance of a Gaussian process does not depend on what will be measured,
+so several points are chosen one after the other without measuring between them. Before anything was measured, the same
+rule works on the prior, and spreads points over the references.
 """
 
 from __future__ import annotations

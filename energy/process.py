@@ -157,6 +157,11 @@ class Process:
 
 def prior(kind: str, sizes: Sequence[Sizes], block: int = 8) -> Process:
     """What is believed of a kind before any point; ``sizes``, the layers in question, give the scale of features."""
+    return Process(kind, [], [], [], parameters=prior_parameters(kind, sizes, block))
+
+
+def prior_parameters(kind: str, sizes: Sequence[Sizes], block: int = 8) -> dict[str, list[float]]:
+    """The parameters of :func:`prior`, with no points."""
     table = features(kind, sizes, block)
     frame = standard_frame(table)
     parameters = {
@@ -166,7 +171,7 @@ def prior(kind: str, sizes: Sequence[Sizes], block: int = 8) -> Process:
     }
     parameters |= {"length": [prior_length(len(frame["columns"]))] * len(frame["columns"])}
     parameters |= {name: [PRIOR[name]] * len(frame["steps"]) for name in ("step_length", "step_signal")}
-    return Process(kind, [], [], [], parameters=parameters | {"doubt": [], "offset": [0.0]})
+    return parameters | {"doubt": [], "offset": [0.0]}
 
 
 def standard_frame(table: Floats) -> dict[str, list[float]]:

@@ -46,7 +46,10 @@ COMMANDS = [
         ("coordinator.cli", command)
         for command in ("serve", "submit", "status", "runs", "devices", "model", "stop", "verify")
     ),
-    *(("energy.cli", command) for command in ("sensors", "watch", "measure", "calibrate", "profile", "report")),
+    *(
+        ("energy.cli", command)
+        for command in ("sensors", "watch", "measure", "calibrate", "profile", "fit", "predict", "report")
+    ),
     *(("exporters.cli", command) for command in ("bundle", "inspect", "probes")),
 ]
 

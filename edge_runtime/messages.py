@@ -88,15 +88,20 @@ class EnergySource(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 class EnergyUse(msgspec.Struct, frozen=True, array_like=True):
     """What one job drew, gross, in millijoules. None: could not be known (never a silent zero).
 
-    ``train_mj`` and ``compress_mj`` were measured by the device's announced source, unless ``modelled``. ``radio_mj``
-    is always modelled, from bytes and constants of the link. ``idle_mw`` is the idle power beside the job.
+    ``train_mj``, ``compress_mj`` and ``other_mj`` (reading, loading, evaluating) were measured, unless ``modelled``, by
+    the sensor of this name; the device announced the rest about it. ``doubtful``: something speaks against them
+    (throttling, gaps, a sensor that changed). ``radio_mj`` is always modelled, from bytes and constants of the link.
+    ``idle_mw`` is the idle power before the job.
     """
 
     train_mj: Count | None = None
     compress_mj: Count | None = None
+    other_mj: Count | None = None
     radio_mj: Count | None = None
     idle_mw: Count | None = None
+    sensor: str = ""
     modelled: bool = False
+    doubtful: bool = False
 
 
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="telemetry"):

@@ -72,7 +72,9 @@ DEVICE_SAYS = {
             model_version=2,
             samples=100,
             steps=8,
-            energy=m.EnergyUse(train_mj=120_500, compress_mj=310, radio_mj=44, idle_mw=2700),
+            energy=m.EnergyUse(
+                train_mj=120_500, compress_mj=310, other_mj=900, radio_mj=44, idle_mw=2700, sensor="rapl"
+            ),
             stopped="joules",
         ),
     ),

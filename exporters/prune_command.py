@@ -26,6 +26,7 @@ what it did on the profiled device, trains what is left towards the answers of t
 SOURCE is MODULE:FUNCTION, as for edge-export bundle; --weights loads what edge-coordinator model wrote. The samples are
 an .npz with x and y, as devices hold them; --test is judged, and never trained on. Runs on a workstation with PyTorch:
 pip install "edge-training-runtime[prune]"."""
+_HELD_OUT, _LEAST_TEST = 0.1, 20
 EXAMPLE = (
     "  edge-coordinator model RUN -o trained.safetensors\n"
     "  edge-energy prune my_model:build --weights trained.safetensors --profile energy-profile.json \\\n"
@@ -196,7 +197,13 @@ def _samples(options: argparse.Namespace, manifest: Manifest) -> tuple[Samples, 
     """Preprocessed as a device would; without ``--test`` every tenth sample is held out by its content."""
     if options.test is not None:
         return _read(options.data, manifest, 0.0)[0], _read(options.test, manifest, 0.0)[0]
-    return _read(options.data, manifest, 0.1)
+    train, test = _read(options.data, manifest, _HELD_OUT)
+    if len(test.x) < _LEAST_TEST:
+        raise UsageError(
+            f"{options.data}: a tenth of it, {len(test.x)} samples, is too little to judge accuracy by; give more, or "
+            "name samples that are not trained on with --test"
+        )
+    return train, test
 
 
 def _read(path: Path, manifest: Manifest, held_out: float) -> tuple[Samples, Samples]:

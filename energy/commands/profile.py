@@ -38,6 +38,7 @@ ANCHOR_ROUNDS = 5
 # A whole model's error that no layer explains and one anchor cannot tell; the spread between architectures measured by
 # benchmarks/thor_end_to_end.py.
 ONE_ANCHOR_ERROR = 0.05
+_ANCHOR_WINDOWS = 2.0  # the longest step, in bursts, of a model that others are compared with in every round
 _UNITS = {
     "joules": "joules",
     "modelled_joules": "modelled joules",
@@ -122,7 +123,7 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
     known = _known(options, gauge)
     job = _Job(options, gauge, meter)
     job.idle()
-    profiler = Profiler(pack, gauge, settings, known=known, say=_say)
+    profiler = Profiler(pack, gauge, settings, anchor=_drift_anchor(wholes, gauge), known=known, say=_say)
     try:
         for points in profiler.batches():
             job.save(profiler, fitted=False)
@@ -135,6 +136,15 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
         profile = job.anchored(profiler, profile, wholes, settings)
     _tell(options.output, profile)
     return 0
+
+
+def _drift_anchor(wholes: list[_Whole], gauge: CpuGauge | MeterGauge) -> Stepper | None:
+    """A whole model feels other load as most do, so it is the best to divide drift out by, unless it takes too long."""
+    for whole in wholes:
+        whole.stepper.warm_up(gauge.window_s)
+        if whole.stepper.seconds <= _ANCHOR_WINDOWS * gauge.window_s:
+            return whole.stepper
+    return None
 
 
 class _Whole(NamedTuple):

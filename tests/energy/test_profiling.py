@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -236,6 +237,17 @@ def test_no_bundle_is_no_anchor(tmp_path, capsys):
     pack = dense_pack(tmp_path / "a.probes")
     assert command(pack, "-o", tmp_path / "p.json", "--anchor", tmp_path / "text") == 2
     assert "is no bundle" in capsys.readouterr().err
+
+
+def test_an_anchor_with_other_layers_is_metered_and_corrects_nothing(tmp_path, capsys, monkeypatch):
+    """A whole bundle runs, and a note names the kinds that the profile lacks."""
+    pytest.importorskip("scipy")
+    monkeypatch.setattr("energy.gauge.CpuGauge.window_s", 0.0002)
+    bundle = Path(__file__).parents[2] / "examples" / "digits.bundle"
+    pack, output = dense_pack(tmp_path / "a.probes"), tmp_path / "profile.json"
+    assert command(pack, "-o", output, "--budget-s", 1, "--anchor", bundle) == 0
+    assert "digits corrects nothing: this profile knows no" in capsys.readouterr().out
+    assert load_profile(output).factor == {}
 
 
 def test_anchors_set_the_factor(tmp_path, monkeypatch):

@@ -24,6 +24,13 @@ class SensorError(EnergyError):
         self.fault = fault
 
 
+class AwaitedError(SensorError):
+    """A sensor that is read in the background has nothing new yet; it is worth asking again soon."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("absent", message)
+
+
 class ProfileError(EnergyError):
     """A profile or probe pack cannot be read, does not fit, or lacks what is asked of it."""
 

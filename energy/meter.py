@@ -13,7 +13,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from energy.errors import SensorError
+from energy.errors import AwaitedError, SensorError
 from energy.marks import Watch
 from energy.way import Way
 from energy.window import Window
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from energy.measurement import Measurement
     from energy.sensors.base import Sensor, Source
 
-RETRY_FIRST_S, RETRY_LIMIT_S = 30.0, 3600.0
+RETRY_SOON_S, RETRY_FIRST_S, RETRY_LIMIT_S = 1.0, 30.0, 3600.0
 MOST_IDLE = 64  # idle stretches that are remembered
 
 
@@ -200,7 +200,12 @@ class Meter:
         now_s = self.clock()
         for rank in range(self._rank):
             if now_s >= self._retry_s[rank] and self._start(rank) is None:
-                self._say(f"measures with {_named(self._ways[rank])} again")
+                told = f"measures with {_named(self._ways[rank])} again"
+                self._say(told)
+                for window in self._windows:  # those that had no sensor; what was drawn meanwhile is unknown
+                    if window.span is None and window.ended_s > now_s:
+                        window.note(told)
+                        window.enter(self._way, self.clock())
                 return
 
     def _take_best(self, why: str) -> str:
@@ -229,6 +234,9 @@ class Meter:
         way = self._ways[rank]
         try:
             way.start(self.clock)
+        except AwaitedError as error:
+            self._retry_s[rank] = self.clock() + RETRY_SOON_S
+            return error
         except SensorError as error:
             self._put_off(rank)
             return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from energy.errors import SensorError
+from energy.sensors._files import unexpected
 from energy.sensors.base import Source
 from energy.series import Track
 
@@ -18,6 +19,7 @@ GAP_S, GAP_INTERVALS = 0.5, 3.0
 FROZEN_S, FROZEN_INTERVALS, FROZEN_READINGS = 60.0, 100.0, 50
 STILL_S, STILL_INTERVALS, STILL_READINGS = 5.0, 50.0, 10  # a counter of a machine that runs always grows
 ZERO_S, ZERO_INTERVALS = 3.0, 3.0
+SAME_READING = 0.01  # of the interval: readings of a sensor with an age that lie closer together are one
 ATTEMPTS = 3  # a bus that was busy, or one wrong reading, is no broken sensor
 
 _WORST: tuple[Quality, ...] = ("modelled", "coarse", "power", "counter")
@@ -50,15 +52,18 @@ class Part:
 
     def restart(self) -> None:
         """Begins anew, without readings."""
-        self.tracks = [Track(rail, slack_s=max(self.sensor.interval_s, 0.05)) for rail in self.sensor.rails]
-        self.totals = [track for track in self.tracks if track.rail.in_total]
-        self.counts = all(track.rail.unit == "joules" for track in self.totals)
+        self._lay_tracks()
         self.last_s: float | None = None
         self.before_s = 0.0
         self._values: tuple[float, ...] = ()
         self._same_since_s = 0.0
         self._same = 0
         self._zero_since_s: float | None = None
+
+    def _lay_tracks(self) -> None:
+        self.tracks = [Track(rail, slack_s=max(self.sensor.interval_s, 0.05)) for rail in self.sensor.rails]
+        self.totals = [track for track in self.tracks if track.rail.in_total]
+        self.counts = all(track.rail.unit == "joules" for track in self.totals)
 
     @property
     def watts(self) -> float:
@@ -85,10 +90,10 @@ class Part:
         return note
 
     def _read(self, clock: Callable[[], float]) -> str | None:
-        began_s = clock()
-        values = self.sensor.read()
-        at_s = 0.5 * (began_s + clock())
-        if self.last_s is not None and at_s <= self.last_s:
+        at_s, values = self._ask(clock)
+        if self.last_s is None:
+            self._lay_tracks()  # only its first reading may tell what it measures
+        elif at_s <= self.last_s:
             return None
         note = None
         for track, value in zip(self.tracks, values, strict=True):
@@ -105,6 +110,23 @@ class Part:
         self.before_s = at_s if self.last_s is None else self.last_s
         self.last_s = at_s
         return note
+
+    def _ask(self, clock: Callable[[], float]) -> tuple[float, tuple[float, ...]]:
+        """What the sensor says, and of which time that is."""
+        began_s = clock()
+        try:
+            values = self.sensor.read()
+        except SensorError:
+            raise
+        except Exception as error:
+            raise unexpected(self.sensor, error) from error
+        age_s = getattr(self.sensor, "age_s", None)
+        if age_s is None:
+            return 0.5 * (began_s + clock()), values
+        at_s = clock() - age_s
+        if self.last_s is not None and at_s - self.last_s < SAME_READING * self.sensor.interval_s:
+            return self.last_s, values  # the same reading once more
+        return at_s, values
 
     def _believe(self, at_s: float, values: tuple[float, ...]) -> None:
         source, interval_s = self.sensor.source, self.sensor.interval_s
@@ -141,12 +163,7 @@ class Way:
         self.parts = [Part(sensor) for sensor in sensors]
         self.source = combined([sensor.source for sensor in sensors])
         self.interval_s = min(sensor.interval_s for sensor in sensors)
-        names = [rail.name for sensor in sensors for rail in sensor.rails]
-        self.names = [
-            rail.name if names.count(rail.name) == 1 else f"{sensor.source.sensor} {rail.name}"
-            for sensor in sensors
-            for rail in sensor.rails
-        ]
+        self._name_rails()
 
     def start(self, clock: Callable[[], float]) -> None:
         """Begins anew with a first reading.
@@ -157,6 +174,7 @@ class Way:
         for part in self.parts:
             part.restart()
         self.read(clock, everything=True)
+        self._name_rails()
 
     def read(self, clock: Callable[[], float], *, everything: bool) -> list[str]:
         """Reads the sensors that have something new to say, or all; gives what was wrong with readings left out.
@@ -171,6 +189,11 @@ class Way:
                 if note is not None:
                     notes.append(note)
         return notes
+
+    def _name_rails(self) -> None:
+        rails = [(part.sensor.source.sensor, rail.name) for part in self.parts for rail in part.sensor.rails]
+        names = [name for _, name in rails]
+        self.names = [name if names.count(name) == 1 else f"{sensor} {name}" for sensor, name in rails]
 
     @property
     def tracks(self) -> list[Track]:

@@ -44,6 +44,7 @@ class Window:
         self._readings = 0
         self._longest_gap_s = 0.0
         self._lost = False
+        self._known_s = 0.0  # how long of it a sensor could be read
         self._problems: dict[str, None] = {}
 
     def joules(self) -> float | None:
@@ -54,6 +55,27 @@ class Window:
             if self.span is None or self._lost:
                 return None
             return sum(joules for _, joules in self._past) + self.span.joules(self._meter.clock())
+
+    def at_least(self) -> float | None:
+        """Joules that are known so far, also where :meth:`joules` is None since a sensor failed for a while.
+
+        The sum of the stretches that could be read; it grows again as soon as a sensor is back. None if no stretch
+        could. As in :meth:`joules` modelled ones are in it; see :attr:`modelled`.
+        """
+        if self.measurement is not None:
+            return self._known()
+        with self._meter.lock:
+            known = self._known()
+            if self.span is None:
+                return known
+            return (known or 0.0) + self.span.joules(self._meter.clock())
+
+    @property
+    def modelled(self) -> bool:
+        """Whether any of the joules so far are modelled, so that none may count as measured."""
+        return any(source.modelled for source, _ in self._past) or (
+            self.span is not None and self.span.way.source.modelled
+        )
 
     def close(self) -> Measurement:
         """Ends the window; a second time gives the same."""
@@ -105,8 +127,11 @@ class Window:
         seconds = end_s - self.started_s
         joules = None if self._lost or empty or not self._past else sum(joules for _, joules in self._past)
         source = None if joules is None else self._whole_source()
-        if self._lost and (known := sum(joules for _, joules in self._past)):
-            self.note(f"{known:.3g} J were known before")
+        known = self._known()
+        if self._lost and known is not None:
+            share = self._known_s / seconds if seconds > 0 else 0.0
+            label = " (modelled)" if self.modelled else ""
+            self.note(f"{known:.3g} J{label} are known, of {share:.0%} of the time; the rest is unknown")
         return Measurement(
             name=self.name,
             started_s=self.started_s,
@@ -121,9 +146,13 @@ class Window:
             problems=tuple(self._problems),
         )
 
+    def _known(self) -> float | None:
+        return sum(joules for _, joules in self._past) if self._past else None
+
     def _keep(self, span: Span, at_s: float) -> None:
         at_s = max(at_s, span.from_s)
         self._past.append((span.way.source, span.joules(at_s)))
+        self._known_s += at_s - span.from_s
         for name, joules in span.rails(at_s).items():
             self._rails[name] = self._rails.get(name, 0.0) + joules
         self._readings += span.readings

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from energy.sensors.base import Sensor
+
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _NUMBER_BYTES = 64
 _TEXT_BYTES = 4096  # a page, the most an attribute of sysfs holds
@@ -95,6 +97,13 @@ def close_all(files: Iterable[KernelFile]) -> None:
     """Closes every one of them."""
     for file in files:
         file.close()
+
+
+def unexpected(sensor: Sensor, error: Exception) -> SensorError:
+    """What a sensor raised against its contract, as a fault of that sensor: nothing of it may end its reader."""
+    name = sensor.source.sensor
+    message = f"{name}: reading failed with {type(error).__name__} ({error}); choose another sensor, and report this"
+    return SensorError("implausible", message)
 
 
 def watts_within(watts: float, limit_watts: float, what: str) -> float:

@@ -55,6 +55,10 @@ class Sensor(Protocol):
         domain: what the total is of; a sensor of the whole system is preferred, else those of CPU and GPU are added.
         rails: what :meth:`read` gives, in this order; at least one is in the total.
         interval_s: how often the hardware has something new to say, so how often reading pays.
+
+    A sensor may have more: ``accuracy`` (a fraction, as its maker says), ``slow`` (reading may take longer than 10 ms;
+    see :mod:`energy.sensors.background`), ``age_s`` (how old what :meth:`read` gave last was by then; such a sensor may
+    give one reading several times, and may change ``rails`` with its first one).
     """
 
     source: Source

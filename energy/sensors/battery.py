@@ -128,6 +128,8 @@ class Gauge:
 class Batteries:
     """All batteries of this machine, together."""
 
+    slow = True  # the controller behind an ACPI battery takes its time
+
     def __init__(self, gauges: list[Gauge]) -> None:
         self.source = Source(NAME, "board", "coarse", _COVERS)
         self.domain: Domain = "system"

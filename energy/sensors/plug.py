@@ -53,16 +53,26 @@ class Plug:
         settings: of the plug.
         wait_s: how long to wait for the first answer.
         clock: monotonic seconds.
+        connect: False leaves connecting to the first reading, so that nothing is waited for here; ``rails`` are those
+            of the plug from then on.
 
     Raises:
         SensorError: the broker or the plug does not answer, refuses, or the settings cannot be used.
     """
 
+    slow = True
+
     def __init__(
-        self, settings: PlugSettings, *, wait_s: float = WAIT_S, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: PlugSettings,
+        *,
+        wait_s: float = WAIT_S,
+        clock: Callable[[], float] = time.monotonic,
+        connect: bool = True,
     ) -> None:
-        client_id = f"edge-energy-{uuid.uuid4().hex[:8]}"
-        self._speech: Dialect = dialect(settings.kind, settings.topic, settings.channel, client_id)
+        self._client_id = f"edge-energy-{uuid.uuid4().hex[:8]}"
+        self._speech: Dialect = dialect(settings.kind, settings.topic, settings.channel, self._client_id)
+        self._settings = settings
         self._clock = clock
         self._wait_s = wait_s
         self._news = threading.Condition()
@@ -73,20 +83,20 @@ class Plug:
         self._error: SensorError | None = None
         self._broker = settings.broker
         self._refused = ""
-        self._client = self._connect(settings, client_id)
-        self._client.loop_start()
-        try:
-            self._ask_and_wait(wait_s)
-        except SensorError:
-            self.close()
-            raise
+        self._client: Any = None
         where = f"everything behind the plug {settings.topic}, its power supply included"
         self.source = Source(NAME, "board", "coarse", where)
         self.domain: Domain = "system"
         self.interval_s = INTERVAL_S
         power = Rail(NAME, "board", "watts", limit_watts=LIMIT_WATTS, resolution=self._speech.resolution_watts)
-        counter = Rail(f"{NAME} counter", "board", "joules", in_total=False, limit_watts=LIMIT_WATTS)
-        self.rails: tuple[Rail, ...] = (power,) if self._joules is None else (power, counter)
+        self.rails: tuple[Rail, ...] = (power,)
+        if connect:
+            self._open()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the plug answered once and is listened to."""
+        return self._client is not None
 
     def read(self) -> tuple[float, ...]:
         """Watts, and joules if the plug counts them; see :class:`energy.sensors.base.Sensor`.
@@ -94,6 +104,8 @@ class Plug:
         Raises:
             SensorError: ``frozen``: nothing was heard for too long; else what the last message was about.
         """
+        if self._client is None:
+            self._open()
         now_s = self._clock()
         paused = now_s - self._read_s > 3 * INTERVAL_S
         self._read_s = now_s
@@ -113,8 +125,25 @@ class Plug:
 
     def close(self) -> None:
         """Leaves the broker."""
-        self._client.disconnect()
-        self._client.loop_stop()
+        if self._client is not None:
+            self._client.disconnect()
+            self._client.loop_stop()
+            self._client = None
+
+    def _open(self) -> None:
+        """Connects and waits for the first answer; what fails is closed again, so that it may be tried once more."""
+        self._error, self._refused = None, ""
+        self._client = self._connect(self._settings, self._client_id)
+        self._client.loop_start()
+        try:
+            self._ask_and_wait(self._wait_s)
+        except SensorError:
+            self.close()
+            raise
+        self._read_s = self._clock()
+        if self._joules is not None and len(self.rails) == 1:
+            counter = Rail(f"{NAME} counter", "board", "joules", in_total=False, limit_watts=LIMIT_WATTS)
+            self.rails = (*self.rails, counter)
 
     def _connect(self, settings: PlugSettings, client_id: str) -> Any:
         try:

@@ -37,6 +37,8 @@ _OTHER = "only the Pi 5 and its relatives measure power; use a smart plug, or th
 class PowerChip:
     """The rails that the firmware names, one process per reading."""
 
+    slow = True
+
     def __init__(self, run: Callable[[Sequence[str]], str]) -> None:
         self._run = run
         currents, voltages = self._ask()

@@ -201,18 +201,57 @@ def test_modelled_joules_never_count_as_measured() -> None:
 
 
 def test_joules_are_unknown_when_the_last_sensor_is_gone() -> None:
-    """What was measured before is told in words; the figure is None, since it is not that of the window."""
+    """What is known is told, with its share of the time; the figure is None, since it is not that of the window."""
     clock = Clock()
     sensor = Power(clock, lambda _: 5.0)
     meter = Meter([[sensor]], clock=clock)
     window = meter.open("job")
     pass_time(meter, clock, 2.0)
     sensor.fault = SensorError("vanished", "gone")
-    pass_time(meter, clock, 1.0)
+    pass_time(meter, clock, 2.2)
     assert window.joules() is None
+    assert window.at_least() == pytest.approx(10.5)  # the last power holds until the failure is seen
     result = window.close()
     assert result.joules is None
-    assert any("J were known before" in problem for problem in result.problems)
+    assert window.at_least() == pytest.approx(10.5)
+    assert any("10.5 J are known, of 50% of the time" in problem for problem in result.problems), result.problems
+
+
+def test_known_joules_grow_again_when_the_only_sensor_is_back() -> None:
+    """A job still stops at its limit after its sensor was away for a while; the whole stays unknown."""
+    clock = Clock()
+    sensor = Power(clock, lambda _: 5.0)
+    said: list[str] = []
+    meter = Meter([[sensor]], clock=clock, on_change=said.append)
+    window = meter.open("job")
+    assert window.at_least() == 0.0
+    pass_time(meter, clock, 10.0)
+    sensor.fault = SensorError("vanished", "gone")
+    pass_time(meter, clock, 20.0)
+    sensor.fault = None
+    pass_time(meter, clock, 20.0)
+    assert "again" in said[-1]
+    grown = window.at_least() or 0.0
+    assert 85.0 < grown < 105.0
+    pass_time(meter, clock, 10.0)
+    assert window.at_least() == pytest.approx(grown + 50.0)
+    assert window.joules() is None
+    result = window.close()
+    assert (result.joules, result.source) == (None, None)
+    assert any("known, of" in problem for problem in result.problems)
+    assert any("again" in problem for problem in result.problems)
+    with meter.open("next") as after:
+        pass_time(meter, clock, 2.0)
+    assert after.close().joules == after.at_least() == pytest.approx(10.0)
+
+
+def test_nothing_is_known_at_least_where_nothing_could_be_read() -> None:
+    """Never a silent zero."""
+    meter = Meter([], clock=Clock())
+    window = meter.open("work")
+    assert window.at_least() is None
+    window.close()
+    assert window.at_least() is None
 
 
 def test_better_sensor_comes_back_between_windows_only() -> None:

@@ -155,6 +155,7 @@ def test_plug_that_falls_silent_is_frozen(broker: OwnMosquitto) -> None:
     clock.now += 3600.0  # the program did something else
     assert plug.read()[0] == 7.0
     device.on = False
+    time.sleep(0.1)  # answers under way arrive
     for _ in range(20):
         clock.now += 1.0
         meter.sample()

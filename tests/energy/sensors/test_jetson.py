@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,7 @@ def test_what_may_not_be_read_is_a_matter_of_permission(tmp_path: Path) -> None:
 def test_nothing_stays_open(tmp_path: Path) -> None:
     """A closed sensor, and a probe that failed, hold no files."""
     root = boards.agx_orin(tmp_path)
+    gc.collect()
     before = open_files()
     (sensor,) = jetson.probe(root)
     assert open_files() == before + 8

@@ -1,7 +1,7 @@
 """Which layers to measure: error after 16, 32 and 48 chosen ones, for three rules (data of two hosts, of others).
 
 Rules: ``random``; ``max_variance`` the layer that the model is least sure of (MacKay 1992, as THOR does);
-``integrated_variance`` :mod:`energy.active`. All fit the same model again every 4 layers. The first two start from 8
+``integrated_variance`` :mod:`energy.active`. All fit the same model again every 4 layers. The second starts from 8
 random layers, ours from its prior. 300 layers are held out. The references of ours are other layers of the pool, sizes
 only; in the product they are the layers of the user's models.
 """
@@ -41,7 +41,7 @@ def errors_of(table: LayerTable, rule: str, seed: int) -> dict[int, float]:
         taken = set(chosen)
         rest = [row for row in pool if row not in taken]
         start = not chosen and rule == "max_variance"  # it knows nothing to begin with
-        chosen += _next("random" if start else rule, table, process, rest, references)[: BATCH if chosen else START]
+        chosen += _next("random" if start else rule, table, process, rest, references)[: START if start else BATCH]
         process = _fitted(table, chosen)
         if len(chosen) in POINTS:
             predicted = np.exp(process.predict([table.sizes[row] for row in test]).mean)
@@ -56,7 +56,7 @@ def _next(rule: str, table: LayerTable, process: Process, rest: list[int], refer
     sizes = [table.sizes[row] for row in rest]
     if rule == "max_variance":
         return [rest[place] for place in np.argsort(-process.predict(sizes).deviation)]
-    return [rest[place] for place in choose(process, sizes, [table.sizes[row] for row in references], START)]
+    return [rest[place] for place in choose(process, sizes, [table.sizes[row] for row in references], BATCH)]
 
 
 def _fitted(table: LayerTable, rows: list[int]) -> Process:

@@ -10,14 +10,15 @@ single points out with parameters that were fitted to them promises too much.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from energy.errors import ProfileError, UsageError
 from energy.features import BLOCKS, Floats, features
-from energy.process import JITTER, LEVEL, PRIOR, Process, prior_length, standard_frame
+from energy.process import JITTER, LEVEL, PRIOR, Process, prior_length, roofline_terms, standard_frame
 from energy.profile import Fitted
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ MINIMUM_POINTS = 4
 FOLDS = 5
 _BLOCK_POINTS = 120  # enough to tell which block it is
 _PREFERRED_BLOCK, _PREFERENCE = 8, 1.0  # of blocks that explain few points alike, this one; in log probability
+_ROOFLINE_POINTS = 60  # with more of them, the process knows better than a roofline
 _ROBUST_PASSES = 2
 _FREEDOM = 4.0
 _ITERATIONS = 60
@@ -154,6 +156,28 @@ def _spread(data: _Data, block: int, order: Sequence[int]) -> float:
     return float(max(1.0, sorted(residuals)[rank - 1] / _Z90))
 
 
+def _roofline(table: Floats, costs: Floats) -> list[float]:
+    """Cost per step, operation and value, none negative, then center and scale of its logarithm; empty if constant."""
+    nnls = _scipy("scipy.optimize").nnls
+    terms = roofline_terms(table)
+    unit = terms.mean(axis=0)
+    # Between absolute and relative squares: neither the largest layers alone nor the noise of the smallest.
+    root = np.sqrt(costs)
+    weights = nnls(terms / unit / root[:, None], root)[0] / unit
+    logs = np.log(terms @ weights)
+    return [*weights.tolist(), float(logs.mean()), float(logs.std())] if np.ptp(logs) > 1e-6 else []
+
+
+def _scipy(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "fitting needs SciPy, which is not installed: pip install 'edge-training-runtime[profile]', or run "
+            "edge-energy fit on a workstation"
+        ) from error
+
+
 class _Problem:
     """Negative log posterior of the parameters' logarithms, and its gradient, over the pairs of points.
 
@@ -167,6 +191,7 @@ class _Problem:
         count, self._size = len(table), len(columns)
         logs = np.log(np.asarray(data.costs, dtype=np.float64))
         self._offset = float(np.median(logs))
+        self._roofline = _roofline(table, np.exp(logs - self._offset)) if count <= _ROOFLINE_POINTS else []
         self._target, self._own = logs - self._offset, np.asarray(data.relative_errors, dtype=np.float64) ** 2
         self._doubt: Floats = np.ones(count)
         self._smallness: Floats = np.zeros(count)
@@ -176,6 +201,10 @@ class _Problem:
         # Every Matern term: its squared distances per column.
         self._terms = [distances, *(distances[[int(step)]] for step in self._frame["steps"])]
         self._products = np.sum(left * right, axis=1)
+        if self._roofline:
+            slant = np.log(roofline_terms(table) @ self._roofline[:3])
+            slant = (slant - self._roofline[3]) / self._roofline[4]
+            self._products += slant[self._pairs[0]] * slant[self._pairs[1]]
         self._times = np.where(self._pairs[0] == self._pairs[1], 1.0, 2.0)
         medians = [prior_length(self._size)] * self._size + [PRIOR["signal"]]
         medians += [PRIOR["step_length"], PRIOR["step_signal"]] * len(self._frame["steps"])
@@ -191,13 +220,7 @@ class _Problem:
 
     def solve(self, start: Floats) -> Floats:
         """The best parameters from ``start`` on, as logarithms."""
-        try:
-            from scipy.optimize import minimize
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                "fitting needs SciPy, which is not installed: pip install 'edge-training-runtime[profile]', or run "
-                "edge-energy fit on a workstation"
-            ) from error
+        minimize = _scipy("scipy.optimize").minimize
         bounds = [(mean - _FARTHEST, mean + _FARTHEST) for mean in self.mean]
         options = {"maxiter": _ITERATIONS}
         found = minimize(self.loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
@@ -210,12 +233,11 @@ class _Problem:
         named |= {"step_length": values[size + 1 : -3 : 2], "step_signal": values[size + 2 : -3 : 2]}
         named |= {"trend": [values[-3]], "noise": [values[-2]], "floor": [values[-1]], "offset": [self._offset]}
         doubt = self._doubt * (1.0 + (values[-1] / values[-2]) ** 2 * self._smallness)
-        return named | {"doubt": doubt.tolist()}
+        return named | {"doubt": doubt.tolist(), "roofline": self._roofline}
 
     def loss(self, logs: Floats) -> tuple[float, Floats]:
         """Loss and gradient at the logarithms of the parameters."""
-        from scipy.linalg import lapack
-
+        lapack = _scipy("scipy.linalg").lapack
         squares = np.exp(2.0 * logs)
         trend2, noise2, floor2 = squares[-3:]
         total = trend2 * self._products + LEVEL**2

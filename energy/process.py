@@ -4,7 +4,8 @@ Rasmussen and Williams, Gaussian Processes for Machine Learning (2006): predicti
 with a length per feature 4.2.1 and 5.1, leaving one out 5.4.2. The covariance of two layers is, on standardised
 features x, a sum of
 
-* ``trend^2 x.x'`` and a level: carries far from the points,
+* ``trend^2 x.x'`` and a level: carries far from the points; where points are few, x here also has the logarithm of a
+  roofline, a cost per step, per operation and per value moved,
 * ``signal^2 m(|x - x'| / length)`` with the Matern function m: bends the trend near the points,
 * ``step_signal^2 m(|c - c'| / step_length)`` for the number c of input channels, and of output channels: what blocks
   of channels do whatever the other sizes are.
@@ -16,8 +17,8 @@ err by a share, and by an amount that small layers drown in.
 Parameters, all lists of float: ``block`` (of channels), ``columns`` (of :data:`energy.features.FEATURES` in use),
 ``center`` and ``scale`` (of those columns), ``steps`` (which of them have steps), ``length`` (per column), ``signal``,
 ``step_length`` and ``step_signal`` (per step), ``trend``, ``noise``, ``floor`` (in units of exp(offset)), ``doubt``
-(per point), ``offset`` (log cost that the model is about). Signals, trend and noise are standard deviations of log
-cost.
+(per point), ``offset`` (log cost that the model is about), ``roofline`` (the three costs in units of exp(offset), then
+center and scale of the logarithm; empty or absent: none). Signals, trend and noise are standard deviations of log cost.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ class Process:
         value = {name: np.asarray(numbers, dtype=np.float64) for name, numbers in parameters.items()}
         self.kind, self.spread = kind, spread
         self._block, self._columns = int(parameters["block"][0]), value["columns"].astype(np.intp)
-        self._center, self._scale, self._length = value["center"], value["scale"], value["length"]
+        self._center, self._scale = value["center"], value["scale"]
+        self._roofline = value.get("roofline", np.empty(0))
+        # The roofline is a trend, and bends nothing.
+        self._length = np.append(value["length"], [np.inf] * (len(self._roofline) > 0))
         self._steps = list(zip(value["steps"].astype(np.intp), value["step_length"], value["step_signal"], strict=True))
         self._signal, self._trend = parameters["signal"][0], parameters["trend"][0]
         self._noise, self._floor = parameters["noise"][0], parameters["floor"][0]
@@ -116,10 +120,13 @@ class Process:
         return result
 
     def inputs(self, sizes: Sequence[Sizes]) -> Floats:
-        """Standardised features of layers, float64 ``[layers, columns]``."""
-        table = features(self.kind, sizes, self._block)[:, self._columns]
-        result: Floats = (table - self._center) / self._scale
-        return result
+        """Standardised features of layers, float64 ``[layers, columns]``, and the roofline if there is one."""
+        table = features(self.kind, sizes, self._block)
+        result: Floats = (table[:, self._columns] - self._center) / self._scale
+        if len(self._roofline) == 0:
+            return result
+        slant = np.log(roofline_terms(table) @ self._roofline[:3])
+        return np.column_stack([result, (slant - self._roofline[3]) / self._roofline[4]])
 
     def covariance(self, left: Floats, right: Floats) -> Floats:
         """Prior covariance of log costs, float64 ``[left, right]``; both as :meth:`inputs` gives them."""
@@ -171,7 +178,7 @@ def prior_parameters(kind: str, sizes: Sequence[Sizes], block: int = 8) -> dict[
     }
     parameters |= {"length": [prior_length(len(frame["columns"]))] * len(frame["columns"])}
     parameters |= {name: [PRIOR[name]] * len(frame["steps"]) for name in ("step_length", "step_signal")}
-    return parameters | {"doubt": [], "offset": [0.0]}
+    return parameters | {"doubt": [], "offset": [0.0], "roofline": []}
 
 
 def standard_frame(table: Floats) -> dict[str, list[float]]:
@@ -192,6 +199,13 @@ def standard_frame(table: Floats) -> dict[str, list[float]]:
         "scale": table[:, columns].std(axis=0).tolist() if columns else [],
         "steps": [float(columns.index(column)) for column in STEPPED if column in columns],
     }
+
+
+def roofline_terms(table: Floats) -> Floats:
+    """What a roofline is a sum of, float64 ``[layers, 3]``: one, operations, values moved."""
+    column = {name: np.exp(table[:, index]) for index, name in enumerate(FEATURES)}
+    moved = column["input_elements"] + column["output_elements"]
+    return np.column_stack([np.ones(len(table)), column["blocked_flops"], moved])
 
 
 def prior_length(columns: int) -> float:
@@ -218,7 +232,7 @@ def _check(kind: str, parameters: Mapping[str, list[float]], points: int) -> Non
     fits = all(len(parameters[name]) == 1 for name in one)
     fits &= all(len(parameters[name]) == len(columns) for name in per_column)
     fits &= all(len(parameters[name]) == len(steps) for name in per_step)
-    fits &= all(0 <= column < len(FEATURES) for column in columns)
+    fits &= all(0 <= column < len(FEATURES) for column in columns) and len(parameters.get("roofline", [])) in {0, 5}
     if not fits or any(not 0 <= step < len(columns) for step in steps) or parameters["block"][0] < 1:
         raise ProfileError(f"{kind}: the model's parameters do not fit each other; {cure}")
     if len(parameters["doubt"]) != points:

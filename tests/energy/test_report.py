@@ -97,7 +97,7 @@ def make_run(jobs, rounds=2, **changes):
 def fitted(points):
     """A model as a fit leaves it, with one feature (the batch) and no steps."""
     one = {"block": 1.0, "columns": 0.0, "center": 3.0, "scale": 1.0, "length": 2.0, "signal": 0.5, "trend": 1.0}
-    one |= {"noise": 0.05, "offset": -6.0}
+    one |= {"noise": 0.05, "floor": 1e-6, "offset": -6.0}
     parameters = {name: [value] for name, value in one.items()}
     parameters |= {"steps": [], "step_length": [], "step_signal": [], "doubt": [1.0] * len(points)}
     return Fitted(parameters=parameters)

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from coordinator.events import DeviceRow
+from coordinator.ledger import LONGEST_TEXT
 from edge_runtime.messages import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from coordinator.plan import Plan
-    from edge_runtime.messages import DatasetInfo, DeviceState, Telemetry
+    from edge_runtime.messages import DatasetInfo, DeviceState, EnergySource, Telemetry
 
+SOURCES_KEPT = 16  # of joules, per device: it has a sensor or two, and a model
 CONFLICT_S = 600.0  # two agents with one name take turns within seconds; a replaced SD card does not come back
 
 
@@ -41,7 +43,11 @@ def requirement(plan: Plan, blob_bytes: int = 0) -> Requirement:
 
 @dataclass
 class Device:
-    """One device. ``conflict`` says why it is not trusted at the moment, empty when all is well."""
+    """One device. ``conflict`` says why it is not trusted at the moment, empty when all is well.
+
+    ``energy_sources`` is all that it announced since this process began, by sensor: an update may come when the device
+    measures with another one already.
+    """
 
     name: str
     state: DeviceState
@@ -51,11 +57,23 @@ class Device:
     conflict: str = ""
     instances: dict[str, float] = field(default_factory=dict)  # installation -> when it was last seen
     switched_unix_s: float = 0.0
+    energy_sources: dict[str, EnergySource] = field(default_factory=dict)
 
     @property
     def online(self) -> bool:
         """Whether the device is connected, as far as the broker told."""
         return self.state.online
+
+    def note_source(self) -> None:
+        """Remembers where the device has its joules from now."""
+        source = self.state.energy
+        if source is None:
+            return
+        name = source.sensor[:LONGEST_TEXT]
+        self.energy_sources.pop(name, None)
+        while len(self.energy_sources) >= SOURCES_KEPT:
+            del self.energy_sources[next(iter(self.energy_sources))]
+        self.energy_sources[name] = source
 
     def dataset(self, name: str) -> DatasetInfo | None:
         """What the device said about one of its datasets."""
@@ -119,6 +137,7 @@ class Fleet:
         device = self._devices.get(state.device)
         if device is None:
             device = Device(state.device, state, now, instances={state.instance: now})
+            device.note_source()
             self._devices[state.device] = device
             self._sort(device)
             return state.online
@@ -127,6 +146,7 @@ class Fleet:
         joined = state.online and (not device.online or state.session != device.state.session)
         self._watch_instance(now, device, state)
         device.state = state
+        device.note_source()
         device.last_contact_unix_s = now
         self._sort(device)
         return joined

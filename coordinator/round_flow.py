@@ -44,9 +44,9 @@ class Work:
     ) -> None:
         """Saves the ledger's row of a job that ended, with ``update`` or without one."""
         device = self.fleet.get(assignment.device)
-        source = None if device is None else device.state.energy
+        sources = {} if device is None else device.energy_sources
         elapsed_s = max(self.now - assignment.assigned_unix_s, state.plan.participation.deadline_s)
-        self.save(ledger_row(assignment, energy, source, elapsed_s=elapsed_s, update=update))
+        self.save(ledger_row(assignment, energy, sources, elapsed_s=elapsed_s, update=update))
 
     def effects(self) -> list[e.Effect]:
         """Save first, with copies: the shell may write them while the state goes on."""

@@ -150,9 +150,14 @@ def _energy_lines(summary: dict[str, Any]) -> list[str]:
     if jobs:
         radio = energy["radio_modelled_joules"]
         lines.append(
-            f"energy: {energy_words(energy)}, for compression and the training of {counted(jobs, 'job')}"
+            f"energy: {energy_words(energy)}, for {counted(jobs, 'job')} from loading to compression"
             + (f"; what training drew is unknown for {energy['unknown_jobs']} more" if energy["unknown_jobs"] else "")
             + (f"; radio {joules(radio)} modelled" if radio is not None else "")
+        )
+    if energy["doubtful_jobs"]:
+        lines.append(
+            f"? the joules of {counted(energy['doubtful_jobs'], 'job')} are doubtful (throttled, clocks that changed, "
+            "a sensor that failed); the logs of the devices tell why"
         )
     if summary["stopped_jobs"]:
         lines.append(f"{counted(summary['stopped_jobs'], 'job')} ended early, at a limit; status --json tells which")

@@ -38,9 +38,13 @@ def joules(value: float) -> str:
 
 
 def energy_words(energy: dict[str, Any]) -> str:
-    """Joules of training and compression with the word measured or modelled beside each; "-" if nothing is known."""
+    """Joules of jobs with the word measured or modelled beside each; "-" if nothing is known.
+
+    A question mark at the end: some of them are of jobs whose figures are doubtful.
+    """
     parts = (("joules", "measured"), ("modelled_joules", "modelled"))
-    return ", ".join(f"{joules(energy[key])} {word}" for key, word in parts if energy[key] is not None) or "-"
+    known = ", ".join(f"{joules(energy[key])} {word}" for key, word in parts if energy[key] is not None)
+    return f"{known}{' ?' if energy['doubtful_jobs'] else ''}" if known else "-"
 
 
 def source_words(source: dict[str, Any] | None) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _DATABASE = "coordinator.db"
 HEARTBEAT_S = 5.0  # how often a server says that it lives
+_SUMMED = ("train_mj", "compress_mj", "other_mj", "radio_mj")
 _GONE_S = 15.0  # silent for so long, it does not
 
 
@@ -310,12 +311,13 @@ class Store:
     def energy(self, run: str, by: Literal["round", "device"]) -> list[EnergySums]:
         """Sums over the ledger of a run, per round or device."""
         t = tables.ledger
-        known = sa.func.count(t.c.train_mj)
-        sums = [sa.func.sum(t.c[name]).label(name) for name in ("train_mj", "compress_mj", "radio_mj")]
+        known = sa.func.count(sa.func.coalesce(t.c.train_mj, t.c.other_mj))
+        sums = [sa.func.sum(t.c[name]).label(name) for name in _SUMMED]
+        doubtful = sa.func.sum(sa.case((t.c.doubtful, 1), else_=0)).label("doubtful_jobs")
         stopped = sa.func.sum(sa.case((t.c.stopped != "", 1), else_=0)).label("stopped_jobs")
         wanted = (
             sa.select(t.c[by].label("key"), t.c.modelled, sa.func.count().label("jobs"), known.label("known_jobs"))
-            .add_columns(stopped, *sums)
+            .add_columns(doubtful, stopped, *sums)
             .where(t.c.run == run)
             .group_by(t.c[by], t.c.modelled)
         )
@@ -368,15 +370,16 @@ class Store:
 
 def _energy_sums(columns: Any) -> EnergySums:
     """PostgreSQL gives sums as decimals."""
-    names = ("train_mj", "compress_mj", "radio_mj")
-    train, compress, radio = (None if columns[name] is None else int(columns[name]) for name in names)
+    train, compress, other, radio = (None if columns[name] is None else int(columns[name]) for name in _SUMMED)
     return EnergySums(
         key=columns["key"],
         modelled=bool(columns["modelled"]),
         jobs=int(columns["jobs"]),
         known_jobs=int(columns["known_jobs"]),
+        doubtful_jobs=int(columns["doubtful_jobs"]),
         stopped_jobs=int(columns["stopped_jobs"]),
         train_mj=train,
         compress_mj=compress,
+        other_mj=other,
         radio_mj=radio,
     )

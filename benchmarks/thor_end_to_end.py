@@ -31,6 +31,7 @@ import numpy as np
 
 from benchmarks.report import parser, print_report
 from energy import interleave
+from energy.anchoring import factor_of
 from energy.estimate import Estimator
 from energy.fitting import fit_profile
 from energy.gauge import CpuGauge, MeterGauge
@@ -270,8 +271,8 @@ def _judge(profile: Profile, nets: list[Net], wholes: _Wholes, sums: _Sums, quan
     for net in nets:
         # The factor comes from the judged models of the other architectures.
         others = [logs[name] for name in JUDGED if name != net.architecture]
-        factor = {quantity: math.exp(statistics.fmean(others))}
-        error = {quantity: statistics.stdev(others)}
+        corrected, doubt = factor_of(others)
+        factor, error = {quantity: corrected}, {quantity: doubt}
         anchored = Estimator(msgspec.structs.replace(profile, factor=factor, factor_error=error), quantity)
         found = anchored.estimate(net.layers)
         whole = wholes.cost(net.name)

@@ -35,9 +35,6 @@ EXAMPLE = (
 
 IDLE_S = 5.0
 ANCHOR_ROUNDS = 5
-# A whole model's error that no layer explains and one anchor cannot tell; the spread between architectures measured by
-# benchmarks/thor_end_to_end.py.
-ONE_ANCHOR_ERROR = 0.05
 _ANCHOR_WINDOWS = 2.0  # the longest step, in bursts, of a model that others are compared with in every round
 _UNITS = {
     "joules": "joules",
@@ -200,7 +197,7 @@ class _Job:
         _say(f"running {', '.join(graphs)} as a whole")
         costs = profiler.compare(graphs, ANCHOR_ROUNDS)
         layers = {whole.name: whole.layers for whole in wholes}
-        profile = anchored(profile, layers, costs, settings.batch, ONE_ANCHOR_ERROR)
+        profile = anchored(profile, layers, costs, settings.batch)
         save_profile(profile, self._options.output)
         return profile
 

@@ -10,11 +10,13 @@ import ctypes
 import gc
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from edge_runtime.messages import Telemetry
+from energy.temperature import hottest_c
 
 _TIMEX_BYTES = 208  # struct timex on 64-bit Linux
 _STA_UNSYNC = 0x0040
@@ -45,14 +47,9 @@ def _battery() -> Any:
         return None
 
 
-def temperature_c() -> float | None:
-    """The hottest sensor in degrees Celsius; None where no sensor can be read."""
-    try:
-        sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
-    except (OSError, ValueError):  # some boards list a sensor that refuses to be read
-        return None
-    values = [entry.current for entries in sensors.values() for entry in entries if entry.current is not None]
-    return max(values) if values else None
+def temperature_c(root: Path = Path("/")) -> float | None:
+    """The hottest zone in degrees Celsius that can be believed; None where none can be read."""
+    return hottest_c(root)
 
 
 def clock_synchronised() -> bool | None:

@@ -166,7 +166,7 @@ def load_calibration(path: Path) -> Calibration:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); make it with edge-energy calibrate") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UsageError(f"{path}: is no calibration; make one with edge-energy calibrate")
@@ -176,7 +176,7 @@ def load_calibration(path: Path) -> Calibration:
         )
     try:
         return _read(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: is damaged ({error!r}); calibrate again") from error
 
 

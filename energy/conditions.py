@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from energy.errors import SensorError
 from energy.sensors import nvml
 from energy.sensors._files import board_model, look, look_number, run_command
+from energy.temperature import hottest_c
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     Run = Callable[[Sequence[str]], str]
 
-_PLAUSIBLE_C = (-40.0, 150.0)
-_FIXED_ZONES = ("pmic-die", "pmic_die")  # Jetsons show a constant 100 degrees there
-_CHIPS_WITH_TEMPERATURE = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 _NOW = {1 << 0: "under-voltage", 1 << 1: "clock capped", 1 << 2: "throttled", 1 << 3: "soft temperature limit"}
 _PI_EVENTS = {16: "under_voltage", 17: "clock_capped", 18: "throttled", 19: "soft_temperature_limit"}
 _COOLING = re.compile(r"^(thermal-)?(cpu|gpu|dev)freq|throttle|^processor|^cpu|^gpu", re.IGNORECASE)
@@ -67,34 +65,12 @@ def read_conditions(root: Path = Path("/"), *, run: Run | None = None, library: 
         told = True
         causes += cards
     return Conditions(
-        temperature_c=_temperature_c(root),
+        temperature_c=hottest_c(root),
         throttled=tuple(dict.fromkeys(causes)) if told else None,
         events=events,
         clocks_hz=_clocks(root) | card_clocks,
         power_mode=_power_mode(root, run),
     )
-
-
-def _temperature_c(root: Path) -> float | None:
-    zones = [
-        zone / "temp"
-        for zone in root.glob("sys/class/thermal/thermal_zone*")
-        if (look(zone / "type") or "").lower() not in _FIXED_ZONES
-    ]
-    values = list(_plausible(zones))
-    if not values:  # AMD processors have no zone
-        values = list(
-            _plausible(path for chip in _hwmon(root, *_CHIPS_WITH_TEMPERATURE) for path in chip.glob("temp*_input"))
-        )
-    return max(values, default=None)
-
-
-def _plausible(paths: Any) -> Iterator[float]:
-    """Degrees Celsius; zones that refuse to be read now (GPU asleep) are left out."""
-    for path in paths:
-        value = look_number(path)
-        if value is not None and _PLAUSIBLE_C[0] <= value / 1000 <= _PLAUSIBLE_C[1]:
-            yield value / 1000
 
 
 def _cooling(root: Path) -> tuple[list[str], bool]:

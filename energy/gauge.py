@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from energy.meter import Meter
     from energy.probing import Stepper
     from energy.profile import Quantity
+    from energy.sensors.base import Source
 
 CPU_WINDOW_S = 0.025
 METER_WINDOW_S = 2.0
@@ -35,8 +36,9 @@ class CpuGauge:
 class MeterGauge:
     """Joules by a meter that is being sampled, beside CPU time and wall time.
 
-    Bursts last as long as the sensor needs. A window that the meter marks as doubtful gives no joules, and after five
-    of them in a row the cause is raised. Joules of a modelled source are ``modelled_joules``.
+    Bursts last as long as the sensor needs. All joules are of the source that the meter has at the start: a window of
+    another one, or one that the meter marks as doubtful, gives no joules, and after five of them in a row the cause is
+    raised. Joules of a modelled source are ``modelled_joules``.
 
     Attributes:
         power, marks: what was seen, for pictures; times in seconds from the first burst.
@@ -46,6 +48,7 @@ class MeterGauge:
         if meter.source is None:
             raise ProfileError("no sensor of power or energy can be read; profile by CPU time with --sensor none")
         self._meter = meter
+        self._source = meter.source
         self._began_s = meter.clock()
         self._lost = 0
         self.quantity: Quantity = "modelled_joules" if meter.source.modelled else "joules"
@@ -55,19 +58,25 @@ class MeterGauge:
         self.problems: dict[str, None] = {}
 
     def __call__(self, stepper: Stepper) -> Reading:
-        """One burst in a window of its own."""
+        """One burst in a window of its own.
+
+        Raises:
+            ProfileError: five bursts in a row gave no joules, or only those of another sensor.
+        """
         window = self._meter.open("burst")
         try:
             reading = cpu_cost(stepper)
         finally:
             measured = window.close()
         self._remember(measured)
-        if measured.valid and measured.joules is not None and measured.source is not None:
-            name: Quantity = "modelled_joules" if measured.source.modelled else "joules"
+        same = measured.source == self._source
+        if measured.valid and measured.joules is not None and same:
             self._lost = 0
-            return Reading(reading.steps, {**reading.costs, name: measured.joules / reading.steps})
+            return Reading(reading.steps, {**reading.costs, self.quantity: measured.joules / reading.steps})
         self._lost += 1
         if self._lost >= _LOST:
+            if measured.source is not None and not same:
+                raise ProfileError(self._changed(measured.source))
             cause = "; ".join(measured.problems) or "the sensor gives no figure"
             raise ProfileError(
                 f"{_LOST} windows in a row are invalid: {cause}; let the device cool down, or fix its clocks"
@@ -75,21 +84,35 @@ class MeterGauge:
         return reading
 
     def idle(self, seconds: float) -> float | None:
-        """Mean watts over an idle stretch; None if the sensor gives no figure."""
+        """Mean watts over an idle stretch; None if the sensor gives no figure, or another one took over."""
         import time
 
         with self._meter.open("idle", idle=True) as window:
             time.sleep(seconds)
         measured = window.close()
         self._remember(measured)
-        return None if measured.joules is None else measured.joules / measured.seconds
+        if measured.joules is None or measured.source != self._source:
+            return None
+        return measured.joules / measured.seconds
 
     def mark(self, name: str, started_s: float) -> None:
         """Names what was measured since ``started_s`` on the meter's clock."""
         self.marks.append(Mark(name, started_s - self._began_s, self._meter.clock() - self._began_s))
 
+    def _changed(self, now: Source) -> str:
+        first = self._source
+        return (
+            f"{first.label} failed, and {_LOST} bursts in a row were measured by {now.label}: joules of two sensors "
+            f"make no profile; see to {first.sensor} and profile again, or begin anew with --sensor {now.sensor}"
+        )
+
     def _remember(self, measured: Measurement) -> None:
         self.problems.update(dict.fromkeys(measured.problems))
+        if measured.source is not None and measured.source != self._source:
+            self.problems[f"{measured.source.label} took over from {self._source.label}: its joules are left out"] = (
+                None
+            )
+            return
         if measured.joules is not None and measured.seconds > 0 and len(self.power) < _MOST_SAMPLES:
             middle = measured.started_s + measured.seconds / 2 - self._began_s
             self.power.append(Sample(middle, measured.joules / measured.seconds))

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 RETRY_SOON_S, RETRY_FIRST_S, RETRY_LIMIT_S = 1.0, 30.0, 3600.0
 MOST_IDLE = 64  # idle stretches that are remembered
+IDLE_S, IDLE_UPDATES = 2.0, 5  # the least that makes a baseline
+ROUNDING_S = 1e-6
+IDLE_AGE_S = 900.0  # farther away from a window it is none
 
 
 class _Idle(NamedTuple):
@@ -86,6 +89,11 @@ class Meter:
         return 1.0 if self._way is None else self._way.interval_s
 
     @property
+    def least_idle_s(self) -> float:
+        """How long an idle stretch has to be for a baseline, a little more than the least."""
+        return max(IDLE_S, (IDLE_UPDATES + 1) * self.interval_s)
+
+    @property
     def watts(self) -> float | None:
         """Total power at the last reading; of a counter the mean since the reading before. None if unknown."""
         if self._way is None:
@@ -110,7 +118,11 @@ class Meter:
             self._sample(edge=False)
 
     def open(self, name: str, *, idle: bool = False) -> Window:
-        """Begins a window; there may be many, nested or not. An ``idle`` one is a baseline for those beside it."""
+        """Begins a window; there may be many, nested or not.
+
+        An ``idle`` one is a baseline for those beside it, if it is long enough (see :meth:`rebased`); it may be sampled
+        sparsely.
+        """
         with self.lock:
             self._sample(edge=True)
             window = Window(self, name, self.clock(), idle=idle, conditions=self._watch.latest)
@@ -121,9 +133,11 @@ class Meter:
             return window
 
     def rebased(self, measurement: Measurement) -> Measurement:
-        """The same with the idle baseline known by now: the mean of the nearest idle stretches before and after.
+        """The same with the idle baseline known by now: the mean of the nearest good idle stretches before and after.
 
-        Only stretches of the same source count; with one of the two the baseline is that one.
+        A stretch is good if it lasted 2 s and 5 updates of its sensor or longer and nothing spoke against it; one that
+        is not leaves the last good one in place. Only stretches of the same source count that lie within 15 minutes of
+        the measurement; with one of the two sides the baseline is that one.
         """
         with self.lock:
             return self._rebased(measurement)
@@ -148,7 +162,8 @@ class Meter:
             measurement = window.result(end_s)
             source = measurement.source
             if window.idle:
-                if measurement.joules is not None and source is not None and measurement.seconds > 0:
+                long = measurement.seconds >= IDLE_S - ROUNDING_S and window.updates >= IDLE_UPDATES
+                if measurement.valid and measurement.joules is not None and source is not None and long:
                     watts = measurement.joules / measurement.seconds
                     self._idle.append(_Idle(window.started_s, end_s, watts, source))
                 return measurement
@@ -156,7 +171,12 @@ class Meter:
 
     def _rebased(self, measurement: Measurement) -> Measurement:
         end_s = measurement.started_s + measurement.seconds
-        same = [idle for idle in self._idle if idle.source == measurement.source]
+        earliest_s, latest_s = measurement.started_s - IDLE_AGE_S, end_s + IDLE_AGE_S
+        same = [
+            idle
+            for idle in self._idle
+            if idle.source == measurement.source and idle.ended_s >= earliest_s and idle.started_s <= latest_s
+        ]
         before = max((i for i in same if i.ended_s <= measurement.started_s), key=lambda i: i.ended_s, default=None)
         after = min((i for i in same if i.started_s >= end_s), key=lambda i: i.started_s, default=None)
         watts = [idle.watts for idle in (before, after) if idle is not None]
@@ -186,7 +206,10 @@ class Meter:
                 window.note(text)
 
     def _fail(self, failed: Way, error: SensorError) -> None:
-        self._put_off(self._rank)
+        if isinstance(error, AwaitedError):
+            self._retry_s[self._rank] = self.clock() + RETRY_SOON_S
+        else:
+            self._put_off(self._rank)
         self._way, self._rank = None, len(self._ways)
         told = self._take_best(f"{failed.source.sensor} failed: {error}")
         now_s = self.clock()
@@ -249,4 +272,4 @@ class Meter:
 
 
 def _named(way: Way) -> str:
-    return f"{way.source.sensor} ({way.source.scope}: {way.source.covers})"
+    return f"{way.source.label}: {way.source.covers}"

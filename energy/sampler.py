@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
+
+from energy.errors import EnergyError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,6 +30,7 @@ class Sampler:
         self._meter = meter
         self._interval_s = interval_s
         self._ended = threading.Event()
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="energy-sampler", daemon=True)
         meter.lock = threading.RLock()
 
@@ -35,10 +39,20 @@ class Sampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and waits for it."""
+        """Ends the thread and waits for it.
+
+        Raises:
+            EnergyError: the thread had ended by itself, so windows after that lack readings; said once.
+        """
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise EnergyError(
+                f"sampling ended early with {type(error).__name__} ({error}): figures after that lack readings; "
+                "measure again, and report this"
+            ) from error
 
     def __enter__(self) -> Self:
         self.start()
@@ -47,9 +61,19 @@ class Sampler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        if kind is None:
+            self.stop()
+            return
+        with contextlib.suppress(EnergyError):  # the error that is on its way comes first
+            self.stop()
 
     def _run(self) -> None:
+        try:
+            self._sample()
+        except Exception as error:  # noqa: BLE001 - told by stop()
+            self._error = error
+
+    def _sample(self) -> None:
         clock = self._meter.clock
         next_s = clock()
         while True:

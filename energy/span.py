@@ -49,10 +49,13 @@ class Span:
     Attributes:
         readings: within the stretch, of the sensor that was read most often.
         gaps, longest_gap_s: times without a reading that a power sensor (or a counter that wraps) does not forgive.
+
+    ``sparse``: readings of power may lie far apart, since only their mean is wanted.
     """
 
-    def __init__(self, way: Way, from_s: float) -> None:
+    def __init__(self, way: Way, from_s: float, *, sparse: bool = False) -> None:
         self.way = way
+        self._sparse = sparse
         self.from_s = from_s
         self.gaps = 0
         self.longest_gap_s = 0.0
@@ -78,8 +81,13 @@ class Span:
             share.lowest, share.highest = min(share.lowest, watts), max(share.highest, watts)
             gap_s = min(last_s, until_s) - max(part.before_s, self.from_s)
             self.longest_gap_s = max(self.longest_gap_s, gap_s)
-            if gap_s > part.gap_limit_s and (not part.counts or _may_have_wrapped(share, gap_s)):
+            forgiven = not _may_have_wrapped(share, gap_s) if part.counts else self._sparse
+            if gap_s > part.gap_limit_s and not forgiven:
                 self.gaps += 1
+
+    def updates(self, until_s: float) -> float:
+        """How often its sensors told something new; of several the one that did so least often."""
+        return min(_updates(share, until_s - self.from_s, until_s) for share in self._shares)
 
     def joules(self, until_s: float) -> float:
         """Of the total."""
@@ -148,6 +156,15 @@ class Span:
             and sum(piece.joules(until_s) for piece in share.totals) <= 0
             for share in self._shares
         )
+
+
+def _updates(share: _Share, seconds: float, until_s: float) -> float:
+    part = share.part
+    if not part.counts:  # one more than inside: those at the edges are taken at once
+        return min(share.readings + 1.0, seconds / part.sensor.interval_s)
+    if part.sensor.source.quality == "coarse":
+        return min(piece.track.changes - piece.changes for piece in share.totals)
+    return seconds / max(_update_s(piece, share, until_s) for piece in share.totals)
 
 
 def _may_have_wrapped(share: _Share, gap_s: float) -> bool:

@@ -135,14 +135,16 @@ class Part:
         self._stuck = ()
         if values != self._values:
             self._values, self._same_since_s, self._same = values, at_s, 0
+        elif self.last_s is not None and at_s - self.last_s > FROZEN_S:
+            self._same_since_s += at_s - self.last_s  # nobody read meanwhile
         self._same += 1
         same_s = at_s - self._same_since_s
         if source.quality == "power" and not self.counts:
             limit_s, readings = max(FROZEN_S, FROZEN_INTERVALS * interval_s), FROZEN_READINGS
         elif source.quality == "counter" and self.counts:
             limit_s, readings = max(STILL_S, STILL_INTERVALS * interval_s), STILL_READINGS
-        else:
-            limit_s, readings = float("inf"), 0  # a coarse value stays, and the sensor itself knows how old it is
+        else:  # a coarse value stays; what the sensor knows of its age, or how long it may say the same
+            limit_s, readings = getattr(self.sensor, "frozen_s", float("inf")), STILL_READINGS
         if self._same > readings and same_s > limit_s:
             self._stuck = values
             raise SensorError("frozen", f"{source.sensor} has said exactly the same for {same_s:.0f} s")

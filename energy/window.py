@@ -28,6 +28,7 @@ class Window:
         started_s, ended_s: on the meter's clock; infinite while it is open.
         idle: whether it is a baseline.
         measurement: after it was closed, None before.
+        updates: how often the sensor told something new; after it was closed.
     """
 
     def __init__(self, meter: Meter, name: str, started_s: float, *, idle: bool, conditions: Conditions | None) -> None:
@@ -36,6 +37,7 @@ class Window:
         self.ended_s = math.inf
         self.idle = idle
         self.measurement: Measurement | None = None
+        self.updates = 0.0
         self.marks = Marks(conditions, idle=idle)
         self.span: Span | None = None
         self._meter = meter
@@ -102,7 +104,7 @@ class Window:
         if way is None:
             self._lost = True
         else:
-            self.span = Span(way, at_s)
+            self.span = Span(way, at_s, sparse=self.idle)
 
     def leave(self, at_s: float) -> None:
         """The way in use fails; up to here its last power holds."""
@@ -116,6 +118,7 @@ class Window:
         empty = span is not None and not self._past and span.nothing_counted(end_s)
         half_width = None
         if span is not None:
+            self.updates = span.updates(end_s)
             if not self._past and not span.way.source.modelled and not empty:
                 half_width = span.half_width(end_s)
             self._keep(span, end_s)

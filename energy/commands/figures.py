@@ -58,7 +58,7 @@ def source_line(source: Source | None) -> str:
     if source is None:
         return "no sensor: joules are unknown"
     if source.modelled:
-        return f"{source.sensor}: NOT MEASURED; {source.covers}"
+        return f"{source.label}: NOT MEASURED; {source.covers}"
     return f"{source.sensor} ({source.scope}, {source.quality}): {source.covers}"
 
 

@@ -10,18 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from energy.commands import ways
-from energy.commands.figures import (
-    amount,
-    conditions_json,
-    conditions_line,
-    measurement_json,
-    modelled_name,
-    source_json,
-    source_line,
-)
+from energy.commands.figures import amount, conditions_json, conditions_line, modelled_name, source_json, source_line
+from energy.commands.runs import Run, counted, left_out, means, run_json
 from energy.conditions import read_conditions
 from energy.errors import UsageError
 from energy.meter import Meter
@@ -30,8 +23,6 @@ from energy.sampler import Sampler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from energy.measurement import Measurement
-
 DESCRIPTION = """Runs a command and says what the machine drew meanwhile: gross, and net of idle stretches before and
 after.
 The figures go to standard error, with --json to standard output after the command's own, or to the file of --output.
@@ -39,37 +30,7 @@ The exit code is the command's. Without a sensor it says so, and times the comma
 EXAMPLE = (
     "  edge-energy measure -- python train.py\n  edge-energy measure --repeat 5 --idle 5 --json -o drew.json -- make"
 )
-
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
-_T_95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
-    2.09,
-)
-
-
-class Run(NamedTuple):
-    """One run of the command."""
-
-    measurement: Measurement
-    cpu_seconds: float
-    exit_code: int
+MOST_IDLE_S = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", type=int, default=1, metavar="N", help="run it so often, with an idle stretch between"
     )
     parser.add_argument(
-        "--idle", type=float, default=2.0, metavar="SECONDS", help="of an idle stretch (default 2; 0: none)"
+        "--idle",
+        type=float,
+        metavar="SECONDS",
+        help="of an idle stretch (default: 2, or as long as the sensor needs, at most 30; 0: none)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON object there")
@@ -93,14 +57,14 @@ def run(options: argparse.Namespace) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         raise UsageError("measure needs a command, as in: edge-energy measure -- sleep 5")
-    if options.repeat < 1 or not options.idle >= 0:
+    if options.repeat < 1 or not (options.idle is None or options.idle >= 0):
         raise UsageError("--repeat takes 1 or more, --idle 0 or more seconds")
     opened = ways.open_ways(options)
     told: list[str] = []
     meter = Meter(opened.ways, conditions=lambda: read_conditions(options.root), on_change=told.append)
     if meter.source is None and options.sensor != "none":
         _warn(ways.why_none(opened.found))
-    idle_s = options.idle if meter.source is not None else 0.0
+    idle_s = _idle_s(options.idle, meter)
     runs: list[Run] = []
     try:
         with Sampler(meter):
@@ -116,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         meter.close()
     for text in told if opened.ways else ():
         _warn(text)
-    _tell(options, report, lambda: _print(command, runs, meter))
+    _tell(options, report, lambda: _print(report, runs, meter))
     code = next((one.exit_code for one in reversed(runs) if one.exit_code), 0)
     return code if code >= 0 else 128 - code
 
@@ -138,6 +102,19 @@ def _run(meter: Meter, name: str, command: list[str]) -> Run:
     return Run(window.close(), cpu_s, code)
 
 
+def _idle_s(wanted_s: float | None, meter: Meter) -> float:
+    if meter.source is None:
+        return 0.0
+    if wanted_s is None:
+        return min(meter.least_idle_s, MOST_IDLE_S)
+    if 0 < wanted_s < meter.least_idle_s:
+        _warn(
+            f"--idle {wanted_s:g} is too short for {meter.source.sensor}, so there are no net joules; "
+            f"give {meter.least_idle_s:g} or more"
+        )
+    return wanted_s
+
+
 def _idle(meter: Meter, seconds: float) -> None:
     if seconds > 0:
         with meter.open("idle", idle=True):
@@ -148,36 +125,16 @@ def _warn(text: str) -> None:
     print(f"edge-energy: {text}", file=sys.stderr)
 
 
-def mean_and_half_width(values: list[float]) -> tuple[float, float | None]:
-    """The mean of runs and half of its 95 % interval (Student's t); None for a single run."""
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return mean, None
-    deviation = (sum((value - mean) ** 2 for value in values) / (count - 1)) ** 0.5
-    t = _T_95[count - 2] if count - 2 < len(_T_95) else 2.09
-    return mean, t * deviation / count**0.5
-
-
 def _report(command: list[str], runs: list[Run], meter: Meter) -> dict[str, Any]:
-    sources = {one.measurement.source for one in runs}
-    means: dict[str, float | None] = {}
-    rows = [
-        {**measurement_json(one.measurement), "cpu_seconds": one.cpu_seconds, "exit_code": one.exit_code}
-        for one in runs
-    ]
-    names = ("joules", "net_joules", "watts")
-    for name in (*names, *map(modelled_name, names), "seconds", "cpu_seconds"):
-        values = [row[name] for row in rows]
-        if len(sources) == 1 and all(value is not None for value in values):
-            means[name], means[f"{name}_half_width"] = mean_and_half_width(values)
-        else:
-            means[name] = means[f"{name}_half_width"] = None
+    counting = counted(runs)
     return {
         "command": command,
-        "source": source_json(runs[-1].measurement.source),
-        "mean": means,
-        "runs": rows,
+        "source": source_json(counting[-1].measurement.source),
+        "mean": means(runs),
+        "counted_runs": len(counting),
+        "left_out_runs": len(runs) - len(counting),
+        "note": left_out(runs),
+        "runs": [run_json(run) for run in runs],
         "conditions": conditions_json(meter.conditions),
     }
 
@@ -195,39 +152,47 @@ def _tell(options: argparse.Namespace, report: dict[str, Any], show: Callable[[]
     show()
 
 
-def _print(command: list[str], runs: list[Run], meter: Meter) -> None:
-    rows: list[tuple[str, str]] = []
-    first = runs[-1].measurement
-    label = " modelled" if first.source is not None and first.source.modelled else ""
-    same = len({one.measurement.source for one in runs}) == 1
-    if same and first.joules is not None:
-        joules, width = mean_and_half_width([one.measurement.joules or 0.0 for one in runs])
-        width = first.half_width_joules if width is None else width
-        interval = "" if width is None else f"  ± {amount(width)} (95 %)"
-        rows.append((f"{amount(joules)} J{label}", f"gross{interval}"))
-        nets = [one.measurement.net_joules for one in runs]
-        known = [net for net in nets if net is not None]
-        if len(known) == len(nets):
-            net, width = mean_and_half_width(known)
-            interval = "" if width is None else f"  ± {amount(width)} (95 %)"
-            idle = first.idle_watts or 0.0
-            rows.append((f"{amount(net)} J{label}", f"net of {amount(idle)} W{label} idle{interval}"))
-        seconds = sum(one.measurement.seconds for one in runs)
-        total = sum(one.measurement.joules or 0.0 for one in runs)
-        rows.append((f"{amount(total / seconds)} W{label}", "mean"))
-        if not label:
-            rows += [
-                (f"{amount(value)} J", f"rail {name}") for name, value in first.rails.items() if len(first.rails) > 1
-            ]
-    seconds, width = mean_and_half_width([one.measurement.seconds for one in runs])
-    rows.append((f"{seconds:.3f} s", "elapsed" + ("" if width is None else f"  ± {amount(width)} (95 %)")))
-    rows.append((f"{mean_and_half_width([one.cpu_seconds for one in runs])[0]:.3f} s", "CPU"))
+def _print(report: dict[str, Any], runs: list[Run], meter: Meter) -> None:
+    last = counted(runs)[-1].measurement
+    modelled = last.source is not None and last.source.modelled
+    rows = _figures(report["mean"], modelled=modelled, half_width=last.half_width_joules)
     times = f", {len(runs)} runs" if len(runs) > 1 else ""
-    print(f"\n {' '.join(command)}{times}:\n", file=sys.stderr)
+    print(f"\n {' '.join(report['command'])}{times}:\n", file=sys.stderr)
     for value, name in rows:
         print(f"{value:>22}  {name}", file=sys.stderr)
-    print(f"\n source: {source_line(first.source)}", file=sys.stderr)
+    print(f"\n source: {source_line(last.source)}", file=sys.stderr)
     if meter.conditions is not None and (line := conditions_line(meter.conditions)):
         print(f" conditions: {line}", file=sys.stderr)
+    if report["note"]:
+        print(f" note: {report['note']}", file=sys.stderr)
     for problem in dict.fromkeys(problem for one in runs for problem in one.measurement.problems):
         print(f" problem: {problem}", file=sys.stderr)
+
+
+def _figures(mean: dict[str, Any], *, modelled: bool, half_width: float | None) -> list[tuple[str, str]]:
+    """Means with what they are; ``half_width`` is that of a single run."""
+    label = " modelled" if modelled else ""
+
+    def get(name: str) -> tuple[Any, str]:
+        key = modelled_name(name) if modelled else name
+        width = mean[f"{key}_half_width"]
+        if width is None and name == "joules":
+            width = half_width
+        return mean[key], "" if width is None else f"  ± {amount(width)} (95 %)"
+
+    rows: list[tuple[str, str]] = []
+    joules, interval = get("joules")
+    if joules is not None:
+        rows.append((f"{amount(joules)} J{label}", f"gross{interval}"))
+        net, interval = get("net_joules")
+        if net is not None:
+            idle, _ = get("idle_watts")
+            rows.append((f"{amount(net)} J{label}", f"net of {amount(idle)} W{label} idle{interval}"))
+        rows.append((f"{amount(get('watts')[0])} W{label}", "mean"))
+        rails = mean["rails_joules"]
+        if len(rails) > 1:
+            rows += [(f"{amount(value)} J", f"rail {name}") for name, value in rails.items()]
+    width = mean["seconds_half_width"]
+    rows.append((f"{mean['seconds']:.3f} s", "elapsed" + ("" if width is None else f"  ± {amount(width)} (95 %)")))
+    rows.append((f"{mean['cpu_seconds']:.3f} s", "CPU"))
+    return rows

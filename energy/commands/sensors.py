@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
             rows.append(_row(sensor))
         except SensorError as error:
             rows.append(_row(sensor, error))
+        if id(sensor) not in order:
+            rows[-1]["only_by_name"] = True
     ways.close_all(found.sensors)
     conditions = read_conditions(options.root)
     if options.json:
@@ -60,6 +62,7 @@ def _row(sensor: Sensor, error: SensorError | None = None) -> dict[str, Any]:
     return {
         **sensor.source._asdict(),
         "domain": sensor.domain,
+        "only_by_name": False,
         "interval_s": sensor.interval_s,
         "fault": None if error is None else str(error),
         "rails": rails,
@@ -71,6 +74,8 @@ def _print(rows: list[dict[str, Any]], refused: list[Refusal], none: str, condit
         what = "no sensor" if row["quality"] == "modelled" else f"{row['quality']} of the {row['scope']}"
         print(f"{row['sensor']}: {what} ({row['domain']}), every {row['interval_s']:g} s")
         print(f"  covers {row['covers']}")
+        if row["only_by_name"]:
+            print(f"  says nothing of what the CPU draws, so it is used only if named: --sensor {row['sensor']}")
         if row["fault"]:
             print(f"  fails now: {row['fault']}")
         for rail in row["rails"]:

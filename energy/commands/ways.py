@@ -73,7 +73,12 @@ def close_all(sensors: tuple[Sensor, ...]) -> None:
 
 def why_none(found: Found) -> str:
     """One line for a user whose machine has no sensor that can be read."""
-    reasons = [refusal.reason for refusal in found.refused if refusal.fault != "absent"]
+    reasons = [
+        f"{sensor.source.sensor} measures {sensor.source.covers}: --sensor {sensor.source.sensor} takes it all the same"
+        for sensor in found.sensors
+        if sensor.domain == "gpu"
+    ]
+    reasons += [refusal.reason for refusal in found.refused if refusal.fault != "absent"]
     cures = "use a smart plug (--plug), or a calibration (--model) for modelled joules"
     return f"no sensor of power or energy can be read here{''.join(f'; {reason}' for reason in reasons)}; {cures}"
 

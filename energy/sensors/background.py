@@ -44,6 +44,7 @@ class Background:
         self.source, self.domain, self.interval_s = sensor.source, sensor.domain, sensor.interval_s
         self.rails: tuple[Rail, ...] = sensor.rails
         self.accuracy: float | None = getattr(sensor, "accuracy", None)
+        self.frozen_s: float = getattr(sensor, "frozen_s", math.inf)
         self.age_s = 0.0
         self._sensor = sensor
         self._clock = clock

@@ -46,6 +46,11 @@ class Source(NamedTuple):
         """Whether nothing was measured."""
         return self.quality == "modelled"
 
+    @property
+    def label(self) -> str:
+        """Sensor and scope, as ``rapl (package)``; of a model its name alone."""
+        return self.sensor if self.scope == self.sensor else f"{self.sensor} ({self.scope})"
+
 
 class Sensor(Protocol):
     """One way to know what this machine draws. Not for several threads at a time.
@@ -57,8 +62,9 @@ class Sensor(Protocol):
         interval_s: how often the hardware has something new to say, so how often reading pays.
 
     A sensor may have more: ``accuracy`` (a fraction, as its maker says), ``slow`` (reading may take longer than 10 ms;
-    see :mod:`energy.sensors.background`), ``age_s`` (how old what :meth:`read` gave last was by then; such a sensor may
-    give one reading several times, and may change ``rails`` with its first one).
+    see :mod:`energy.sensors.background`), ``frozen_s`` (a coarse one that says the same for longer is broken), and
+    ``age_s`` (how old what :meth:`read` gave last was by then; such a sensor may give one reading several times, and
+    may change ``rails`` with its first one).
     """
 
     source: Source

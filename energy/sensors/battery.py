@@ -1,9 +1,10 @@
 """Batteries of laptops, phones and boards: what leaves them while nothing charges them.
 
 The kernel promises microwatts, microvolts, microamperes and microampere-hours; some drivers of phones give milliamperes
-and milliampere-hours instead, and signs differ. The promised unit is believed if the machine can draw that much, a
-thousand times larger one if only that can be, and nothing else. Gauges change every few seconds to once a minute: good
-for runs of minutes, and coarse.
+and milliampere-hours instead, and signs differ. A reading that is only possible in the promised unit settles it. A low
+one may as well be in a thousand times larger units, or the machine nearly at rest: then the size of the full battery
+tells, and without it nothing is believed. Gauges change every few seconds to once a minute: good for runs of minutes,
+and coarse.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ INTERVAL_S = 5.0
 _LIMIT_WATTS = 300.0
 _WATTS = (0.05, _LIMIT_WATTS)  # what a machine that runs draws
 _VOLTS = (2.0, 80.0)
-_WATT_HOURS = (1.0, 2000.0)  # what a full battery holds
+_WATT_HOURS = (1.0, 900.0)  # what a full battery holds; less than a factor of 1000, so the unit shows
 _JOULES_PER_WATT_HOUR = 3600.0
+_FROZEN_S = {"watts": 300.0, "joules": 1800.0}  # a phone at rest needs half an hour for 1 % of its battery
+_MOST_OF_FULL = 1.2  # an old battery that was estimated too small
+_MICRO, _MILLI = 1e-6, 1e-3
+_LARGEST = 10**15  # beyond any unit
 _RISE = 0.01  # of the capacity: more than that upward while discharging is no rounding
 _COVERS = "the whole machine, display and radios too, as its battery gauge tells it; coarse, for runs of minutes"
 _PREFIX = "POWER_SUPPLY_"
@@ -68,18 +73,18 @@ class Gauge:
     def _watts(self, fields: Mapping[str, str]) -> float:
         power = self._number(fields, "POWER_NOW")
         if power:
-            return abs(power) * self._scale("POWER_NOW", abs(power), _WATTS, "W")
+            return abs(power) * self._power_scale("POWER_NOW", abs(power), fields)
         current = self._number(fields, "CURRENT_NOW")
         if not current:
             return 0.0
         volts = self._volts(fields)
-        return abs(current) * volts * self._scale("CURRENT_NOW", abs(current) * volts, _WATTS, "W")
+        return abs(current) * volts * self._power_scale("CURRENT_NOW", abs(current) * volts, fields)
 
     def _joules(self, fields: Mapping[str, str]) -> float:
         for key in ("ENERGY", "CHARGE"):
             left = self._number(fields, f"{key}_NOW")
             full = self._number(fields, f"{key}_FULL") or self._number(fields, f"{key}_FULL_DESIGN")
-            if left is not None and full and 0 <= left <= 1.2 * full:
+            if left is not None and full and 0 <= left <= _MOST_OF_FULL * full:
                 volts = self._volts(fields) if key == "CHARGE" else 1.0
                 scale = self._scale(key, full * volts, _WATT_HOURS, "Wh full")
                 return self._taken(left, full, volts * scale * _JOULES_PER_WATT_HOUR)
@@ -103,30 +108,69 @@ class Gauge:
             raise SensorError("unsupported", f"{NAME}: {self.name} does not tell its voltage; {_CURE}")
         return value * self._scale("VOLTAGE_NOW", value, _VOLTS, "V")
 
+    def _power_scale(self, key: str, value: float, fields: Mapping[str, str]) -> float:
+        """1e-6 or 1e-3; settled by a reading that can be nothing else, or by the size of the battery."""
+        if key in self._scales:
+            return self._scales[key]
+        low, high = _WATTS
+        fitting = [scale for scale in (_MICRO, _MILLI) if low <= value * scale <= high]
+        if fitting != [_MICRO]:
+            hint = self._unit_of_capacity(fields)
+            if hint is None or hint not in fitting:
+                why = "may rest now" if fitting else "cannot be"
+                message = (
+                    f"{NAME}: {self.name} gives {key} in a unit that cannot be told: {value * _MICRO:g} or "
+                    f"{value * _MILLI:g} W {why}; try again while the machine works, or {_CURE}"
+                )
+                raise SensorError("implausible", message)
+            fitting = [hint]
+        self._scales[key] = fitting[0]
+        return fitting[0]
+
+    def _unit_of_capacity(self, fields: Mapping[str, str]) -> float | None:
+        """1e-6 or 1e-3, as all that is said of the full battery agrees on; None if it does not, or nothing is said."""
+        scales: set[float] = set()
+        for kind in ("ENERGY", "CHARGE"):
+            sizes = [self._number(fields, f"{kind}_{name}") for name in ("FULL", "FULL_DESIGN")]
+            left = self._number(fields, f"{kind}_NOW")
+            for size in sizes:
+                if not size:
+                    continue
+                if left is not None and not 0 <= left <= _MOST_OF_FULL * size:
+                    return None  # two units beside each other
+                volts = self._volts(fields) if kind == "CHARGE" else 1.0
+                scales |= {s for s in (_MICRO, _MILLI) if _WATT_HOURS[0] <= size * volts * s <= _WATT_HOURS[1]} or {0.0}
+        return scales.pop() if len(scales) == 1 and 0.0 not in scales else None
+
     def _scale(self, key: str, value: float, possible: tuple[float, float], unit: str) -> float:
         """1e-6, or 1e-3 where only that can be; decided at the first reading."""
         if key not in self._scales:
             low, high = possible
-            fitting = [scale for scale in (1e-6, 1e-3) if low <= value * scale <= high]
+            fitting = [scale for scale in (_MICRO, _MILLI) if low <= value * scale <= high]
             if not fitting:
                 message = (
-                    f"{NAME}: {self.name} gives {key} in a unit that cannot be told: {value * 1e-6:g} or "
-                    f"{value * 1e-3:g} {unit}; {_CURE}"
+                    f"{NAME}: {self.name} gives {key} in a unit that cannot be told: {value * _MICRO:g} or "
+                    f"{value * _MILLI:g} {unit}; {_CURE}"
                 )
                 raise SensorError("implausible", message)
             self._scales[key] = fitting[0]
         return self._scales[key]
 
     def _number(self, fields: Mapping[str, str], key: str) -> int | None:
+        if key not in fields:
+            return None
         try:
-            return int(fields[key]) if key in fields else None
-        except ValueError as error:
-            message = f"{NAME}: {self.name} gives {fields[key][:20]!r} as {key}, no whole number; {_CURE}"
-            raise SensorError("implausible", message) from error
+            number = int(fields[key])
+        except ValueError:
+            number = _LARGEST
+        if abs(number) >= _LARGEST:
+            message = f"{NAME}: {self.name} gives {fields[key][:20]!r} as {key}, no number that can be; {_CURE}"
+            raise SensorError("implausible", message)
+        return number
 
 
 class Batteries:
-    """All batteries of this machine, together."""
+    """All batteries of this machine, together. ``frozen_s``: its figures move at least that often while discharging."""
 
     slow = True  # the controller behind an ACPI battery takes its time
 
@@ -135,6 +179,7 @@ class Batteries:
         self.domain: Domain = "system"
         self.interval_s = INTERVAL_S
         self.rails = tuple(Rail(gauge.name, "board", gauge.unit, limit_watts=_LIMIT_WATTS) for gauge in gauges)
+        self.frozen_s = max(_FROZEN_S[gauge.unit] for gauge in gauges)
         self._gauges = tuple(gauges)
 
     def read(self) -> tuple[float, ...]:

@@ -50,6 +50,9 @@ def discover(root: Path = Path("/")) -> Found:
             refused.append(Refusal(shown, error.fault, str(error)))
         except OSError as error:  # a folder of the system that may not be entered
             refused.append(Refusal(shown, fault_of(error), f"{shown}: {error}; run where /sys and /proc may be read"))
+        except Exception as error:  # noqa: BLE001 - whatever a driver says, the other sensors are looked for
+            text = f"{shown}: looking for it failed with {type(error).__name__} ({error}); report this"
+            refused.append(Refusal(shown, "implausible", text))
     return Found(tuple(sensors), tuple(refused))
 
 
@@ -57,7 +60,8 @@ def ranked(sensors: Iterable[Sensor]) -> list[tuple[Sensor, ...]]:
     """Ways to know what the machine draws, best first; the sensors of one way are added.
 
     One way is a sensor of the whole system, or one of the CPU together with the best of the graphics cards; where both
-    exist, either alone comes after them. Measured comes before modelled, then board before module before package, then
+    exist, the CPU alone comes after them. Graphics cards alone are no way: they know nothing of what the CPU draws, and
+    are used alone only if they are named. Measured comes before modelled, then board before module before package, then
     counters and power before coarse. Of equals CPU and graphics together come first, since a counter of the platform
     may leave graphics cards out; then the first given one.
     """
@@ -66,7 +70,7 @@ def ranked(sensors: Iterable[Sensor]) -> list[tuple[Sensor, ...]]:
     cpus = sorted((sensor for sensor in every if sensor.domain == "cpu"), key=_rank)
     gpus = sorted((sensor for sensor in every if sensor.domain == "gpu"), key=_rank)[:1]
     together: list[tuple[Sensor, ...]] = [(cpu, *gpus) for cpu in cpus]
-    alone: list[tuple[Sensor, ...]] = [(sensor,) for sensor in (*(cpus if gpus else ()), *gpus)]
+    alone: list[tuple[Sensor, ...]] = [(cpu,) for cpu in cpus] if gpus else []
     return sorted([*ways, *together, *alone], key=lambda way: (max(_rank(sensor) for sensor in way), -len(way)))
 
 

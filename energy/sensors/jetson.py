@@ -22,7 +22,7 @@ TOTALS = ("VIN", "VDD_IN", "POM_5V_IN")  # best first; each feeds all other rail
 INTERVAL_S = 0.1  # the chip converts every 13 ms; slower is as good over seconds and costs less on the I2C bus
 
 _CHANNELS = (1, 2, 3)  # in4 to in6 are the voltages of the shunts, in7 and curr4 are sums
-_LIMIT_WATTS = 200.0
+LIMIT_WATTS = 200.0  # of a module, or of one of its rails; an AGX Orin is made for 60 W
 _OFFSET_WATTS = 0.25  # 80 uV offset over 2 mOhm at 5 V: an unused rail may read that much below 0
 
 
@@ -42,9 +42,11 @@ class Channel(NamedTuple):
 
 
 class RailSensor:
-    """Rails of a module, and which of them are its total."""
+    """Rails of a module, and which of them are its total; more than ``limit_watts`` of any is implausible."""
 
-    def __init__(self, channels: Sequence[Channel], totals: Sequence[str], source: Source) -> None:
+    def __init__(
+        self, channels: Sequence[Channel], totals: Sequence[str], source: Source, *, limit_watts: float = LIMIT_WATTS
+    ) -> None:
         self.source = source
         self.domain: Domain = "system"
         self.interval_s = INTERVAL_S
@@ -54,17 +56,18 @@ class RailSensor:
                 source.scope if channel.label in totals and len(totals) == 1 else "rail",
                 "watts",
                 in_total=channel.label in totals,
-                limit_watts=_LIMIT_WATTS,
+                limit_watts=limit_watts,
             )
             for channel in channels
         )
         self._channels = tuple(channels)
+        self._limit_watts = limit_watts
 
     def read(self) -> tuple[float, ...]:
         """Watts of every rail; see :class:`energy.sensors.base.Sensor`."""
         values = tuple(self._checked(channel, rail) for channel, rail in zip(self._channels, self.rails, strict=True))
         total = sum(value for value, rail in zip(values, self.rails, strict=True) if rail.in_total)
-        watts_within(total, _LIMIT_WATTS, f"{self.source.sensor}: the total")
+        watts_within(total, self._limit_watts, f"{self.source.sensor}: the total")
         return values
 
     def close(self) -> None:

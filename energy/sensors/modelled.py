@@ -92,7 +92,7 @@ def machine_busy_s(root: Path = Path("/")) -> Callable[[], float]:
                 words = file.readline().split()
             # user nice system idle iowait irq softirq steal; guest time is in user already
             user, nice, system, _, _, irq, softirq, *_ = (int(word) for word in words[1:])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise SensorError("absent", f"{NAME}: {path} does not tell the load ({error})") from error
         highest = max(highest, (user + nice + system + irq + softirq) / ticks_per_s)  # the kernel may count back a tick
         return highest

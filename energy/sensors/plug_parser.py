@@ -157,8 +157,8 @@ def _number(speech: Dialect, name: str, value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
-        raise SensorError("implausible", f"plug {speech.topic}: {name} is {value!r}, no number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SensorError("implausible", f"plug {speech.topic}: {name} is {str(value)[:40]!r}, no number") from error
     if isinstance(value, bool) or not math.isfinite(number) or number < 0:
         raise SensorError("implausible", f"plug {speech.topic}: {name} is {value!r}")
     return number

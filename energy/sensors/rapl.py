@@ -178,7 +178,7 @@ def _counts_nothing(zone: Zone) -> bool:
 
 def _zone(path: Path, name: str, sensor: str) -> Zone:
     largest = look_number(path / "max_energy_range_uj")
-    if not largest or largest < 0:
+    if not largest or not 0 < largest < 1e18:
         raise SensorError("unsupported", f"{sensor}: {path} does not say where its counter wraps; update the kernel")
     return Zone(name, KernelFile(path / "energy_uj", sensor, _CURE), largest * 1e-6)
 

@@ -21,6 +21,7 @@ _COVERS = (
     "the whole board at its input VIN: module, carrier board and what they feed; not the power supply's own losses"
 )
 _BOARD = "Thor"
+LIMIT_WATTS = 400.0  # at the input: a module made for 130 W, its carrier board, and what hangs on that
 
 
 def probe(root: Path = Path("/")) -> list[Sensor]:
@@ -44,7 +45,7 @@ def probe(root: Path = Path("/")) -> list[Sensor]:
     channels = [total]
     for rail in hwmon_channels(root, NAME):
         channels.append(rail._replace(label=unique(rail.label, channels)))
-    return [tried(RailSensor(channels, ["VIN"], source(NAME, "board", _COVERS)))]
+    return [tried(RailSensor(channels, ["VIN"], source(NAME, "board", _COVERS), limit_watts=LIMIT_WATTS))]
 
 
 def _label(chip: Path) -> str | None:

@@ -67,8 +67,11 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     good = Calibration(1.0, 2.0, 4, 0.1, "rapl", "package", "CPU")
     save_calibration(good, path)
     raw = json.loads(path.read_text())
-    for change in (None, {"format": "other"}, {"format_version": 2}, {"idle_watts": "x"}, {"busy_watts": 0.5}):
-        path.write_text("[" if change is None else json.dumps(raw | change))
+    texts = ["[", "[" * 100_000, json.dumps(raw).replace('"cores": 4', '"cores": 1e999')]
+    wrong = ({"format": "other"}, {"format_version": 2}, {"idle_watts": "x"}, {"busy_watts": 0.5})
+    texts += [json.dumps(raw | change) for change in (*wrong, {"idle_watts": 10**400})]
+    for text in texts:
+        path.write_text(text)
         with pytest.raises(UsageError, match=r"modelled\.json"):
             load_calibration(path)
     with pytest.raises(UsageError, match="edge-energy calibrate"):

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from energy.calibration import Calibration, save_calibration
-from energy.commands.measure import mean_and_half_width
+from energy.commands.runs import Run, left_out, mean_and_half_width, means
+from energy.measurement import Measurement
+from energy.sensors.base import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,7 +116,7 @@ def test_measure_reads_gross_and_net(rapl: Path) -> None:
 def test_modelled_figures_are_labelled_everywhere(model: Path) -> None:
     """Keys and text of a modelled measurement never say plain joules or watts."""
     result = call(
-        "measure", "--root", "/", "--sensor", "modelled", "--model", model, "--idle", "0.1", "--json", "--", "true"
+        "measure", "--root", "/", "--sensor", "modelled", "--model", model, "--idle", "2", "--json", "--", "true"
     )
     run = json.loads(result.stdout)["runs"][0]
     assert run["modelled_joules"] > 0
@@ -124,6 +126,8 @@ def test_modelled_figures_are_labelled_everywhere(model: Path) -> None:
         "measure", "--sensor", "modelled", "--model", model, "--idle", "0.1", "--repeat", "2", "--", "true"
     ).stderr
     assert "NOT MEASURED" in text
+    assert "modelled (modelled" not in text
+    assert "--idle 0.1 is too short for modelled" in text
     assert all("modelled" in line for line in text.splitlines() if " J" in line or " W" in line)
 
 
@@ -160,3 +164,45 @@ def test_interval_over_runs_is_students() -> None:
     """Three runs of 1, 2 and 3 J: mean 2, half-width 4.30 x 1 / sqrt(3)."""
     assert mean_and_half_width([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.483), abs=1e-3)
     assert mean_and_half_width([5.0]) == (5.0, None)
+
+
+def one_run(joules: float, idle: float, problems: tuple[str, ...] = ()) -> Run:
+    source = Source("rapl", "package", "counter", "CPU")
+    rails = {"package-0": joules - 1.0, "dram": 1.0}
+    return Run(Measurement("run", 0.0, 2.0, joules, 0.1, idle, source, rails, 20, 0.1, problems), 1.5, 0)
+
+
+def test_runs_with_problems_are_left_out_of_the_means() -> None:
+    """Joules, idle watts and rails are means of the good runs alone, and it is said how many are not in them."""
+    runs = [one_run(10.0, 1.0), one_run(14.0, 3.0), one_run(99.0, 2.5, ("throttled: too hot",))]
+    found = means(runs)
+    assert found["joules"] == pytest.approx(12.0)
+    assert found["idle_watts"] == pytest.approx(2.0)
+    assert found["net_joules"] == pytest.approx(8.0)
+    assert found["rails_joules"] == {"package-0": pytest.approx(11.0), "dram": pytest.approx(1.0)}
+    assert left_out(runs) == "1 of 3 runs have problems and are left out of the means"
+    assert left_out(runs[:2]) == left_out(runs[2:]) == ""
+
+
+def test_all_runs_count_if_every_one_has_problems() -> None:
+    """Doubtful means are better than none, if that is said."""
+    runs = [one_run(10.0, 1.0, ("a gap",)), one_run(20.0, 1.0, ("throttled",))]
+    assert means(runs)["joules"] == pytest.approx(15.0)
+    assert left_out(runs).startswith("all 2 runs have problems")
+
+
+def test_repeated_runs_are_reported_as_means(rapl: Path) -> None:
+    """Text and JSON agree; a run whose counter stood still is named and left out."""
+    code = (
+        "import sys,time; time.sleep(.25); path,log=sys.argv[1:]; n=open(log,'a').write('x') and len(open(log).read());"
+        "value=int(open(path).read()); open(path,'w').write(str(value+(n!=2)*4000000))"
+    )
+    counter, log = rapl / "sys/class/powercap/intel-rapl:0/energy_uj", rapl / "runs"
+    command = ("--idle", "0", "--repeat", "3", "-o", rapl / "drew.json", "--", sys.executable, "-c", code, counter, log)
+    result = call("measure", "--root", rapl, *command)
+    report = json.loads((rapl / "drew.json").read_text())
+    assert [run["joules"] is None for run in report["runs"]] == [False, True, False]
+    assert (report["counted_runs"], report["left_out_runs"]) == (2, 1)
+    assert report["mean"]["joules"] == pytest.approx(4.0, abs=0.3)
+    assert report["mean"]["rails_joules"]["package-0"] == report["mean"]["joules"]
+    assert "note: 1 of 3 runs have problems and are left out" in result.stderr

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from edge_runtime import telemetry
 from energy.conditions import Conditions, read_conditions
 from tests.energy import boards
 from tests.energy.fake_nvml import FakeNvml
@@ -45,6 +46,18 @@ def test_zones_that_lie_or_refuse_are_left_out(tmp_path: Path) -> None:
     broken.unlink()
     broken.mkdir()
     assert read_conditions(tmp_path).temperature_c == 41.5
+    assert telemetry.temperature_c(tmp_path) == 41.5  # an agent's limit goes by the same rule
+
+
+def test_without_zones_chips_tell_the_temperature(tmp_path: Path) -> None:
+    """The processor's first, another one's if there is none, and a PMIC's constant never."""
+    assert telemetry.temperature_c(tmp_path) is None
+    for number, (name, value) in enumerate([("PMIC_Die", 100_000), ("nvme", 60_000), ("k10temp", 45_000)]):
+        boards.write(tmp_path / f"sys/class/hwmon/hwmon{number}/name", name)
+        boards.write(tmp_path / f"sys/class/hwmon/hwmon{number}/temp1_input", value)
+    assert telemetry.temperature_c(tmp_path) == 45.0
+    boards.write(tmp_path / "sys/class/hwmon/hwmon2/temp1_input", "9" * 400)
+    assert telemetry.temperature_c(tmp_path) == 60.0
 
 
 @pytest.mark.parametrize(

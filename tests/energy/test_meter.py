@@ -133,6 +133,81 @@ def test_idle_baseline_is_the_mean_of_before_and_after() -> None:
     assert both.net_joules == pytest.approx((first.joules or 0.0) - 30.0)
 
 
+def idle(meter: Meter, clock: Clock, seconds: float, step_s: float = 0.1):
+    with meter.open("idle", idle=True) as window:
+        pass_time(meter, clock, seconds, step_s)
+    return window.close()
+
+
+def work(meter: Meter, clock: Clock) -> float | None:
+    with meter.open("work") as window:
+        pass_time(meter, clock, 5.0)
+    return window.close().idle_watts
+
+
+@pytest.mark.parametrize(("interval_s", "short_s"), [(0.1, 1.5), (1.0, 3.0)])
+def test_an_idle_stretch_that_is_too_short_replaces_no_good_one(interval_s: float, short_s: float) -> None:
+    """Less than 2 s, or than 5 updates of the sensor, is no baseline; the last good one stays in use."""
+    clock = Clock()
+    level = [2.0]
+    meter = Meter([[Power(clock, lambda _: level[0], interval_s=interval_s)]], clock=clock)
+    idle(meter, clock, 8.0)
+    level[0] = 6.0
+    pass_time(meter, clock, 2.0)
+    assert idle(meter, clock, short_s).joules is not None
+    assert work(meter, clock) == pytest.approx(2.0, rel=0.2)
+    idle(meter, clock, meter.least_idle_s)
+    assert work(meter, clock) == pytest.approx(6.0)
+
+
+def test_a_doubtful_idle_stretch_is_no_baseline() -> None:
+    """Nor is one from an hour ago: rather none than a wrong one."""
+    clock = Clock()
+    now = [CALM]
+    meter = Meter([[Power(clock, lambda now: 2.0 + now % 0.1)]], clock=clock, conditions=lambda: now[0])
+    now[0] = CALM._replace(throttled=("under-voltage",))
+    idle(meter, clock, 5.0)
+    assert work(meter, clock) is None
+    now[0] = CALM
+    idle(meter, clock, 5.0)
+    clock.now += 600.0
+    assert work(meter, clock) == pytest.approx(2.0, abs=0.2)
+    clock.now += 3600.0
+    assert work(meter, clock) is None
+
+
+def test_sparse_readings_are_enough_for_an_idle_stretch() -> None:
+    """One reading in 5 s tells the mean of a minute, as an agent takes it between jobs."""
+    clock = Clock()
+    meter = Meter([[Power(clock, lambda now: 2.0 + 0.01 * math.sin(now))]], clock=clock)
+    assert idle(meter, clock, 60.0, 5.0).valid
+    assert work(meter, clock) == pytest.approx(2.0, abs=0.02)
+
+
+def test_a_coarse_counter_needs_as_many_counts() -> None:
+    """A battery gauge that moved twice within a minute says nothing of idle power."""
+    clock = Clock()
+    battery = Counter(clock, 5.0, "battery", quality="coarse", interval_s=5.0)
+    battery.watts = lambda now: 100.0 * int(now * 5.0 / 100.0)  # one count in 20 s
+    meter = Meter([[battery]], clock=clock)
+    idle(meter, clock, 60.0, 5.0)
+    assert not meter._idle
+    idle(meter, clock, 200.0, 5.0)
+    assert meter._idle[0].watts == pytest.approx(5.0, rel=0.15)
+
+
+def test_a_battery_gauge_that_never_moves_is_frozen() -> None:
+    """A coarse sensor keeps its value for a while, not for ever."""
+    clock = Clock()
+    gauge = Power(clock, lambda _: 5.0, "battery", quality="coarse", interval_s=5.0)
+    gauge.frozen_s = 300.0
+    meter = Meter([[gauge]], clock=clock)
+    pass_time(meter, clock, 200.0, 5.0)
+    assert meter.source is not None
+    pass_time(meter, clock, 200.0, 5.0)
+    assert meter.source is None
+
+
 def test_no_sensor_is_unknown_never_zero() -> None:
     """Without any sensor joules are None, with a reason."""
     said: list[str] = []
@@ -328,7 +403,7 @@ def test_pause_of_the_program_is_no_frozen_sensor() -> None:
     meter = Meter([[Power(clock, lambda _: 5.0)]], clock=clock)
     pass_time(meter, clock, 1.0)
     clock.now += 3600.0
-    pass_time(meter, clock, 1.0)
+    pass_time(meter, clock, 20.0)
     assert meter.source is not None
 
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from energy.errors import EnergyError, SensorError
 from energy.meter import Meter
 from energy.sampler import Sampler
 from tests.energy.meter_tools import Power
@@ -36,6 +37,40 @@ def test_windows_are_opened_from_other_threads_while_it_samples() -> None:
         assert result.joules == pytest.approx(5.0 * result.seconds)
     time.sleep(0.03)
     assert sensor.reads == reads  # it ended
+
+
+def test_a_sensor_that_breaks_in_an_unknown_way_does_not_end_the_sampling() -> None:
+    """An exception nobody thought of is that sensor's fault: the next one takes over, and it is said which it was."""
+    broken, good = Power(time.monotonic, lambda _: 5.0, interval_s=0.01), Power(time.monotonic, lambda _: 3.0, "rail")
+    said: list[str] = []
+    meter = Meter([[broken], [good]], on_change=said.append)
+    with Sampler(meter, 0.01):
+        broken.fault = OverflowError("cannot convert float infinity to integer")
+        while not said:
+            time.sleep(0.005)
+        with meter.open("after") as window:
+            time.sleep(0.25)
+    assert "OverflowError" in said[0]
+    assert window.close().joules == pytest.approx(3.0 * window.close().seconds)
+
+
+def test_a_sampler_that_died_says_so_when_it_is_stopped() -> None:
+    """Figures without readings do not pass for good ones."""
+    said: list[str] = []
+
+    def fail(text: str) -> None:
+        said.append(text)
+        raise RuntimeError("the disk of the log is full")
+
+    sensor = Power(time.monotonic, lambda _: 5.0)
+    sampler = Sampler(Meter([[sensor]], on_change=fail), 0.01)
+    sampler.start()
+    sensor.fault = SensorError("vanished", "gone")
+    while not said:
+        time.sleep(0.005)
+    with pytest.raises(EnergyError, match=r"ended early .*disk of the log is full"):
+        sampler.stop()
+    sampler.stop()
 
 
 def test_sampler_paces_itself_by_the_sensor_at_most_ten_times_a_second() -> None:

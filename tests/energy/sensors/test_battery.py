@@ -32,6 +32,41 @@ def test_power_in_whatever_unit(tmp_path: Path, fields: dict[str, object], watts
     assert sensor.rails[0].unit == "watts"
     assert sensor.source[:3] == ("battery", "board", "coarse")
     assert sensor.domain == "system"
+    assert (sensor.frozen_s, sensor.slow) == (300.0, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "watts"),
+    [
+        ({"CURRENT_NOW": 5000, "CHARGE_FULL": 5_000_000}, None),  # 20 mW, never 20 W
+        ({"CURRENT_NOW": 5000, "CHARGE_FULL_DESIGN": 5000}, 20.0),
+        ({"POWER_NOW": 20_000, "ENERGY_FULL": 42_650_000}, None),
+        ({"POWER_NOW": 20_000, "ENERGY_FULL": 42_650}, 20.0),
+        ({"POWER_NOW": 100_000, "ENERGY_FULL": 42_650_000}, 0.1),
+        ({"POWER_NOW": 100_000, "ENERGY_FULL": 42_650}, 100.0),
+        ({"POWER_NOW": 20_000}, None),
+        ({"POWER_NOW": 100_000}, None),
+        ({"CURRENT_NOW": 5000, "CHARGE_NOW": 4_800_000, "CHARGE_FULL": 5000}, None),
+        ({"CURRENT_NOW": 5000, "CHARGE_FULL": 5000, "ENERGY_FULL": 20_000_000}, None),
+    ],
+)
+def test_a_low_reading_settles_no_unit(tmp_path: Path, fields: dict[str, object], watts: float | None) -> None:
+    """A machine at rest and one in larger units look alike: the size of the battery tells, or nothing is believed."""
+    base = {"TYPE": "Battery", "STATUS": "Discharging", "VOLTAGE_NOW": 4_000_000}
+    uevent = boards.battery(tmp_path, {**base, **fields})
+    if watts is not None:
+        (sensor,) = battery.probe(tmp_path)
+        assert sensor.read() == pytest.approx((watts,))
+        return
+    with pytest.raises(SensorError, match="cannot be told") as refused:
+        battery.probe(tmp_path)
+    assert refused.value.fault == "implausible"
+    key = next(iter(fields))
+    boards.battery_fields(uevent, {**base, **fields, key: 3_000_000})
+    (sensor,) = battery.probe(tmp_path)  # at work the unit shows
+    at_work = sensor.read()[0]
+    boards.battery_fields(uevent, {**base, **fields})
+    assert sensor.read()[0] < at_work / 20  # and stays
 
 
 @pytest.mark.parametrize(
@@ -102,6 +137,7 @@ def test_other_supplies_are_no_battery(tmp_path: Path) -> None:
         {"CURRENT_NOW": 4_000_000_000, "VOLTAGE_NOW": 12_000_000},
         {"CURRENT_NOW": 500_000, "VOLTAGE_NOW": 12},
         {"POWER_NOW": "many"},
+        {"POWER_NOW": "9" * 400},
         {"ENERGY_FULL": 10, "ENERGY_NOW": 5},
     ],
 )

@@ -111,7 +111,6 @@ def test_ways_are_ranked_by_what_they_cover() -> None:
         "module",
         "packages+card",
         "packages",
-        "card",
         "model",
     ]
     assert ranked([]) == []
@@ -121,7 +120,29 @@ def test_processor_and_graphics_card_are_added(tmp_path: Path) -> None:
     """Both together are one way, and come before a platform counter that may leave the card out."""
     cpu, platform = rapl.probe(boards.x86_intel(tmp_path))
     (card,) = nvml.probe(library=FakeNvml({"energy_mj": 1}))
-    assert names(ranked([platform, cpu, card])) == ["rapl+nvml", "rapl-psys", "rapl", "nvml"]
+    assert names(ranked([platform, cpu, card])) == ["rapl+nvml", "rapl-psys", "rapl"]
+
+
+def test_a_graphics_card_alone_is_used_only_if_it_is_named() -> None:
+    """It does not know what training on the CPU draws, so no way at all is better than this one."""
+    found = Found((Stub("nvml", "gpu", "package", "counter"), Stub("model", "system", "modelled", "modelled")), ())
+    assert names(choose(found)) == ["model"]
+    assert names(choose(found, "nvml")) == ["nvml"]
+
+
+def test_a_driver_that_says_the_unthinkable_does_not_hide_the_other_sensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a search raises is a refusal of that sensor alone."""
+
+    def probe(_: Path) -> None:
+        raise OverflowError("int too large to convert to float")
+
+    monkeypatch.setattr(nvml, "probe", probe)
+    found = discover(boards.orin_nano(tmp_path))
+    assert names(ranked(found.sensors)) == ["jetson"]
+    refusal = next(refusal for refusal in found.refused if refusal.sensor == "nvml")
+    assert (refusal.fault, "OverflowError" in refusal.reason) == ("implausible", True)
 
 
 def test_a_user_may_choose(tmp_path: Path) -> None:

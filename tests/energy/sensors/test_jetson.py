@@ -201,6 +201,21 @@ def test_what_may_not_be_read_is_a_matter_of_permission(tmp_path: Path) -> None:
         assert lost.value.fault == "permission"
 
 
+def test_more_than_a_module_can_draw_is_implausible(tmp_path: Path) -> None:
+    """200 W for a module; a whole Thor with all that hangs on its carrier board may draw 400."""
+    (orin,) = jetson.probe(boards.orin_nano(tmp_path / "orin"))
+    (board,) = thor.probe(boards.thor(tmp_path / "thor"))
+    assert orin.rails[0].limit_watts == 200.0
+    assert board.rails[0].limit_watts == 400.0
+    path = next((tmp_path / "thor").glob("sys/class/hwmon/*/power1_input"))
+    boards.write(path, 300_000_000)
+    assert board.read()[0] == pytest.approx(300.0)
+    boards.write(path, 450_000_000)
+    with pytest.raises(SensorError) as refused:
+        board.read()
+    assert refused.value.fault == "implausible"
+
+
 def test_nothing_stays_open(tmp_path: Path) -> None:
     """A closed sensor, and a probe that failed, hold no files."""
     root = boards.agx_orin(tmp_path)

@@ -128,17 +128,21 @@ class Part:
             return self.last_s, values  # the same reading once more
         return at_s, values
 
+    def _same_for_s(self, at_s: float, values: tuple[float, ...]) -> float:
+        """How long these values have been repeated; pauses in which nobody read do not count."""
+        if values != self._values:
+            self._values, self._same_since_s, self._same = values, at_s, 0
+        elif self.last_s is not None and at_s - self.last_s > FROZEN_S:
+            self._same_since_s += at_s - self.last_s
+        self._same += 1
+        return at_s - self._same_since_s
+
     def _believe(self, at_s: float, values: tuple[float, ...]) -> None:
         source, interval_s = self.sensor.source, self.sensor.interval_s
         if values == self._stuck:
             raise SensorError("frozen", f"{source.sensor} still says exactly the same")
         self._stuck = ()
-        if values != self._values:
-            self._values, self._same_since_s, self._same = values, at_s, 0
-        elif self.last_s is not None and at_s - self.last_s > FROZEN_S:
-            self._same_since_s += at_s - self.last_s  # nobody read meanwhile
-        self._same += 1
-        same_s = at_s - self._same_since_s
+        same_s = self._same_for_s(at_s, values)
         if source.quality == "power" and not self.counts:
             limit_s, readings = max(FROZEN_S, FROZEN_INTERVALS * interval_s), FROZEN_READINGS
         elif source.quality == "counter" and self.counts:

@@ -169,6 +169,7 @@ def test_a_doubtful_idle_stretch_is_no_baseline() -> None:
     idle(meter, clock, 5.0)
     assert work(meter, clock) is None
     now[0] = CALM
+    pass_time(meter, clock, 1.0)
     idle(meter, clock, 5.0)
     clock.now += 600.0
     assert work(meter, clock) == pytest.approx(2.0, abs=0.2)

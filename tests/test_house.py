@@ -56,6 +56,66 @@ def test_idle_agent_imports_nothing_heavy() -> None:
     assert not set(HEAVY) & set(loaded.split())
 
 
+MEASURES = """
+import sys
+from pathlib import Path
+from energy.conditions import read_conditions
+from energy.meter import Meter
+from energy.sensors.discovery import choose, discover
+from energy.sensors.modelled import Modelled
+root = Path(sys.argv[1])
+meter = Meter([*choose(discover(root)), [Modelled(1.0, 2.0, lambda: 1.0)]], conditions=lambda: read_conditions(root))
+with meter.open("work") as window:
+    meter.sample()
+assert window.close().joules is not None
+print(*sys.modules)
+"""
+
+
+def test_sensors_and_meter_are_light(tmp_path: Path) -> None:
+    """Finding sensors and measuring a window loads nothing that an idle daemon should not carry."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURES, tmp_path], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    heavy = {*HEAVY, "dataclasses", "inspect", "json", "msgspec", "multiprocessing", "paho", "pynvml", "scipy"}
+    assert not (heavy | {"subprocess", "threading"}) & set(done.stdout.split())
+
+
+WATCHES = """
+import sys
+from pathlib import Path
+from edge_runtime.agent.config import load_agent_config
+from edge_runtime.agent.daemon import Agent
+agent = Agent(load_agent_config(Path(sys.argv[1])))
+agent.joules.start(agent.config.energy, busy_s=None, root=Path(sys.argv[2]))
+assert agent.joules.source is not None
+agent.joules.tick()
+print(*sys.modules)
+"""
+
+
+def test_idle_agent_with_energy_imports_nothing_heavy(tmp_path: Path) -> None:
+    """A daemon that measures its idle baseline carries sensors and meter, and nothing of profiles or reports."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/stat").write_text("cpu  1 2 3 4 5 6 7 8 9 10\n")
+    config = tmp_path / "agent.toml"
+    config.write_text(
+        'device = "d"\nstate_dir = "state"\n[broker]\nurl = "mqtt://127.0.0.1:1883"\n'
+        "[energy]\nidle_watts = 1.0\nbusy_watts = 2.0\n"
+        '[[data]]\nname = "own"\nfactory = "own:make"\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHES, config, tmp_path], check=False, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert not {*HEAVY, "scipy", "pynvml"} & loaded
+    measuring = {"energy.errors", "energy.marks", "energy.measurement", "energy.meter", "energy.series", "energy.span"}
+    measuring |= {"energy", "energy.conditions", "energy.sensors", "energy.temperature", "energy.way", "energy.window"}
+    extra = {name for name in loaded if name.split(".")[0] == "energy"} - measuring
+    assert all(name.startswith("energy.sensors.") for name in extra), sorted(extra)
+
+
 def test_worker_trains_without_torch() -> None:
     """What the worker imports to train holds neither torch nor onnx."""
     code = "import sys, edge_runtime.agent.worker, edge_runtime.training.job; print(*sys.modules)"

@@ -20,6 +20,7 @@ from energy.sensors.plug_parser import Dialect, Kind, Said, dialect, parse
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from urllib.parse import SplitResult
 
 NAME = "plug"
 INTERVAL_S = 1.0
@@ -84,6 +85,7 @@ class Plug:
         self._broker = settings.broker
         self._refused = ""
         self._client: Any = None
+        _address(settings)
         where = f"everything behind the plug {settings.topic}, its power supply included"
         self.source = Source(NAME, "board", "coarse", where)
         self.domain: Domain = "system"
@@ -151,9 +153,7 @@ class Plug:
             from paho.mqtt.enums import CallbackAPIVersion
         except ImportError as error:
             raise SensorError("unsupported", f"{NAME}: paho-mqtt is missing; pip install paho-mqtt") from error
-        address = urlsplit(settings.broker)
-        if address.scheme not in ("mqtt", "mqtts") or not address.hostname:
-            raise SensorError("absent", f"{NAME}: broker {settings.broker!r} is no address; write mqtt://host:1883")
+        address = _address(settings)
         client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id)
         try:
             if settings.user is not None:
@@ -164,7 +164,7 @@ class Plug:
             client.on_message = self._on_message
             client.reconnect_delay_set(1, 30)
             client.connect_timeout = self._wait_s
-            client.connect(address.hostname, address.port or (8883 if address.scheme == "mqtts" else 1883))
+            client.connect(address.hostname or "", address.port or (8883 if address.scheme == "mqtts" else 1883))
         except (OSError, ValueError) as error:
             raise SensorError("absent", f"{NAME}: broker {settings.broker}: {error}; check address and port") from error
         return client
@@ -228,6 +228,17 @@ class Plug:
 
     def _cure(self) -> str:
         return f"check that it is on, uses this broker, and is of kind {self._speech.kind}"
+
+
+def _address(settings: PlugSettings) -> SplitResult:
+    try:
+        address = urlsplit(settings.broker)
+        usable = address.scheme in ("mqtt", "mqtts") and address.hostname and address.port != 0
+    except ValueError:  # the port is no number, or the host no address
+        usable = None
+    if not usable:
+        raise SensorError("absent", f"{NAME}: broker {settings.broker!r} is no address; write mqtt://host:1883")
+    return address
 
 
 def _password(path: Path | None) -> str | None:

@@ -12,6 +12,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from energy.errors import SensorError
 from energy.meter import Meter
+from energy.sensors.background import wrapped
 from energy.sensors.plug import Plug, PlugSettings
 from energy.sensors.plug_parser import Said, dialect, parse
 from tests.energy.meter_tools import Clock
@@ -165,6 +166,31 @@ def test_plug_that_falls_silent_is_frozen(broker: OwnMosquitto) -> None:
     assert raised.value.fault == "frozen"
     meter.close()
     device.stop()
+
+
+@pytest.mark.mosquitto
+def test_a_plug_in_the_background_keeps_nobody_waiting(broker: OwnMosquitto) -> None:
+    """An agent starts without its plug; as soon as it answers, joules are the plug's, with its counter beside them."""
+    settings = PlugSettings(broker.url, "tasmota", "desk")
+    plug = Plug(settings, connect=False, wait_s=0.3)
+    assert not plug.connected
+    ways = wrapped([(plug,)])
+    meter = Meter(ways)
+    assert meter.source is None
+    device = FakePlug(broker.url, "cmnd/desk/Status", lambda _: [("stat/desk/STATUS10", {"StatusSNS": ONE})])
+    for _ in range(500):
+        meter._retry_s = [0.0]  # no need to wait so long here
+        meter.sample()
+        if meter.source is not None:
+            break
+        time.sleep(0.02)
+    assert meter.source is not None
+    assert list(meter.rail_watts) == ["plug", "plug counter"]
+    assert meter.watts == 7.0
+    meter.close()
+    device.stop()
+    with pytest.raises(SensorError, match="no address"):
+        Plug(PlugSettings("http://127.0.0.1", "tasmota", "desk"), connect=False)
 
 
 @pytest.mark.mosquitto

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +111,7 @@ def _check(options: argparse.Namespace) -> int:
         names = ", ".join(data.name for data in config.data)
         raise ConfigError(f"{options.config}: has no dataset {options.dataset!r}; it has {names}")
     manifest = None if options.bundle is None else _manifest(options.bundle)
+    _check_state(Path(config.state_dir))
     found = []
     for data in chosen:
         snapshot = open_dataset(data, code_dir=config.code_dir).snapshot()
@@ -132,19 +135,35 @@ def _check(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _check_state(folder: Path) -> None:
+    """Whether `run` could keep its state there; an agent may be running on it.
+
+    Raises:
+        EdgeError: no folder, not writable, or written by newer software.
+    """
+    from edge_runtime.store.spool import Spool
+
+    if (folder / "spool.db").exists():
+        Spool(folder, sweep=False).close()
+        return
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written" if there.is_dir() else "is no folder"
+        raise ConfigError(f"state_dir {folder} cannot be used: {there} {what}; choose another one, or change its owner")
+
+
 def _energy(config: AgentConfig) -> dict[str, Any]:
     """Which sensor the agent would use, which ones it would not and why, and what its radio costs."""
     from edge_runtime.agent.radio import radio_of
     from edge_runtime.agent.sensing import ROOT, survey
     from energy.way import combined
 
-    ways, refused = survey(config.energy)
-    source = combined([sensor.source for sensor in ways[0]]) if ways else None
-    for sensor in {id(sensor): sensor for way in ways for sensor in way}.values():
-        sensor.close()
+    found = survey(config.energy, busy_s=time.process_time if config.energy.modelled_of == "agent" else None)
+    source = combined([sensor.source for sensor in found.ways[0]]) if found.ways else None
+    found.close()
     return {
         "source": None if source is None else {**source._asdict(), "modelled": source.modelled},
-        "refused": [refusal._asdict() for refusal in refused],
+        "refused": [refusal._asdict() for refusal in found.refused],
         "radio": radio_of(config.energy, None, ROOT)._asdict(),
     }
 

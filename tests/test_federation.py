@@ -18,6 +18,7 @@ pytest.importorskip("onnx")
 
 from coordinator.cli import main as coordinator_cli
 from coordinator.model_blobs import read_model
+from coordinator.report import run_ledger, run_summary
 from edge_runtime.agent.pipe import TrainRequest
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.pipeline import decode
@@ -28,6 +29,7 @@ from edge_runtime.training.base import TrainSettings
 from edge_runtime.training.job import JobRunner
 from edge_runtime.training.schedule import BatchRule, batches, job_seed
 from tests.edge_runtime import toy_bundle
+from tests.energy import boards
 from tests.support.federation import Federation
 
 if TYPE_CHECKING:
@@ -81,6 +83,42 @@ def federated(folder: Path, broker: Any = None, **how: Any) -> Iterator[Federati
         yield made
     finally:
         made.close()
+
+
+SLOW = """
+import time
+from edge_runtime.data import DatasetConfig, open_dataset
+def make(config):
+    snapshot = open_dataset(DatasetConfig(name=config.name, path=config.options["path"])).snapshot()
+    batch = snapshot.batch
+    snapshot.batch = lambda indices: (time.sleep(0.03), batch(indices))[1]
+    return type("Slow", (), {"snapshot": lambda self: snapshot})()
+"""
+
+
+def test_what_speaks_against_a_job_reaches_the_ledger(
+    federation: Federation, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A board that throttles says so with its joules, and the coordinator marks them; the other one's are beside it."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the workers
+    data = toy_bundle.write_data(tmp_path / "d.npz", 60)
+    for name, step in (("pi-a", 0), ("pi-b", 3)):
+        root = boards.orin_nano(tmp_path / name)
+        boards.cooling(root, [("cpufreq-cpu0", step)])
+        slow = DatasetConfig(name="d", factory="slow:make", options={"path": str(data)})
+        federation.agent(name, slow, energy_root=root)
+    rules = {"target": 2, "minimum": 2, "deadline_s": 60.0}
+    run = federation.submit(**plan(toy, rounds=1, participation=rules, training={"steps": 15}))
+    federation.finish(run)
+    rows = {row["device"]: row for row in run_ledger(federation.store, run)}
+    assert [row["sensor"] for row in rows.values()] == ["jetson", "jetson"]
+    assert rows["pi-b"]["doubtful"]
+    assert rows["pi-b"]["other_joules"] > 0
+    energy = run_summary(federation.store, run)["energy"]
+    assert energy["doubtful_jobs"] == sum(row["doubtful"] for row in rows.values())
+    parts = [row[key] for row in rows.values() for key in ("train_joules", "compress_joules", "other_joules")]
+    assert energy["joules"] == pytest.approx(sum(part for part in parts if part is not None))
 
 
 def model_of(fed: Federation, run: str, version: int | None = None) -> np.ndarray:

@@ -17,7 +17,9 @@ from edge_runtime import compression, messages, methods, telemetry, topics
 from edge_runtime.agent import events, jobs, pipe
 from edge_runtime.agent.config import MB, check_agent_config, link_settings
 from edge_runtime.agent.health import unhealthy
-from edge_runtime.agent.joules import Joules, OwnCpu, described
+from edge_runtime.agent.job_energy import UNTOLD, Worked, described
+from edge_runtime.agent.joules import Joules
+from edge_runtime.agent.own_cpu import OwnCpu
 from edge_runtime.agent.radio import radio_of
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
@@ -274,6 +276,14 @@ class Agent:
                 self._carry_out(effect)
             except EdgeError as error:  # a full disk must not end the agent; what was not noted is told again
                 log.error("%s", error)  # noqa: TRY400 - one line for the user
+        if self._fetched:
+            self._forget_fetched()
+
+    def _forget_fetched(self) -> None:
+        """However a job ended: what came for it is of no other job, unless that needs it too."""
+        needed = {sha256 for entry in self.state.jobs.values() for sha256 in _blobs_of(entry.job)}
+        for sha256 in self._fetched.keys() - needed:
+            del self._fetched[sha256]
 
     def _carry_out(self, effect: events.Effect) -> None:  # noqa: C901, PLR0912 - one arm per effect
         match effect:
@@ -336,7 +346,7 @@ class Agent:
             return
         room = int(self.config.limits.cache_mb * MB) - blob.size_bytes
         jobs_ = [entry.job for entry in self.state.jobs.values()]
-        needed = {part.sha256 for job in jobs_ for part in (job.bundle, *job.model.blobs)}
+        needed = {sha256 for job in jobs_ for sha256 in _blobs_of(job)}
         try:
             pinned = {run: self._pinned(run) for run in self.spool.runs()}
             self.models.evict(max(0, room - self.cache.used_bytes()), pinned, {job.run for job in jobs_})
@@ -407,16 +417,14 @@ class Agent:
             case pipe.Ready():
                 return
 
-    def _energy_used(
-        self, sent_bytes: int, *, train_s: float = 0.0, compress_s: float = 0.0
-    ) -> messages.EnergyUse | None:
+    def _energy_used(self, sent_bytes: int, worked: Worked = UNTOLD) -> messages.EnergyUse | None:
         """What the running job drew until now, with the radio's share of what came for it and will be sent."""
         if self.state.running is None:
             return None
         job = self.state.jobs[self.state.running].job
-        received_bytes = sum(self._fetched.pop(blob.sha256, 0) for blob in (job.bundle, *job.model.blobs))
+        received_bytes = sum(self._fetched.pop(sha256, 0) for sha256 in _blobs_of(job))
         radio = radio_of(self.config.energy, self.link.local_host, self._energy_root)
-        use = self.joules.job_ends(radio.joules(sent_bytes, received_bytes), train_s=train_s, compress_s=compress_s)
+        use = self.joules.job_ends(radio.joules(sent_bytes, received_bytes), worked)
         if use is not None:
             log.info("job %s/%s drew %s", job.run, job.assignment, described(use))
         return use
@@ -426,13 +434,14 @@ class Agent:
         energy = self._energy_used(0)
         if key is not None and not self._holds_base(self.state.jobs[key].job):  # the worker found it damaged
             log.warning("job %s/%s: %s", *key, reason)
-            self._step(events.ModelLost(self.loop.now()))
+            self._step(events.ModelLost(self.loop.now(), energy))
         else:
             self._step(events.TrainingFailed(self.loop.now(), reason, energy))
 
     def _on_trained(self, done: pipe.Trained) -> None:
         now, meta = self.loop.now(), done.meta
-        energy = self._energy_used(done.size_bytes, train_s=done.train_s, compress_s=done.compress_s)
+        worked = Worked(done.train_s, done.compress_s, done.train_cpu_s, done.compress_cpu_s)
+        energy = self._energy_used(done.size_bytes, worked)
         meta = msgspec.structs.replace(meta, energy=energy)
         if self.state.running is not None:
             run, assignment = self.state.running
@@ -498,6 +507,10 @@ class Agent:
             reason, keeps_work = found or ("", False)
             self._step(events.Paused(self.loop.now(), reason, keeps_work))
         self._hurries = hurries
+
+
+def _blobs_of(job: messages.Job) -> list[str]:
+    return [blob.sha256 for blob in (job.bundle, *job.model.blobs)]
 
 
 def _instance(folder: Path) -> str:

@@ -84,6 +84,7 @@ class ModelLost(msgspec.Struct, frozen=True):
     """The version that the running job builds on is not here any more: pruned while the job waited, or damaged."""
 
     now: float
+    energy: EnergyUse | None = None
 
 
 class WorkerCrashed(msgspec.Struct, frozen=True):

@@ -147,8 +147,8 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
             return _end_early(state, reason)
         case TrainingFailed(now, reason, energy):
             return _finish_running(state, reason, energy=energy) + _start_next(state, now)
-        case ModelLost(now):
-            return _model_lost(state) + _start_next(state, now)
+        case ModelLost(now, energy):
+            return _model_lost(state, energy) + _start_next(state, now)
         case WorkerCrashed():
             return _crashed(state, event)
         case DoneArrived(update):
@@ -374,11 +374,11 @@ def _finish_running(
     return [_report(entry.job, status, reason, energy)]
 
 
-def _model_lost(state: AgentState) -> list[Effect]:
+def _model_lost(state: AgentState, energy: EnergyUse | None) -> list[Effect]:
     """Rejected as it would be if it came now, so that the coordinator sends the whole model."""
     if state.running is None:
         return []
-    return _finish_running(state, _not_held(state.jobs[state.running].job), "rejected")
+    return _finish_running(state, _not_held(state.jobs[state.running].job), "rejected", energy)
 
 
 def _remove(state: AgentState, key: Key, reason: str, *, report: bool = True) -> list[Effect]:

@@ -1,24 +1,29 @@
 """What this device draws, and what each of its jobs drew: the agent's side of :mod:`energy.meter`.
 
 The meter is sampled while a job runs, as often as its sensor has something new to say; between jobs once per tick, for
-the idle baseline; and never where there is no sensor. What cannot be known is None.
+the idle power; and never where there is no sensor. What cannot be known is None.
 """
 
 from __future__ import annotations
 
 import logging
-import resource
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from edge_runtime.agent.idle import IdlePower
+from edge_runtime.agent.job_energy import UNTOLD, Idle, energy_use, problems
+from edge_runtime.errors import EdgeError
 from edge_runtime.messages import EnergySource, EnergyUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from edge_runtime.agent.energy_config import EnergyConfig
+    from edge_runtime.agent.job_energy import Worked
     from edge_runtime.agent.pipe import Phase
+    from edge_runtime.agent.sensing import Survey
     from edge_runtime.messages import Job
     from edge_runtime.transport.loop import Loop, Timer
     from energy.measurement import Measurement
@@ -28,10 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.energy")
 
 FASTEST_S = 0.1  # between samples while a job runs
-SHARE = 1 / 50  # of the time that reading a slow sensor may take: some are a process each time
-IDLE_STRETCH_S = 60.0  # a baseline is of the last minutes; between two of them a sensor that failed is tried again
-COARSE_DELAYS_S = (2.0, 4.0)  # after a tick: a plug that was not read for 3 s makes its next reading wait for an answer
-LATE_S, LATE = 0.02, 0.2  # how much longer (and shorter) than the worker's own time a window may be
+SHARE = 1 / 50  # of the time that reading a slow sensor may take
+SURVEY_DELAYS_S = (60.0, 300.0, 900.0, 3600.0)  # between looks for sensors while none is known that measures
 
 
 class Joules:
@@ -56,10 +59,21 @@ class Joules:
         self._job_joules = job_joules
         self._on_limit, self._on_source = on_limit, on_source
         self._meter: Meter | None = None
-        self._idle: Window | None = None
+        self._config: EnergyConfig | None = None
+        self._busy_s: Callable[[], float] | None = None
+        self._root = Path("/")
+        self._measuring: frozenset[str] = frozenset()  # sensors that the meter may take
+        self._surveys = 0
+        self._next_survey_s = 0.0
+        self._core_watts: float | None = None
+        self._idle = IdlePower(loop)
         self._job: Window | None = None
+        self._job_name = ""
+        self._job_idle: Idle | None = None
+        self._switched = False  # the source changed within this job
         self._phases: dict[Phase, Window] = {}
         self._limit: tuple[float, str] | None = None
+        self._limit_told = False
         self._timer: Timer | None = None
 
     @property
@@ -74,53 +88,42 @@ class Joules:
         """Looks for sensors and begins to measure; see :func:`edge_runtime.agent.sensing.survey`."""
         if config.sensor == "none":
             return
-        from edge_runtime.agent.sensing import survey
-
-        ways, refused = survey(config, busy_s=busy_s, root=root)
-        for refusal in refused:
+        self._config, self._busy_s, self._root = config, busy_s, root
+        self._next_survey_s = self._loop.now() + SURVEY_DELAYS_S[0]
+        found = self._survey(config, background=True)
+        for refusal in found.refused:
             if refusal.fault != "absent" or refusal.sensor in (config.sensor, "plug"):
                 log.warning("energy: %s", refusal.reason)
-        if not ways:
+        if not found.ways:
             log.info("energy: there is no sensor here, and no watts for a modelled one in agent.toml: joules unknown")
             return
-        from energy.meter import Meter
-
-        self._meter = Meter(ways, clock=self._loop.now, on_change=self._changed)
-        source = self._meter.source
-        if source is not None:
-            log.info("energy: from %s (%s): %s", source.sensor, source.scope, source.covers)
+        self._measure(found)
         self.tick()
 
     def tick(self) -> None:
-        """Some seconds have passed: samples the idle baseline."""
-        if self._meter is None or self._job is not None:
+        """Some seconds have passed: looks for sensors if it has to, and begins to measure the idle power if it may."""
+        if self._job is not None or self._idle.measures:
             return
-        if self._idle is not None and self._loop.now() - self._idle.started_s < IDLE_STRETCH_S:
-            self._meter.sample()
-        else:
-            self._end_idle()
-            self._meter.sample()
-            self._idle = self._meter.open("idle", idle=True)
-        if self._meter.source is not None and self._meter.source.quality == "coarse":
-            for delay_s in COARSE_DELAYS_S:
-                self._loop.call_later(delay_s, self._sample_idle)
-
-    def _sample_idle(self) -> None:
-        if self._meter is not None and self._idle is not None:
-            self._meter.sample()
+        self._look_again()
+        if self._meter is not None:
+            self._meter.sample()  # no window is open: a better sensor that failed may take over again
+            self._idle.begin(self._meter)
 
     def job_begins(self, job: Job) -> None:
         """From here on what is drawn counts for this job."""
-        self._limit = self._limit_of(job)
+        self._limit, self._limit_told = self._limit_of(job), False
+        self._job_name, self._switched = f"{job.run}/{job.assignment}", False
         if self._meter is None or self._meter.source is None:
             if self._limit is not None:
+                self._limit_told = True
                 log.warning(
-                    "job %s/%s may draw %g J (%s), but nothing here can measure it: it runs without that limit",
-                    *(job.run, job.assignment, *self._limit),
+                    "job %s may draw %g J (%s), but nothing here can measure it: it runs without that limit",
+                    *(self._job_name, *self._limit),
                 )
             if self._meter is None:
                 return
-        self._end_idle()
+        self._idle.end()
+        self._job_idle = self._idle.now()
         self._job = self._meter.open(job.assignment)
         self._timer = self._loop.call_later(max(self._meter.interval_s, FASTEST_S), self._sample)
 
@@ -132,54 +135,87 @@ class Joules:
             window.close()
         self._phases[phase] = self._meter.open(phase)
 
-    def job_ends(
-        self, radio_joules: float | None, *, train_s: float = 0.0, compress_s: float = 0.0
-    ) -> EnergyUse | None:
+    def job_ends(self, radio_joules: float | None, worked: Worked = UNTOLD) -> EnergyUse | None:
         """What the job drew; None if nothing of it is known.
+
+        ``idle_mw`` is of the last good stretch before the job, since an update cannot wait for the one after it.
 
         Args:
             radio_joules: modelled, of its transfers.
-            train_s: wall time of this phase by the worker's clock; 0: unknown. A window that the agent opened or
-                closed too late to fit it says nothing.
-            compress_s: the same of the other phase.
+            worked: what the worker says of its phases.
         """
-        train = self._figure("train", train_s)
-        compress = self._figure("compress", compress_s)
+        phases = {name: window.close() for name, window in self._phases.items()}
+        job = None if self._job is None else self._job.close()
         if self._timer is not None:
             self._timer.cancel()
-        if self._job is not None:
-            self._job.close()
         self._job, self._timer, self._limit = None, None, None
         self._phases.clear()
-        self.tick()
-        known = [figure for figure in (train, compress) if figure is not None]
-        if not known and radio_joules is None:
-            return None
-        idle = next((figure.idle_watts for figure in known if figure.idle_watts is not None), None)
-        return EnergyUse(
-            train_mj=None if train is None else _milli(train.joules),
-            compress_mj=None if compress is None else _milli(compress.joules),
-            radio_mj=_milli(radio_joules),
-            idle_mw=_milli(idle),
-            modelled=any(figure.source is not None and figure.source.modelled for figure in known),
-        )
+        own = self._core_watts if self._is_own(job) else None
+        use = energy_use(job, phases, worked, radio_joules=radio_joules, core_watts=own, idle=self._job_idle)
+        against = problems(job, phases)
+        if against:
+            known = use is not None and use.doubtful
+            log.info(
+                "joules of job %s are %s: %s", self._job_name, "doubtful" if known else "unknown", "; ".join(against)
+            )
+        return use
 
     def close(self) -> None:
         """Closes the sensors."""
         if self._timer is not None:
             self._timer.cancel()
+        self._idle.end()
         if self._meter is not None:
             self._meter.close()
             self._meter = None
 
-    def _figure(self, phase: Phase, worker_s: float) -> Measurement | None:
-        window = self._phases.get(phase)
-        if window is None:
-            return None
-        found = window.close()
-        for problem in found.problems:
-            log.info("joules of %s: %s", phase, problem)
-        return found if _says_something(found, worker_s) else None
+    def _measure(self, found: Survey) -> None:
+        from energy.conditions import read_conditions
+        from energy.meter import Meter
+
+        root = self._root
+        if self._meter is not None:
+            self._idle.end()
+            self._meter.close()
+        self._core_watts, self._measuring = found.core_watts, found.measuring
+        self._meter = Meter(
+            found.ways,
+            clock=self._loop.now,
+            conditions=lambda: read_conditions(root),
+            on_change=self._changed,
+        )
+        source = self._meter.source
+        if source is not None:
+            log.info("energy: from %s (%s): %s", source.sensor, source.scope, source.covers)
+
+    def _survey(self, config: EnergyConfig, *, background: bool) -> Survey:
+        from edge_runtime.agent.sensing import survey
+
+        return survey(config, busy_s=self._busy_s, root=self._root, background=background)
+
+    def _look_again(self) -> None:
+        """While nothing measures: a permission may have been given, a driver loaded, a charger unplugged.
+
+        Sensors that were found before, and the plug, are tried again by the meter.
+        """
+        config, source = self._config, self.source
+        if config is None or config.sensor in ("modelled", "plug") or self._loop.now() < self._next_survey_s:
+            return
+        if source is not None and source.quality != "modelled":
+            self._surveys = 0
+            return
+        self._surveys = min(self._surveys + 1, len(SURVEY_DELAYS_S) - 1)
+        self._next_survey_s = self._loop.now() + SURVEY_DELAYS_S[self._surveys]
+        try:
+            found = self._survey(msgspec.structs.replace(config, plug=None), background=False)
+            found.close()
+            if found.measuring <= self._measuring:
+                return
+            self._measure(self._survey(config, background=True))
+        except EdgeError as error:  # a calibration that cannot be read any more, say
+            log.warning("energy: %s", error)
+            return
+        self._on_source()
 
     def _sample(self) -> None:
         meter = self._meter
@@ -189,74 +225,34 @@ class Joules:
         meter.sample()
         took_s = self._loop.now() - began_s
         self._timer = self._loop.call_later(max(meter.interval_s, FASTEST_S, took_s / SHARE), self._sample)
-        drawn = self._job.joules()
-        if self._limit is not None and drawn is not None and drawn >= self._limit[0]:
-            limit, name = self._limit
+        if self._limit is not None:
+            self._watch_limit(self._job, *self._limit, gone=meter.source is None)
+
+    def _watch_limit(self, job: Window, limit: float, name: str, *, gone: bool) -> None:
+        """Joules that are known count, also those from before a sensor failed and after it came back."""
+        drawn = job.at_least()
+        if drawn is not None and drawn >= limit:
             self._limit = None
-            how = "modelled" if meter.source is not None and meter.source.modelled else "measured"
-            self._on_limit(f"the job drew {drawn:.3g} J ({how}), and {name} = {limit:g}")
+            self._on_limit(
+                f"the job drew {drawn:.3g} J ({'modelled' if job.modelled else 'measured'}), and {name} = {limit:g}"
+            )
+        elif gone and not self._limit_told:
+            self._limit_told = True
+            log.warning(
+                "job %s: nothing can be measured any more, so its limit %s = %g does not hold until a sensor is back; "
+                "known until now: %s",
+                *(self._job_name, name, limit, "nothing" if drawn is None else f"{drawn:.3g} J"),
+            )
 
     def _limit_of(self, job: Job) -> tuple[float, str] | None:
         limits = [(self._job_joules, "limits.job_joules"), (job.joule_limit, "job_joules of its plan")]
         return min(((value, name) for value, name in limits if value is not None), default=None)
 
-    def _end_idle(self) -> None:
-        if self._idle is not None:
-            self._idle.close()
-            self._idle = None
+    def _is_own(self, job: Measurement | None) -> bool:
+        """Whether a job was modelled by the agent's own CPU time from its start to its end."""
+        return job is not None and job.source is not None and job.source.modelled and not self._switched
 
     def _changed(self, text: str) -> None:
         log.warning("energy: %s", text)
+        self._switched = True
         self._loop.call_soon(self._on_source)
-
-
-def _milli(value: float | None) -> int | None:
-    return None if value is None else max(0, round(1000 * value))
-
-
-def _says_something(found: Measurement, worker_s: float) -> bool:
-    """Whether a figure is more than noise, and of the time that the worker means."""
-    if found.joules is None or found.source is None:
-        return False
-    if found.half_width_joules is not None and found.half_width_joules >= found.joules > 0:
-        return False
-    return worker_s <= 0 or (1 - LATE) * worker_s <= found.seconds <= (1 + LATE) * worker_s + LATE_S
-
-
-class OwnCpu:
-    """CPU seconds of this process and its worker: :meth:`read` never falls, also when a worker ends.
-
-    Args:
-        worker: process id of the worker that runs now, if one does.
-    """
-
-    def __init__(self, worker: Callable[[], int | None]) -> None:
-        self._worker = worker
-        self._most_s = 0.0
-
-    def read(self) -> float:
-        """Seconds since this process began; what a worker used counts while it runs and after it was reaped."""
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        used_s = time.process_time() + children.ru_utime + children.ru_stime + self._of_worker()
-        self._most_s = max(self._most_s, used_s)
-        return self._most_s
-
-    def _of_worker(self) -> float:
-        pid = self._worker()
-        if pid is None:
-            return 0.0
-        try:
-            return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3): nanoseconds, where /proc has 10 ms
-        except (OSError, OverflowError):  # it ended
-            return 0.0
-
-
-def described(use: EnergyUse) -> str:
-    """What a job drew, for the log."""
-    how = "modelled" if use.modelled else "measured"
-    parts = [
-        (use.train_mj, f"training, {how}"),
-        (use.compress_mj, f"compression, {how}"),
-        (use.radio_mj, "radio, modelled"),
-    ]
-    return ", ".join(f"{1e-3 * value:.3g} J ({name})" for value, name in parts if value is not None)

@@ -88,7 +88,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="tra
     ``state_path`` is the run's state after this update, durable too; empty: nothing is to be kept. The updates in
     ``returned`` are part of it, or dropped. ``key`` names bundle, codec and (of one that was predicted) model with
     which this update can be taken back if it is refused; empty: it cannot. ``dataset_samples`` is what the dataset
-    holds now, before windows and hold-out. ``train_s`` and ``compress_s`` are wall times of the two phases.
+    holds now, before windows and hold-out. ``train_s`` and ``compress_s`` are wall times of the two phases,
+    ``train_cpu_s`` and ``compress_cpu_s`` the CPU times of this process in them.
     """
 
     path: str
@@ -101,6 +102,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="tra
     returned: list[UpdateId] = []
     train_s: float = 0.0
     compress_s: float = 0.0
+    train_cpu_s: float = 0.0
+    compress_cpu_s: float = 0.0
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="failed"):

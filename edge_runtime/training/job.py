@@ -96,10 +96,10 @@ class JobRunner:
         state = load_state(state_path, job.bundle.sha256, codec_key(job.bundle.sha256, spec))
         enter = on_phase or (lambda _phase: None)
         enter("train")
-        began_s = time.monotonic()
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
         result, channels = _Training(request, loaded, method).run(view, received.vector, state, on_step, stop)
         enter("compress")
-        trained_s = time.monotonic()
+        trained_s, trained_cpu_s = time.monotonic(), time.process_time()
         if channels.keys() != set(method.channels):
             raise TrainingError(
                 f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(method.channels)}"
@@ -124,6 +124,8 @@ class JobRunner:
             returned=[refused.update for refused in request.refused],
             train_s=trained_s - began_s,
             compress_s=time.monotonic() - trained_s,
+            train_cpu_s=trained_cpu_s - began_cpu_s,
+            compress_cpu_s=time.process_time() - trained_cpu_s,
         )
 
     def _load(self, request: TrainRequest, variant: str | None) -> _Loaded:

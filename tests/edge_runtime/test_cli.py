@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import numpy as np
 import pytest
@@ -67,6 +68,23 @@ def test_check_says_what_joules_would_come_from(agent, capsys):
     if "energy: joules are unknown" in out:  # on any machine but a Jetson Thor
         assert "energy: limits.job_joules will not hold: nothing here can measure" in out
         assert "energy: refused: thor: " in out
+
+
+def test_check_refuses_a_state_folder_that_run_would_refuse(agent, capsys):
+    """A file in its place, or a spool of newer software; a folder that is not there yet is no fault, and not made."""
+    assert run(agent, capsys, "check")[0] == 0
+    assert not (agent / "state").exists()
+    (agent / "state").write_text("")
+    code, _, error = run(agent, capsys, "check")
+    assert (code, "state cannot be used: " in error) == (2, True)
+    (agent / "state").unlink()
+    (agent / "state").mkdir()
+    Spool(agent / "state").close()
+    assert run(agent, capsys, "check")[0] == 0
+    with sqlite3.connect(agent / "state" / "spool.db") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    code, _, error = run(agent, capsys, "check")
+    assert (code, "99" in error) == (1, True)
 
 
 @pytest.mark.parametrize(

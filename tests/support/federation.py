@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -22,7 +23,6 @@ from edge_runtime.transport.loop import Loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from coordinator.events import RunRow
 
@@ -91,6 +91,7 @@ class Federation:
         hold: bool = False,
         clock: Callable[[], float] = time.time,
         home: Path | None = None,
+        energy_root: Path = Path("/"),
         **limits: Any,
     ) -> Agent:
         """Starts an agent; with ``hold`` its offers wait in ``held`` until :meth:`release`."""
@@ -112,7 +113,7 @@ class Federation:
             data=[data],
             limits=LimitsConfig(**limits),
         )
-        agent = self.agents[home.name] = Agent(config, loop=self.loop, clock=clock)
+        agent = self.agents[home.name] = Agent(config, loop=self.loop, clock=clock, energy_root=energy_root)
         if hold:
             real = agent.uploads.offer
             agent.uploads.offer = lambda update, **how: self.held.__setitem__(device, lambda: real(update, **how))

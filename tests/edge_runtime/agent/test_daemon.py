@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("numpy")
 
 from edge_runtime import messages, topics
-from edge_runtime.agent import daemon, pipe, transfers
+from edge_runtime.agent import daemon, events, pipe, transfers
 from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig
 from edge_runtime.agent.daemon import Agent
 from edge_runtime.agent.energy_config import EnergyConfig
@@ -257,6 +257,29 @@ def test_the_radio_of_a_job_is_modelled_from_its_bytes(world):
         world.until(lambda name=name: any(o.update.assignment == name for o in world.heard(messages.UpdateOffer)))
         energy = world.heard(messages.UpdateOffer)[-1].meta.energy
         assert energy == messages.EnergyUse(radio_mj=round(1000 * (2 * 0.003 + fetched * 1e-5)))
+    assert agent._fetched == {}
+
+
+def test_what_came_for_a_job_is_forgotten_with_it(world):
+    """However a job goes, cancelled or failed before it began: its bytes burden no other job, and no pile grows."""
+    agent = world.agent(energy=EnergyConfig(sensor="none", joules_per_mb_up=0.0, joules_per_mb_down=1.0))
+    world.until(lambda: world.states)
+    blobs = [world.blob(1000 + number, number) for number in range(20, 23)]
+    world.tell(world.job("a", run="a"))
+    world.until(lambda: world.requests)
+    shared = len(agent._fetched)
+    for name, blob in zip("bcd", blobs, strict=True):
+        world.tell(world.job(name, run=name, model=ModelRef(blobs=[blob])))
+    world.until(lambda: [entry.missing for entry in agent.state.jobs.values()] == [set()] * 4)
+    assert len(agent._fetched) == shared + 3
+    world.tell(messages.Cancel(run="b", assignment="b"))
+    world.until(lambda: len(agent.state.jobs) == 3)
+    assert blobs[0].sha256 not in agent._fetched
+    agent._step(events.Tick(agent.loop.now() + 1e6))  # the deadlines pass
+    assert len(agent.state.jobs) == 1
+    assert len(agent._fetched) == shared
+    train(world, agent)
+    world.until(lambda: not agent.state.jobs)
     assert agent._fetched == {}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from edge_runtime.agent.energy_config import EnergyConfig, PlugConfig
 from edge_runtime.agent.sensing import survey
 from edge_runtime.errors import ConfigError
 from energy.calibration import Calibration, save_calibration
+from energy.meter import Meter
 from tests.energy import boards
 
 
@@ -44,8 +47,39 @@ def test_a_calibration_brings_its_watts(tmp_path):
         survey(EnergyConfig(calibration=str(tmp_path / "none.json")), root=root)
 
 
+def test_a_model_of_the_agent_alone_has_no_idle_power(tmp_path):
+    """Several agents on a machine would each count it; what a core adds is the same as in a model of the machine."""
+    config = EnergyConfig(sensor="modelled", idle_watts=3.0, busy_watts=11.0)
+    used = [0.0]
+    found = survey(config, busy_s=lambda: used[0], root=machine(tmp_path))
+    sensor = found.ways[0][0]
+    cores = os.cpu_count() or 1
+    (before,) = sensor.read()
+    used[0] = 2.0
+    (after,) = sensor.read()
+    assert after - before == pytest.approx(2.0 * 8.0 / cores)
+    assert found.core_watts == pytest.approx(8.0 / cores)
+    assert sensor.source.covers.startswith("nothing measured: ")
+    assert "without the idle power of the machine" in sensor.source.covers
+    assert survey(config, root=machine(tmp_path)).core_watts is None
+
+
+def test_an_agent_takes_a_plug_that_is_not_there_yet(tmp_path):
+    """Its broker may come later: nothing waits for it, the meter tries it, and the model stands in meanwhile."""
+    plug = PlugConfig(url="mqtt://localhost:1", kind="tasmota", topic="desk")
+    config = EnergyConfig(plug=plug, idle_watts=1.0, busy_watts=2.0)
+    found = survey(config, root=machine(tmp_path), background=True)
+    assert sensors(found) == [["plug"], ["modelled"]]
+    assert found.measuring == {"plug"}
+    told = []
+    meter = Meter(found.ways, on_change=told.append)
+    assert meter.source.quality == "modelled"
+    assert "goes on with modelled" in told[0]
+    meter.close()
+
+
 def test_a_plug_that_is_not_there_is_refused_with_the_reason(tmp_path):
-    """The agent does not wait for it to start, and the model stands in."""
+    """Who checks a configuration waits for the answer, and the model stands in."""
     plug = PlugConfig(url="mqtt://localhost:1", kind="tasmota", topic="desk")
     config = EnergyConfig(plug=plug, idle_watts=1.0, busy_watts=2.0)
     found = survey(config, root=machine(tmp_path))

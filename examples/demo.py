@@ -3,7 +3,7 @@
 ``scripts/demo`` runs it. A broker, a coordinator and eight ``edge-agent`` processes start on this machine, every agent
 gets a non-IID share of the digits that scikit-learn carries, and the model is trained without any share leaving its
 agent. At the end ``runs/<id>/summary.json`` holds the figures, with what every job drew. Eight agents on one machine
-would each measure all of it, so they model their joules from CPU time and bytes, and say so.
+would each measure all of it, so each models what its own CPU time and bytes add to an idle machine, and says so.
 """
 
 from __future__ import annotations
@@ -156,24 +156,28 @@ def _table(summary: dict[str, Any]) -> None:
 
 def _energy(summary: dict[str, Any]) -> None:
     energy, ledger = summary["energy"], summary["ledger"]
-    _say(f"\n  {'energy':26s} {'joules':>12s}")
+    _say(f"\n  {'energy':34s} {'joules':>12s}")
     rows = [
         ("training", "train_joules", "train_modelled_joules"),
         ("compression", "compress_joules", "compress_modelled_joules"),
+        ("loading and evaluating", "other_joules", "other_modelled_joules"),
         ("radio", None, "radio_modelled_joules"),
     ]
     for name, measured, modelled in rows:
         for key, word in ((measured, "measured"), (modelled, "modelled")):
             values = [row[key] for row in ledger if key is not None and row[key] is not None]
             if values:
-                _say(f"  {name + ', ' + word:26s} {sum(values):12.3f} J")
+                _say(f"  {name + ', ' + word:34s} {sum(values):12.3f} J")
     if not any(energy[key] is not None for key in ("joules", "modelled_joules", "radio_modelled_joules")):
         _say("  unknown: no device has a sensor, or watts to model from")
     elif energy["unknown_jobs"]:
         _say(f"  unknown for {energy['unknown_jobs']} of {len(ledger)} jobs")
-    sources = {(row["sensor"], row["quality"], row["covers"]) for row in ledger if row["quality"] is not None}
+    if energy["doubtful_jobs"]:
+        _say(f"  ? doubtful for {energy['doubtful_jobs']} of {len(ledger)} jobs: their devices' logs say why")
+    sources = {(row["sensor"], row["quality"], row["covers"]) for row in ledger if row["quality"] or row["sensor"]}
     for sensor, quality, covers in sorted(sources, key=str):
-        _say(f"  by {sensor or 'a model'} ({'modelled' if quality == 'modelled' else 'measured'}): {covers or '-'}")
+        by = "by a model" if quality == "modelled" else f"measured by {sensor}"
+        _say(f"  {by}: {covers or 'what it covers is not known here'}")
 
 
 def _say(text: str) -> None:

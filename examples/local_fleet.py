@@ -33,8 +33,8 @@ username = "edge"
 password_file = "{password_file}"
 protocol = "{protocol}"
 
-# A sensor would measure this whole machine once for every agent; so each agent models its own share of it instead,
-# from its CPU time, with nominal watts of a small board, and a radio that this machine may not have.
+# A sensor would measure this whole machine once for every agent; so each agent models what its own CPU time adds to
+# the power of an idle machine, with nominal watts of a small board, and a radio that this machine may not have.
 [energy]
 sensor = "modelled"
 modelled_of = "agent"

@@ -81,6 +81,7 @@ def report_run(run: Run, foot: str = "") -> Report:
         "modelled_joules": sums.modelled,
         "radio_modelled_joules": sums.radio,
         "jobs_of_unknown_energy": sums.unknown_jobs,
+        "doubtful_jobs": sums.doubtful_jobs,
         **{table.key: table.records() for table in tables},
     }
     return Report(run_page(run, tables, foot), tables, data)

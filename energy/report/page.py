@@ -12,11 +12,11 @@ WIDE_PX, PHONE_PX = 860.0, 330.0
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--paper:#fff;--card:#f5f7f9;--line:#d8dee4;
---train:#0072b2;--compress:#d98200;--radio:#00805f;--hatch:#fff;--accent:#0072b2;--shade:#0072b214;--window:#cfe3f1}
+--train:#0072b2;--compress:#d98200;--other:#b0578f;--radio:#00805f;--hatch:#fff;--accent:#0072b2;--shade:#0072b214;--window:#cfe3f1}
 @media (prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9da7b1;--paper:#0f1419;--card:#1a2027;--line:#323b45;
---train:#56b4e9;--compress:#e69f00;--radio:#2dc7a0;--hatch:#0f1419;--accent:#56b4e9;--shade:#56b4e91c;--window:#234257}}
+--train:#56b4e9;--compress:#e69f00;--other:#d993bd;--radio:#2dc7a0;--hatch:#0f1419;--accent:#56b4e9;--shade:#56b4e91c;--window:#234257}}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--paper:#fff;--card:#f5f7f9;--line:#ccc;
---train:#0072b2;--compress:#d98200;--radio:#00805f;--hatch:#fff;--accent:#0072b2;--shade:#0072b214;--window:#cfe3f1}
+--train:#0072b2;--compress:#d98200;--other:#b0578f;--radio:#00805f;--hatch:#fff;--accent:#0072b2;--shade:#0072b214;--window:#cfe3f1}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 figure,.tile,tr{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible!important}
 table{font-size:8.5pt!important}td,th{padding:.2em .5em!important}}
@@ -42,8 +42,8 @@ svg .value{font-variant-numeric:tabular-nums}svg .inwindow{font-size:12px}
 .range{fill:var(--accent);opacity:.25;stroke:none}.shade{fill:var(--shade)}.window{fill:var(--window)}
 .dot{fill:var(--accent);fill-opacity:.75}.anchor{fill:var(--paper);stroke:var(--accent);stroke-width:2}
 .outside{fill:var(--compress)}
-.train{fill:var(--train)}.compress{fill:var(--compress)}.radio{fill:var(--radio)}
-.train-modelled{fill:url(#hatch-train)}.compress-modelled{fill:url(#hatch-compress)}
+.train{fill:var(--train)}.compress{fill:var(--compress)}.other{fill:var(--other)}.radio{fill:var(--radio)}
+.train-modelled{fill:url(#hatch-train)}.compress-modelled{fill:url(#hatch-compress)}.other-modelled{fill:url(#hatch-other)}
 .radio-modelled{fill:url(#hatch-radio)}.hatch{stroke:var(--hatch);stroke-width:2.6}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:.4rem 0;padding:0;list-style:none;font-size:.9rem}
 .legend li{display:flex;align-items:center;gap:.4rem}
@@ -129,6 +129,6 @@ def _patterns() -> str:
         f'<pattern id="hatch-{name}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
         f'<rect width="6" height="6" class="{name}"></rect>'
         '<line x1="1.5" y1="0" x2="1.5" y2="6" class="hatch"/></pattern>'
-        for name in ("train", "compress", "radio")
+        for name in ("train", "compress", "other", "radio")
     )
     return f'<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>{made}</defs></svg>'

@@ -12,27 +12,26 @@ from energy.report.units import amount, both_words, digits, duration, percent, t
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_Amount = Annotated[float, msgspec.Meta(ge=0.0)]
-PARTS = (
-    "train_joules",
-    "train_modelled_joules",
-    "compress_joules",
-    "compress_modelled_joules",
-    "radio_modelled_joules",
-)
+# Far above what any run comes to, so that sums of rows stay finite, whoever wrote the file.
+_Amount = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+MEASURED = ("train_joules", "compress_joules", "other_joules")
+MODELLED = ("train_modelled_joules", "compress_modelled_joules", "other_modelled_joules")
+PARTS = (*(name for pair in zip(MEASURED, MODELLED, strict=True) for name in pair), "radio_modelled_joules")
 _JOB_KEYS = (
     *("device", "round", "assignment", "status", "sensor", "scope", "quality", "covers"),
     *PARTS,
-    *("idle_watts", "idle_modelled_watts", "train_seconds", "stopped", "note"),
+    *("idle_watts", "idle_modelled_watts", "doubtful", "train_seconds", "stopped", "note"),
 )
 _TEXTS = ("device", "assignment", "status", "sensor", "scope", "quality", "covers", "stopped", "note")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the ledger; None: unknown."""
+    """One row of the ledger; None: unknown. ``other``: reading, loading and evaluating."""
 
     device: str
-    round: int = 0
+    round: _Count = 0
     assignment: str = ""
     status: str = ""
     sensor: str | None = None
@@ -41,29 +40,33 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     covers: str | None = None
     train_joules: _Amount | None = None
     compress_joules: _Amount | None = None
+    other_joules: _Amount | None = None
     train_modelled_joules: _Amount | None = None
     compress_modelled_joules: _Amount | None = None
+    other_modelled_joules: _Amount | None = None
     radio_modelled_joules: _Amount | None = None
     idle_watts: _Amount | None = None
     idle_modelled_watts: _Amount | None = None
+    doubtful: bool = False
     train_seconds: _Amount | None = None
     stopped: str = ""
     note: str = ""
 
     @property
     def known(self) -> bool:
-        """Whether it is known what its training drew."""
-        return self.train_joules is not None or self.train_modelled_joules is not None
+        """Whether it is known what its training drew, or all of a job that did not come to train."""
+        figures = (self.train_joules, self.train_modelled_joules, self.other_joules, self.other_modelled_joules)
+        return any(value is not None for value in figures)
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One closed round; accuracies are shares."""
 
-    round: int
-    accuracy: float | None = None
-    device_accuracy: float | None = None
-    updates: int = 0
-    seconds: float | None = None
+    round: _Count
+    accuracy: _Share | None = None
+    device_accuracy: _Share | None = None
+    updates: _Count = 0
+    seconds: _Amount | None = None
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,9 +75,10 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     joules: _Amount | None = None
     modelled_joules: _Amount | None = None
     radio_modelled_joules: _Amount | None = None
-    measured_jobs: int = 0
-    modelled_jobs: int = 0
-    unknown_jobs: int = 0
+    measured_jobs: _Count = 0
+    modelled_jobs: _Count = 0
+    unknown_jobs: _Count = 0
+    doubtful_jobs: _Count = 0
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,13 +87,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     run: str
     status: str = ""
     reason: str = ""
-    rounds: int = 0
-    rounds_planned: int = 0
-    accuracy: float | None = None
-    device_accuracy: float | None = None
-    initial_accuracy: float | None = None
-    seconds: float | None = None
-    devices: int = 0
+    rounds: _Count = 0
+    rounds_planned: _Count = 0
+    accuracy: _Share | None = None
+    device_accuracy: _Share | None = None
+    initial_accuracy: _Share | None = None
+    seconds: _Amount | None = None
+    devices: _Count = 0
     bytes_up: int | None = None
     bytes_down: int | None = None
     history: list[Round]
@@ -107,18 +111,19 @@ class Drawn(NamedTuple):
 
     jobs: int
     unknown_jobs: int
+    doubtful_jobs: int
     stopped_jobs: int
     parts: dict[str, float | None]
 
     @property
     def measured(self) -> float | None:
-        """Joules of training and compression that were measured."""
-        return total(self.parts[name] for name in ("train_joules", "compress_joules"))
+        """Joules from loading to compression that were measured."""
+        return total(self.parts[name] for name in MEASURED)
 
     @property
     def modelled(self) -> float | None:
-        """Joules of training and compression that were modelled."""
-        return total(self.parts[name] for name in ("train_modelled_joules", "compress_modelled_joules"))
+        """Joules from loading to compression that were modelled."""
+        return total(self.parts[name] for name in MODELLED)
 
     @property
     def radio(self) -> float | None:
@@ -137,6 +142,7 @@ def drawn(jobs: Iterable[Job]) -> Drawn:
     return Drawn(
         len(jobs),
         sum(not job.known for job in jobs),
+        sum(job.doubtful for job in jobs),
         sum(bool(job.stopped) for job in jobs),
         {name: total(getattr(job, name) for job in jobs) for name in PARTS},
     )
@@ -163,29 +169,31 @@ def run_tables(run: Run) -> list[Table]:
     return [_devices(run), _rounds(run), _sensors(run), _jobs(run)]
 
 
-# Five columns of joules for programs; for people one per part, with the word measured or modelled beside the figure.
+# Columns of joules per part and kind for programs; for people one per part, with the word measured or modelled in it.
 _SUMS = (
     Column("jobs", "jobs"),
     Column("unknown_jobs", "energy unknown", in_page=False),
+    Column("doubtful_jobs", "doubtful", in_page=False),
     Column("stopped_jobs", "ended early"),
     *(Column(name, name, in_page=False) for name in PARTS),
     page_column("training", "training"),
     page_column("compression", "compression"),
+    page_column("other", "loading and evaluating"),
     page_column("radio", "radio"),
 )
 
 
 def _sums(sums: Drawn) -> tuple[Any, ...]:
-    train, train_modelled, compress, compress_modelled, radio = (sums.parts[name] for name in PARTS)
-    words = both_words(train, train_modelled), both_words(compress, compress_modelled), both_words(None, radio)
-    return (sums.jobs, sums.unknown_jobs, sums.stopped_jobs, *sums.parts.values(), *words)
+    words = [both_words(sums.parts[one], sums.parts[other]) for one, other in zip(MEASURED, MODELLED, strict=True)]
+    counts = sums.jobs, sums.unknown_jobs, sums.doubtful_jobs, sums.stopped_jobs
+    return (*counts, *sums.parts.values(), *words, both_words(None, sums.radio))
 
 
 def _devices(run: Run) -> Table:
     rows = []
     for name, sums in by_device(run).items():
         of_device = [job for job in run.jobs if job.device == name]
-        sensors = sorted({_sensor_words(job) for job in of_device if job.quality is not None})
+        sensors = sorted({_sensor_words(job) for job in of_device if job.quality is not None or job.sensor is not None})
         seconds = total(job.train_seconds for job in of_device)
         rows.append((name, "; ".join(sensors), seconds, *_sums(sums)))
     columns = (

@@ -22,6 +22,8 @@ _LOOK = {
     "train_modelled_joules": ("train-modelled", "training, modelled"),
     "compress_joules": ("compress", "compression, measured"),
     "compress_modelled_joules": ("compress-modelled", "compression, modelled"),
+    "other_joules": ("other", "loading and evaluating, measured"),
+    "other_modelled_joules": ("other-modelled", "loading and evaluating, modelled"),
     "radio_modelled_joules": ("radio-modelled", "radio, modelled from bytes"),
 }
 
@@ -64,8 +66,8 @@ def _tiles(run: Run) -> str:
     accuracy = run.accuracy if run.accuracy is not None else run.device_accuracy
     return tiles(
         [
-            Tile(amount(measured), "measured, training and compression"),
-            Tile(amount(modelled), "modelled, training and compression"),
+            Tile(amount(measured), "measured, loading to compression"),
+            Tile(amount(modelled), "modelled, loading to compression"),
             Tile(amount(radio), "radio, modelled from bytes"),
             Tile(f"{sums.jobs - sums.unknown_jobs}/{sums.jobs}", "jobs whose energy is known"),
             Tile(percent(accuracy), "accuracy"),
@@ -88,6 +90,11 @@ def _warnings(run: Run) -> list[str]:
         said.append("No device said what its jobs drew: they have no sensor and no model. Nothing here is zero.")
     elif sums.unknown_jobs:
         said.append(f"What training drew is unknown for {sums.unknown_jobs} of {sums.jobs} jobs, so it is in no sum.")
+    if sums.doubtful_jobs:
+        said.append(
+            f"The joules of {counted(sums.doubtful_jobs, 'job')} of {sums.jobs} are doubtful, though they are in the "
+            "sums: the device throttled, its clocks changed, or a sensor failed. Its log says which."
+        )
     if sums.measured is not None and sums.modelled is not None:
         said.append(
             "Some devices measured and some were modelled: these joules are not compared, only put side by side."
@@ -106,12 +113,14 @@ def _device_chart(run: Run, sums: dict[str, Drawn]) -> str:
 
     def draw(width: float) -> str:
         return charts.bars(
-            rows, "energy", "J", width=width, label="Joules per device, by training, compression and radio"
+            rows,
+            "energy",
+            "J",
+            width=width,
+            label="Joules per device, by training, compression, the rest of jobs, and radio",
         )
 
-    caption = (
-        "Gross energy of all jobs of a device; figures beside the bars are training and compression, without radio."
-    )
+    caption = "Gross energy of all jobs of a device; figures beside the bars are without radio."
     return section("Joules per device", figure(draw, caption, legend=_legend(run.jobs)))
 
 
@@ -126,7 +135,7 @@ def _round_chart(run: Run) -> str:
             "J",
             "round" if len(rounds) <= most else "rounds",
             width=width,
-            label="Joules per round, by training, compression and radio",
+            label="Joules per round, by training, compression, the rest of jobs, and radio",
         )
 
     caption = "By the round that gave a job out, whether its update counted or not."
@@ -200,7 +209,8 @@ def _bar(label: str, sums: Drawn) -> charts.Bar:
         if value:
             css, words = _LOOK[name]
             parts.append(charts.Part(value, css, f"{amount(value)} {words}"))
-    return charts.Bar(label, tuple(parts), both_words(sums.measured, sums.modelled))
+    doubt = f" ({sums.doubtful_jobs} doubtful)" if sums.doubtful_jobs else ""
+    return charts.Bar(label, tuple(parts), both_words(sums.measured, sums.modelled) + doubt)
 
 
 def _legend(jobs: Sequence[Job]) -> list[tuple[str, str]]:

@@ -69,7 +69,9 @@ def check(page):
     assert not [name for name in names if name.startswith("on")]
     style = re.search("<style>(.*?)</style>", page, re.DOTALL).group(1)
     assert "@import" not in style
-    assert set(re.findall(r"url\((.*?)\)", page)) <= {"#hatch-train", "#hatch-compress", "#hatch-radio"}
+    assert set(re.findall(r"url\((.*?)\)", page)) <= {
+        f"#hatch-{name}" for name in ("train", "compress", "other", "radio")
+    }
     text = " ".join(" ".join(found.texts).split())
     numbers = [value for name, value in found.attributes if name in ("x", "y", "cx", "cy", "width", "height", "d", "r")]
     for bad in ("nan", "inf", "none"):
@@ -139,8 +141,8 @@ def test_the_ledger_adds_up_everywhere(tmp_path):
     """Jobs, devices, rounds and totals say the same joules in JSON and CSV, and the page shows the totals."""
     jobs = [
         job("a", 0),
-        job("a", 1, train_joules=3.5),
-        modelled_job("m", 0),
+        job("a", 1, train_joules=3.5, other_joules=1.5),
+        modelled_job("m", 0, other_modelled_joules=0.5),
         modelled_job("m", 1, stopped="used its 7 J"),
     ]
     path = tmp_path / "run.json"
@@ -148,8 +150,8 @@ def test_the_ledger_adds_up_everywhere(tmp_path):
     out = [str(tmp_path / name) for name in ("page.html", "tables", "all.json")]
     assert cli.main(["report", str(path), "-o", out[0], "--csv", out[1], "--json", out[2]]) == 0
     data = json.loads((tmp_path / "all.json").read_text())
-    assert (data["joules"], data["modelled_joules"], data["radio_modelled_joules"]) == (6.0, 14.0, 2.0)
-    parts = ("train_joules", "compress_joules", "train_modelled_joules", "compress_modelled_joules")
+    assert (data["joules"], data["modelled_joules"], data["radio_modelled_joules"]) == (7.5, 14.5, 2.0)
+    parts = [f"{part}{kind}" for part in ("train", "compress", "other") for kind in ("_joules", "_modelled_joules")]
     for table in ("jobs", "devices", "rounds"):
         for key in (*parts, "radio_modelled_joules"):
             expected = math.fsum(getattr(entry, key) or 0 for entry in jobs)
@@ -158,10 +160,11 @@ def test_the_ledger_adds_up_everywhere(tmp_path):
             rows = list(csv.DictReader(file))
         assert len(rows) == len(data[table])
         assert math.fsum(float(row["train_joules"] or 0) for row in rows) == pytest.approx(5.5)
-    assert sum(row["joules"] or 0 for row in data["sensors"]) == pytest.approx(6.0)
+    assert sum(row["joules"] or 0 for row in data["sensors"]) == pytest.approx(7.5)
     text = check((tmp_path / "page.html").read_text())
-    assert "6.00 J measured, training and compression" in text
-    assert "14.0 J modelled, training and compression" in text
+    assert "7.50 J measured, loading to compression" in text
+    assert "14.5 J modelled, loading to compression" in text
+    assert "1.50 J loading and evaluating, measured" in text
     assert "used its 7 J" in text
 
 
@@ -180,6 +183,24 @@ def test_measured_and_modelled_are_told_apart():
     only_modelled = report_run(make_run([modelled_job("m")]))
     assert 'class="train"></rect></li>' not in only_modelled.html
     assert only_modelled.data["joules"] is None
+
+
+def test_doubtful_jobs_are_marked():
+    """In a sentence, beside their device's bar, and in files; their joules stay in the sums."""
+    report = report_run(make_run([job("a", doubtful=True), job("b")]))
+    text = check(report.html)
+    assert "The joules of 1 job of 2 are doubtful" in text
+    assert "2.25 J measured (1 doubtful)" in text
+    assert (report.data["joules"], report.data["doubtful_jobs"]) == (4.5, 1)
+    assert [row["doubtful_jobs"] for row in report.data["devices"]] == [1, 0]
+    assert "doubtful" not in check(report_run(make_run([job("b")])).html)
+
+
+def test_a_sensor_that_is_known_by_name_alone_is_named():
+    """The coordinator did not know what it covers: its joules stand under its name, as measured."""
+    report = report_run(make_run([job("a", sensor="rapl", scope=None, quality=None, covers=None)]))
+    assert "rapl (unknown scope)" in check(report.html)
+    assert report.data["sensors"][0]["joules"] == 2.25
 
 
 def test_hostile_names_stay_text():
@@ -347,6 +368,11 @@ def test_layers_of_a_bundle(tmp_path, capsys):
         ('{"run": "r", "history": 7}', "history"),
         ('{"run": "r", "history": [], "ledger": [{"device": "a", "train_joules": -1}]}', "train_joules"),
         ('{"run": "r", "history": [], "ledger": [{"device": "a", "train_joules": NaN}]}', "neither a profile nor"),
+        (
+            '{"run": "r", "history": [], "ledger": [{"device": "a"}, {"device": "b", "train_joules": 1e308}]}',
+            "file.json: is no usable JSON of a run: Expected `float` <= 1000000000000000.0 - at `$.ledger[1].train",
+        ),
+        ('{"run": "r", "history": [{"round": 0, "accuracy": 1e308}]}', "$.history[0].accuracy"),
         ('{"format": "edge-energy-profile", "format_version": 99}', "newer than this software reads"),
     ],
 )

@@ -99,7 +99,7 @@ def test_measure_without_a_sensor_times_the_command_and_passes_its_exit_code(emp
 
 def test_measure_reads_gross_and_net(rapl: Path) -> None:
     """A command that moves the counter by 5 J drew 5 J, above an idle stretch that drew less."""
-    code = "import sys,time; time.sleep(.3); open(sys.argv[1],'w').write('6000000')"
+    code = "import sys,time; time.sleep(.3); open(sys.argv[1],'r+').write('6000000')"
     counter = rapl / "sys/class/powercap/intel-rapl:0/energy_uj"
     command = ("--", sys.executable, "-c", code, counter)
     result = call("measure", "--root", rapl, "--idle", "0.2", "-o", rapl / "drew.json", *command)
@@ -195,7 +195,7 @@ def test_repeated_runs_are_reported_as_means(rapl: Path) -> None:
     """Text and JSON agree; a run whose counter stood still is named and left out."""
     code = (
         "import sys,time; time.sleep(.25); path,log=sys.argv[1:]; n=open(log,'a').write('x') and len(open(log).read());"
-        "value=int(open(path).read()); open(path,'w').write(str(value+(n!=2)*4000000))"
+        "value=int(open(path).read()); open(path,'r+').write(str(value+(n!=2)*4000000))"
     )
     counter, log = rapl / "sys/class/powercap/intel-rapl:0/energy_uj", rapl / "runs"
     command = ("--idle", "0", "--repeat", "3", "-o", rapl / "drew.json", "--", sys.executable, "-c", code, counter, log)

@@ -9,6 +9,7 @@ of each other, and the factor's error is shared by all. The sum is taken for log
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -88,8 +89,13 @@ class Estimator:
         """One training step of a model with these layers.
 
         Raises:
-            ProfileError: a kind of layer was never profiled, and ``allow_missing`` is false.
+            ProfileError: a kind of layer was never profiled, and ``allow_missing`` is false; or a model predicts no
+                finite number.
         """
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return self._estimate(layers, allow_missing)
+
+    def _estimate(self, layers: Sequence[LayerSpec], allow_missing: bool) -> Estimate:
         missing = sorted({layer.kind for layer in layers} - set(self._known))
         if missing and not allow_missing:
             raise ProfileError(
@@ -107,6 +113,7 @@ class Estimator:
         total = fixed + sum(part.mean for part in parts.values())
         variance += (self._factor_error * total) ** 2
         low, high = _interval(total - fixed, variance)
+        _finite("the model", total, low, high)
         work = [layer.calls * flops(layer.kind, layer.sizes) for layer in layers]
         lost = sum(amount for amount, layer in zip(work, layers, strict=True) if layer.kind in missing)
         return Estimate(
@@ -137,7 +144,9 @@ class Estimator:
         own: list[float] = (means**2 * np.expm1(np.diag(spread))).tolist()
         found = []
         for layer, mean, part, extrapolated in zip(layers, means.tolist(), own, far, strict=True):
-            found.append(LayerEstimate(layer.name, layer.kind, mean, *_interval(mean, part), extrapolated))
+            bounds = _interval(mean, part)
+            _finite(layer.name, mean, *bounds)
+            found.append(LayerEstimate(layer.name, layer.kind, mean, *bounds, extrapolated))
         return found, variance
 
 
@@ -155,6 +164,14 @@ def estimate(
 def _load(family: Family, quantity: Quantity) -> _Known:
     table = size_table([point.sizes for point in family.points if quantity in point.costs])
     return _Known(Process.of(family, quantity), table.min(axis=0), table.max(axis=0))
+
+
+def _finite(name: str, *numbers: float) -> None:
+    if not all(math.isfinite(number) for number in numbers):
+        raise ProfileError(
+            f"{name}: this profile predicts no finite cost for its sizes; profile more points of such sizes, or run "
+            "edge-energy fit on the profile"
+        )
 
 
 def _interval(mean: float, variance: float) -> tuple[float, float]:

@@ -11,6 +11,7 @@ single points out with parameters that were fitted to them promises too much.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -19,7 +20,7 @@ import numpy as np
 from energy.errors import ProfileError, UsageError
 from energy.features import BLOCKS, Floats, features
 from energy.process import JITTER, LEVEL, PRIOR, Process, prior_length, roofline_terms, standard_frame
-from energy.profile import Fitted
+from energy.profile import MAX_SPREAD, Fitted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MINIMUM_POINTS = 4
 FOLDS = 5
+_TOO_FEW = "too few points to fit "
 _BLOCK_POINTS = 120  # enough to tell which block it is
 _PREFERRED_BLOCK, _PREFERENCE = 8, 1.0  # of blocks that explain few points alike, this one; in log probability
 _ROOFLINE_POINTS = 60  # with more of them, the process knows better than a roofline
@@ -52,25 +54,37 @@ class _Data(NamedTuple):
 
 
 def fit_profile(profile: Profile, seed: int = 0) -> Profile:
-    """Fits every kind and quantity that was measured; the rest of the profile stays.
+    """Fits every kind and quantity that has points enough, and notes the kinds left out; the rest of the profile stays.
 
     Raises:
-        ProfileError: a kind has too few points.
+        ProfileError: nothing at all has points enough, or a cost is not positive.
         UsageError: SciPy is not installed.
     """
-    return msgspec.structs.replace(profile, families=[fit_family(family, seed) for family in profile.families])
+    fitted = {family.kind: fit_family(family, seed) for family in profile.families if _enough(family)}
+    if not fitted:
+        raise ProfileError(
+            f"too few points to fit any kind, {MINIMUM_POINTS} of one kind are needed; measure more with "
+            "edge-energy profile --resume and a larger --budget-s"
+        )
+    few = [family.kind for family in profile.families if profile.quantity not in _enough(family)]
+    notes = [note for note in profile.notes if not note.startswith(_TOO_FEW)]
+    notes += [f"{_TOO_FEW}{kind}: {MINIMUM_POINTS} are needed; estimates lack it" for kind in few]
+    families = [fitted.get(family.kind, msgspec.structs.replace(family, fitted={})) for family in profile.families]
+    return msgspec.structs.replace(profile, families=families, notes=notes)
 
 
 def fit_family(family: Family, seed: int = 0) -> Family:
-    """Fits one kind, for every quantity that it has points of.
+    """Fits one kind, for every quantity that it has points enough of.
 
     Raises:
-        ProfileError: too few points, or a cost that is not positive.
+        ProfileError: too few points of every quantity, or a cost that is not positive.
         UsageError: SciPy is not installed.
     """
-    quantities: list[Quantity] = sorted({quantity for point in family.points for quantity in point.costs})
+    quantities = _enough(family)
     if not quantities:
-        raise ProfileError(f"{family.kind}: no points; profile this kind of layer first")
+        raise ProfileError(
+            f"{family.kind}: {len(family.points)} points, a model needs {MINIMUM_POINTS}; profile more of its sizes"
+        )
     fitted: dict[Quantity, Fitted] = {}
     for quantity in quantities:
         points = [point for point in family.points if quantity in point.costs]
@@ -79,6 +93,12 @@ def fit_family(family: Family, seed: int = 0) -> Family:
         means, errors = [cost.mean for cost in costs], [cost.relative_error for cost in costs]
         fitted[quantity] = fit(family.kind, sizes, means, errors, seed=seed)
     return msgspec.structs.replace(family, fitted=fitted)
+
+
+def _enough(family: Family) -> list[Quantity]:
+    """The quantities with points enough to fit."""
+    counts = Counter(quantity for point in family.points for quantity in point.costs)
+    return sorted(quantity for quantity, count in counts.items() if count >= MINIMUM_POINTS)
 
 
 def fit(
@@ -153,7 +173,7 @@ def _spread(data: _Data, block: int, order: Sequence[int]) -> float:
         deviation = np.hypot(found.deviation, hidden.relative_errors)
         residuals += np.abs((np.log(hidden.costs) - found.mean) / deviation).tolist()
     rank = min(len(residuals), int(np.ceil(0.9 * (len(residuals) + 1))))
-    return float(max(1.0, sorted(residuals)[rank - 1] / _Z90))
+    return float(min(max(1.0, sorted(residuals)[rank - 1] / _Z90), MAX_SPREAD))
 
 
 def _roofline(table: Floats, costs: Floats) -> list[float]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from energy.profile import Quantity
 
 MINIMUM_ROUNDS = 3
+LEAST_RATIOS = 2  # one alone has no error
 MAXIMUM_ROUNDS = 6  # other sizes tell more than further rounds of the same
 TOLERANCE = 0.04
 # Two-sided 95 % of Student's t for 1, 2, ... degrees of freedom.
@@ -90,8 +91,9 @@ def measure(
         after = anchor.take()
         for name, costs in bursts.items():
             for quantity, value in costs.items():
-                if quantity in before and quantity in after:
-                    mean = (before[quantity] + after[quantity]) / 2
+                mean = (before.get(quantity, 0.0) + after.get(quantity, 0.0)) / 2
+                # A coarse counter that did not move tells nothing.
+                if quantity in before and quantity in after and mean > 0 and value > 0:
                     found[name].setdefault(quantity, []).append(value / mean)
         if done + 1 >= limits.minimum:
             open_names = [name for name in open_names if not _tight(found[name], limits)]
@@ -102,7 +104,7 @@ def cost(ratios: list[float], scale: float, less: float = 0.0, share: int = 1) -
     """Cost per run from ratios: ``(ratio * scale - less) / share``, at least a twentieth of ``less``.
 
     Args:
-        ratios: to the anchor.
+        ratios: to the anchor, at least :data:`LEAST_RATIOS`.
         scale: cost of the anchor.
         less: what a run costs by itself, that is no part of the layer.
         share: how often the layer is in the graph.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from energy import interleave
+from energy import active, interleave
 from energy.features import flops
 from energy.fitting import MINIMUM_POINTS, fit
 from energy.process import Process, prior
@@ -61,13 +61,13 @@ class Kind:
         return [p for p in self._candidates if id(p) not in taken and p.spec(self._batch).sizes not in known]
 
     def points(self, anchor: interleave.Anchor, fixed: dict[Quantity, float]) -> list[Point]:
-        """All points, without what a run costs by itself."""
+        """All points, without what a run costs by itself, and without what was metered but once."""
         found = list(self._known)
         for item in self.done:
             costs: dict[Quantity, Cost] = {}
             for quantity, ratios in item.ratios.items():
                 scale = anchor.median(quantity)
-                if scale is not None:
+                if scale is not None and len(ratios) >= interleave.LEAST_RATIOS:
                     costs[quantity] = interleave.cost(ratios, scale, fixed.get(quantity, 0.0), item.probe.runs)
             if costs:
                 found.append(Point(sizes=item.sizes, costs=costs))
@@ -88,6 +88,18 @@ class Kind:
         # Points that came in since then are as good as any.
         doubt = [*self._parameters["doubt"], *[1.0] * (len(usable) - self._fitted_with)]
         return Process(self.kind, sizes, means, errors, parameters={**self._parameters, "doubt": doubt})
+
+    def next(
+        self, points: Sequence[Point], quantity: Quantity, count: int, *, most: int, fitted: bool = True
+    ) -> list[Probe]:
+        """Up to ``count`` probes that tell most about the references, while there are less than ``most`` points."""
+        candidates = self.left(most)
+        process = self.belief(points, quantity, fitted=fitted)
+        sizes = [probe.spec(self._batch).sizes for probe in candidates]
+        references = [spec.sizes for spec in self.references] or sizes
+        count = min(count, most - len(self.done))
+        chosen = active.choose(process, sizes, references, count, weights=self.weights(points, quantity))
+        return [candidates[index] for index in chosen]
 
     def weights(self, points: Sequence[Point], quantity: Quantity) -> list[float] | None:
         """What each reference costs in its model, about; None where nothing is known."""

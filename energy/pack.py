@@ -1,19 +1,23 @@
 """Probe packs: a deflated zip of small ONNX graphs, each one layer's training step, and ``probes.json`` about them.
 
 ``edge-export probes`` writes them on a workstation; ``edge-energy profile`` reads them on a device. The bytes of a
-graph are believed after their SHA-256 was checked.
+graph are believed after their SHA-256 was checked, and given away after a look over them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 import zipfile
-from typing import TYPE_CHECKING, Literal, TypeAlias
+import zlib
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
 
 from energy.errors import ProfileError
+from energy.graph_check import GraphError, check_graph
 from energy.layers import LayerSpec
+from energy.profile import Count, Name, Size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +29,13 @@ PACK_NAME = "probes.json"
 # Graphs are a few kB; an unrolled recurrent layer of a hundred steps has some 200.
 MAX_FILE_BYTES = 64 << 20
 MAX_TABLE_BYTES = 64 << 20
+MAX_BATCH = 1 << 20
+MAX_RUNS = 10_000
+
+Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
+
+# What zipfile raises for files that are none, or damaged.
+NO_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, OverflowError)
 
 Role: TypeAlias = Literal["layer", "candidate", "empty"]
 
@@ -39,14 +50,14 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     whose it is, by model and name, for messages.
     """
 
-    file: str
+    file: Name
     role: Role
-    kind: str = ""
-    sizes: dict[str, int] = {}
-    runs: int = 1
-    batch: int | None = None
-    limits: dict[str, int] = {}
-    layers: list[str] = []
+    kind: Name = ""
+    sizes: dict[Name, Size] = {}
+    runs: Annotated[int, msgspec.Meta(ge=1, le=MAX_RUNS)] = 1
+    batch: Batch | None = None
+    limits: dict[Name, Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]] = {}
+    layers: list[Name] = []
 
     def spec(self, batch: int) -> LayerSpec:
         """Kind and sizes of the layer when it runs with ``batch`` samples."""
@@ -57,15 +68,15 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 class PackedLayer(msgspec.Struct, frozen=True, array_like=True):
     """A layer of a model that the pack was made for; sizes without the batch."""
 
-    kind: str
-    sizes: dict[str, int]
-    calls: int
+    kind: Name
+    sizes: dict[Name, Size]
+    calls: Count
 
 
 class PackedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model that the pack was made for."""
 
-    name: str
+    name: Name
     layers: list[PackedLayer]
 
 
@@ -73,7 +84,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Size and SHA-256 (hex) of one graph."""
 
     sha256: str
-    size_bytes: int
+    size_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,8 +95,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry]
     probes: list[Probe]
     models: list[PackedModel] = []
-    missing: dict[str, list[str]] = {}
-    batch: int = 32
+    missing: dict[Name, list[Name]] = {}
+    batch: Batch = 32
     created_by: str = ""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -112,7 +123,7 @@ class Pack:
             raise ProfileError(
                 f"{path}: cannot be read ({error.strerror}); name a file of edge-export probes"
             ) from error
-        except zipfile.BadZipFile as error:
+        except NO_ZIP as error:
             raise ProfileError(f"{path}: is no probe pack ({error}); {_AGAIN}") from error
         try:
             self.table = self._table()
@@ -128,14 +139,18 @@ class Pack:
         """The ONNX graph of a probe.
 
         Raises:
-            ProfileError: its bytes are not those that the pack lists.
+            ProfileError: its bytes are not those that the pack lists, or no graph that a device may load.
         """
         entry = self.table.files.get(probe.file)
         if entry is None:
             raise ProfileError(f"{self._path}: lists no file {probe.file!r}; {_AGAIN}")
-        data = self._read(probe.file, min(entry.size_bytes, MAX_FILE_BYTES))
+        data = self._read(probe.file, entry.size_bytes)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ProfileError(f"{self._path}: {probe.file} does not match its SHA-256; copy the pack again")
+        try:
+            check_graph(data)
+        except GraphError as error:
+            raise ProfileError(f"{self._path}: {probe.file}: {error}") from error
         return data
 
     def references(self, batch: int) -> dict[str, list[LayerSpec]]:
@@ -151,7 +166,7 @@ class Pack:
         data = self._read(PACK_NAME, MAX_TABLE_BYTES)
         try:
             header = msgspec.json.decode(data, type=_Header)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProfileError(f"{self._path}: {PACK_NAME} cannot be read ({error}); {_AGAIN}") from error
         if header.format != FORMAT:
             raise ProfileError(f"{self._path}: has format {header.format!r}, not {FORMAT!r}; {_AGAIN}")
@@ -162,7 +177,7 @@ class Pack:
             )
         try:
             return msgspec.json.decode(data, type=Table)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProfileError(f"{self._path}: {PACK_NAME} is malformed: {error}; {_AGAIN}") from error
 
     def _read(self, name: str, limit: int) -> bytes:
@@ -170,7 +185,7 @@ class Pack:
         try:
             with self._archive.open(name) as stream:
                 data = stream.read(limit + 1)
-        except (KeyError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        except (KeyError, OSError, RuntimeError, *NO_ZIP) as error:
             raise ProfileError(f"{self._path}: {name} cannot be read ({error}); {_AGAIN}") from error
         if len(data) > limit:
             raise ProfileError(f"{self._path}: {name} is larger than the pack says; {_AGAIN}")

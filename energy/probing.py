@@ -10,12 +10,14 @@ a network moves between two runs of one layer.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from energy.errors import ProfileError, UsageError
+from energy.graph_check import check_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from energy.profile import Quantity
 
 _SCALE = 0.1
+MAX_INPUT_BYTES = 4 << 30
 _FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64}
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 # Hyper-parameters of optimisers that a probe's graph may have as inputs, as the exporter's defaults.
@@ -65,7 +68,7 @@ class Stepper:
         footprint: bytes that the sets of inputs and outputs shall have together; 0: one set, as for whole networks.
 
     Raises:
-        ProfileError: onnxruntime does not take the graph.
+        ProfileError: onnxruntime may not or does not take the graph, or it needs more memory than there is.
         UsageError: onnxruntime is not installed.
     """
 
@@ -85,20 +88,11 @@ class Stepper:
         self._limits = limits or {}
         self._hyper = {**HYPER, **(hyper or {})}
         self._session = _session(data, threads)
-        ports = self._session.get_inputs()
-        first = {port.name: self._values(port) for port in ports}
-        try:
-            results = self._session.run(None, first)
-        except Exception as error:  # onnxruntime has a class per cause and no common one
-            raise ProfileError(f"a probe fails in onnxruntime: {_line(error)}; make the pack again") from error
-        names = [port.name for port in self._session.get_outputs()]
-        made = dict(zip(names, results, strict=True))
-        each = sum(array.nbytes for array in (*first.values(), *made.values()))
-        sets = min(MOST_SETS, max(1, -(-footprint // max(each, 1))))
         self._kept: list[Any] = []
-        self._bindings = [self._bound(first, made)]
-        for _ in range(sets - 1):
-            self._bindings.append(self._bound({port.name: self._values(port) for port in ports}, made))
+        try:
+            self._bindings = self._all_bound(footprint)
+        except MemoryError as error:
+            raise ProfileError("a graph needs more memory than there is; give a smaller --batch") from error
         self._next = 0
         self.steps_per_burst = 1
         self.seconds = 0.0
@@ -125,6 +119,25 @@ class Stepper:
         self.seconds = min(each, last)
         self.steps_per_burst = max(2, round(window_s / max(self.seconds, 1e-9)))
 
+    def _all_bound(self, footprint: int) -> list[Any]:
+        """Bindings to as many sets of inputs and outputs as fill ``footprint`` bytes."""
+        ports = self._session.get_inputs()
+        first = {port.name: self._values(port) for port in ports}
+        try:
+            results = self._session.run(None, first)
+        except MemoryError:
+            raise
+        except Exception as error:  # onnxruntime has a class per cause and no common one
+            raise ProfileError(f"a probe fails in onnxruntime: {_line(error)}; make the pack again") from error
+        names = [port.name for port in self._session.get_outputs()]
+        if not all(isinstance(array, np.ndarray) for array in results):
+            raise ProfileError("a probe's outputs are not all tensors; make the pack again")
+        made = dict(zip(names, results, strict=True))
+        each = sum(array.nbytes for array in (*first.values(), *made.values()))
+        sets = min(MOST_SETS, max(1, -(-footprint // max(each, 1))))
+        further = ({port.name: self._values(port) for port in ports} for _ in range(sets - 1))
+        return [self._bound(first, made), *(self._bound(given, made) for given in further)]
+
     def _bound(self, given: Mapping[str, NDArray[Any]], made: Mapping[str, NDArray[Any]]) -> Any:
         import onnxruntime
 
@@ -142,6 +155,8 @@ class Stepper:
 
     def _values(self, port: Any) -> NDArray[Any]:
         shape = [size if isinstance(size, int) else self._batch for size in port.shape]
+        if not all(0 <= size <= MAX_INPUT_BYTES for size in shape) or 8 * math.prod(shape) > MAX_INPUT_BYTES:
+            raise ProfileError(f"a probe wants an input {port.name!r} of shape {shape}, which no layer has")
         if port.type in _FLOATS:
             if not shape:
                 return np.asarray(self._hyper.get(port.name, 1.0), _FLOATS[port.type])
@@ -152,7 +167,10 @@ class Stepper:
             return np.abs(values) if "_sq." in port.name or port.name.endswith("running_var") else values
         if port.type not in _INTEGERS:
             raise ProfileError(f"a probe wants an input {port.name!r} of {port.type}; make the pack again")
-        return np.asarray(self._random.integers(0, self._limits.get(port.name, 2), shape), _INTEGERS[port.type])
+        below = self._limits.get(port.name, 2)
+        if below < 1:
+            raise ProfileError(f"input {port.name!r} of a probe has {below} values; make the pack or bundle again")
+        return np.asarray(self._random.integers(0, below, shape), _INTEGERS[port.type])
 
 
 def cpu_cost(stepper: Stepper) -> Reading:
@@ -171,6 +189,7 @@ def _session(data: bytes, threads: int) -> Any:
         raise UsageError(
             "profiling needs onnxruntime, which is not installed: pip install edge-training-runtime"
         ) from error
+    check_graph(data)
     options = session_options(onnxruntime, threads)
     try:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

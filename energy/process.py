@@ -42,6 +42,22 @@ MAX_FLOOR = 1.0  # variance of log cost: beyond it a layer is nothing but noise,
 STEPPED = (FEATURES.index("in_channels"), FEATURES.index("out_channels"))
 # Medians of the parameters before anything was measured.
 PRIOR = {"signal": 0.5, "step_length": 1.1, "step_signal": 0.18, "trend": 1.0, "noise": 0.06, "floor": 0.03}
+_CURE = "run edge-energy fit on this profile"
+# What parameters can be: far beyond what a fit ever finds, and still safe to compute with. Zero is none of a signal.
+_RANGES = {
+    "block": (1.0, 1e6),
+    "center": (-1e3, 1e3),
+    "scale": (1e-9, 1e6),
+    "length": (1e-6, 1e6),
+    "signal": (0.0, 1e3),
+    "step_length": (1e-6, 1e6),
+    "step_signal": (0.0, 1e3),
+    "trend": (0.0, 1e3),
+    "noise": (0.0, 1e3),
+    "floor": (0.0, 1e3),
+    "offset": (-200.0, 200.0),
+    "doubt": (0.0, 1e24),
+}
 _LENGTH = 1.1  # times the root of the number of features, which distances grow with
 
 
@@ -68,10 +84,11 @@ class Process:
         """Takes points and parameters as a profile holds them; ``spread`` widens the predicted deviations.
 
         Raises:
-            ProfileError: a parameter is missing or has another length than the others, or a cost is not positive.
+            ProfileError: a parameter is missing, has another length than the others or cannot be, or a cost is not
+                positive.
         """
         _check(kind, parameters, len(sizes))
-        if not all(cost > 0 for cost in costs):
+        if not all(0 < cost < np.inf for cost in costs):
             raise ProfileError(f"{kind}: a point costs nothing or less; measure it again or take it out")
         value = {name: np.asarray(numbers, dtype=np.float64) for name, numbers in parameters.items()}
         self.kind, self.spread = kind, spread
@@ -88,8 +105,13 @@ class Process:
         own = np.asarray(relative_errors, dtype=np.float64) ** 2
         covariance = self.covariance(self._points, self._points)
         covariance[np.diag_indices_from(covariance)] += own + self._noise**2 * value["doubt"] + JITTER
-        self._inverse: Floats = np.asarray(np.linalg.inv(covariance), dtype=np.float64)
+        try:
+            self._inverse: Floats = np.asarray(np.linalg.inv(covariance), dtype=np.float64)
+        except np.linalg.LinAlgError as error:
+            raise ProfileError(f"{kind}: the model cannot be solved ({error}); {_CURE}") from error
         self._weights: Floats = self._inverse @ (np.log(np.asarray(costs, dtype=np.float64)) - self._offset)
+        if not (np.isfinite(self._inverse).all() and np.isfinite(self._weights).all()):
+            raise ProfileError(f"{kind}: the model cannot be solved; {_CURE}")
 
     @classmethod
     def of(cls, family: Family, quantity: Quantity) -> Process:
@@ -222,18 +244,23 @@ def _matern(left: Floats, right: Floats) -> Floats:
 
 
 def _check(kind: str, parameters: Mapping[str, list[float]], points: int) -> None:
-    cure = "run edge-energy fit on this profile"
     one = ("block", "signal", "trend", "noise", "floor", "offset")
     per_column, per_step = ("columns", "center", "scale", "length"), ("steps", "step_length", "step_signal")
     missing = [name for name in (*one, *per_column, *per_step, "doubt") if name not in parameters]
     if missing:
-        raise ProfileError(f"{kind}: the model lacks {', '.join(missing)}; {cure}")
+        raise ProfileError(f"{kind}: the model lacks {', '.join(missing)}; {_CURE}")
     columns, steps = parameters["columns"], parameters["steps"]
     fits = all(len(parameters[name]) == 1 for name in one)
     fits &= all(len(parameters[name]) == len(columns) for name in per_column)
     fits &= all(len(parameters[name]) == len(steps) for name in per_step)
     fits &= all(0 <= column < len(FEATURES) for column in columns) and len(parameters.get("roofline", [])) in {0, 5}
     if not fits or any(not 0 <= step < len(columns) for step in steps) or parameters["block"][0] < 1:
-        raise ProfileError(f"{kind}: the model's parameters do not fit each other; {cure}")
+        raise ProfileError(f"{kind}: the model's parameters do not fit each other; {_CURE}")
     if len(parameters["doubt"]) != points:
-        raise ProfileError(f"{kind}: fitted to {len(parameters['doubt'])} points, and there are {points}; {cure}")
+        raise ProfileError(f"{kind}: fitted to {len(parameters['doubt'])} points, and there are {points}; {_CURE}")
+    for name, (least, most) in _RANGES.items():
+        if not all(least <= number <= most for number in parameters[name]):
+            raise ProfileError(f"{kind}: {name} of the model is not within {least:g} to {most:g}; {_CURE}")
+    roofline = parameters.get("roofline", [])
+    if roofline and not (min(roofline[:3]) >= 0 and max(roofline[:3]) > 0 and 1e-9 <= roofline[4] <= 1e6):
+        raise ProfileError(f"{kind}: roofline of the model cannot be; {_CURE}")

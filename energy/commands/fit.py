@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Fits a Gaussian process to every kind of layer of a profile, for every quantity that was measured.
 Devices without SciPy measure with edge-energy profile --measure-only; this runs on a workstation.
-Points stay as they are."""
+Kinds with too few points are left out, and named. Points stay as they are."""
 EXAMPLE = "  edge-energy fit energy-profile.json\n  edge-energy fit measured.json -o energy-profile.json"
 
 
@@ -19,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds its options."""
     parser.add_argument("points", type=Path, metavar="PROFILE", help="a profile, with or without fitted models")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the fitted profile (default: in place)")
-    parser.add_argument("--seed", type=int, default=0, help="of the restarts of the fit (default 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the order in which points are left out to find the width of intervals (default 0)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -36,5 +41,7 @@ def run(options: argparse.Namespace) -> int:
         for quantity, fitted in family.fitted.items():
             error = left_out_error(family, quantity)
             print(f"{family.kind:<28}{len(family.points):>7}{quantity:>18}{error:>14.1%}{fitted.spread:>12.2f}")
+    for note in profile.notes:
+        print(f"note: {note}")
     print(f"{output}: fitted in {time.monotonic() - started:.1f} s; median error of points left out one at a time")
     return 0

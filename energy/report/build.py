@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from energy.errors import ProfileError, UsageError
-from energy.profile import FORMAT, load_profile
+from energy.profile import FORMAT, load_profile, power_modelled
 from energy.report.run_data import Run, drawn, run_tables
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def report_profile(profile: Profile, bundle: BundleCost | None = None, foot: str
 
     tested = [entry for family in profile.families for entry in left_out(family, profile.quantity)]
     tables = profile_tables(profile, tested, bundle)
-    watts = "idle_modelled_watts" if profile.quantity == "modelled_joules" else "idle_watts"
+    watts = "idle_modelled_watts" if power_modelled(profile) else "idle_watts"
     data: dict[str, Any] = {
         "report": "profile",
         "device": msgspec.to_builtins(profile.device),

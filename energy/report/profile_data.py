@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from energy.errors import ProfileError
+from energy.profile import power_modelled
 from energy.report.tables import Column, Table, page_column, text_column
 from energy.report.units import PREDICTED_WORDS, QUANTITY_UNIT, amount, digits, percent, quantity_words
 
@@ -84,7 +85,7 @@ def left_out(family: Family, quantity: Quantity) -> list[LeftOut]:
 
 
 def profile_tables(profile: Profile, tested: Sequence[LeftOut], bundle: BundleCost | None) -> list[Table]:
-    """``kinds``, ``points``, ``wholes``, ``power``, ``windows``, and ``layers`` where there is a bundle."""
+    """``kinds``, ``points``, ``wholes``, ``power`` (or ``modelled_power``), ``windows``; ``layers`` of a bundle."""
     tables = [kinds_table(profile, tested), _points(profile), wholes_table(profile), _power(profile), _windows(profile)]
     return tables if bundle is None else [layers_table(profile, bundle), *tables]
 
@@ -173,11 +174,6 @@ def error_of(whole: Whole) -> float | None:
     return (whole.predicted - whole.measured) / whole.measured if whole.measured > 0 else None
 
 
-def power_modelled(profile: Profile) -> bool:
-    """Whether the power over time was modelled."""
-    return profile.sensed is None or "modelled" in (profile.sensed.quality, profile.sensed.scope)
-
-
 def _points(profile: Profile) -> Table:
     points = [(family.kind, point) for family in profile.families for point in family.points]
     sizes = sorted({name for _, point in points for name in point.sizes})
@@ -196,9 +192,12 @@ def _points(profile: Profile) -> Table:
 
 
 def _power(profile: Profile) -> Table:
-    watts = "modelled_watts" if power_modelled(profile) else "watts"
+    modelled = power_modelled(profile)
+    watts = "modelled_watts" if modelled else "watts"
     columns = (Column("at_seconds", "at"), Column(watts, watts, digits))
-    return Table("power", columns, [(sample.at_s, sample.watts) for sample in profile.power])
+    return Table(
+        "modelled_power" if modelled else "power", columns, [(sample.at_s, sample.watts) for sample in profile.power]
+    )
 
 
 def _windows(profile: Profile) -> Table:

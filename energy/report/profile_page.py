@@ -6,9 +6,10 @@ from datetime import datetime, timezone
 from statistics import median
 from typing import TYPE_CHECKING
 
+from energy.profile import power_modelled
 from energy.report import charts
 from energy.report.page import Tile, figure, items, page, section, text, tiles
-from energy.report.profile_data import error_of, power_modelled
+from energy.report.profile_data import error_of
 from energy.report.tables import html_table
 from energy.report.units import (
     PREDICTED_WORDS,

@@ -4,9 +4,9 @@
 
 A probe pack is made for six models of `examples.model_zoo`. Layers of the same kinds with other sizes are profiled by
 ``energy.profiling`` (never the layers of the judged models), fitted, and summed up for the six models and for random
-variants of them. Before and after it the same models run as a whole, against the same anchor net, and at the end so
-does each of the six models' own layers alone, to see whether they add up. Without a sensor of power or energy the cost
-is CPU time, and keys say so.
+variants of them. Before, between and after these the same models run as a whole, against the same anchor net, and at
+the end so does each of the six models' own layers alone, to see whether they add up. Without a sensor of power or
+energy the cost is CPU time, and keys say so.
 
 ``additivity_error``: sum of directly measured probes against the whole. ``error``: prediction against the whole, each
 with the factor of the other architectures (an anchor must not judge itself). ``inside``: the whole lies in the 90 %
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 BATCH = 32
 JUDGED = ("resnet8", "mobile", "har", "lstm", "lenet", "mlp")
+WHOLES_EVERY = 5  # batches of layers between rounds of whole models
 ANCHOR = "anchor"  # half of a LeNet's step is arithmetic, half is memory: it feels other load as most networks do
 _KEYS = {"joules": "joules", "modelled_joules": "modelled_joules", "cpu_seconds": "cpu_time", "seconds": "time"}
 
@@ -104,8 +105,12 @@ def _measured(
     profiler = Profiler(pack, gauge, settings, anchor=anchor.stepper, say=_say)
     wholes = _Wholes(nets, profiler, gauge, options.seed)
     wholes.take()
-    for points in profiler.batches():
+    wholes.seconds = 0.0
+    for batch, points in enumerate(profiler.batches()):
         _say(f"{points} points")
+        if batch % WHOLES_EVERY == 0:
+            wholes.take()
+    seconds = profiler.seconds - wholes.seconds
     wholes.take()
     _say("running each layer of the six models alone")
     sums = _sums(pack, nets[: len(JUDGED)], profiler, gauge, wholes)
@@ -127,7 +132,7 @@ def _measured(
         "coverage": statistics.fmean(row["inside"] for row in results),
         "coverage_models": len(results),
         **layers,
-        "profiling_seconds": round(profiler.seconds, 1),
+        "profiling_seconds": round(seconds, 1),
         "points": sum(len(family.points) for family in profile.families),
         "kinds": len(profile.families),
     }
@@ -198,18 +203,22 @@ class _Wholes:
         self._ratios: dict[str, list[float]] = {net.name: [] for net in nets}
         for net in nets:
             net.stepper.warm_up(gauge.window_s)
+        self.seconds = 0.0
 
     def take(self, names: set[str] | None = None, extra: dict[str, Stepper] | None = None) -> dict[str, list[float]]:
-        """Five rounds; ``extra`` graphs run among them and their ratios are returned."""
+        """One round; with ``extra`` graphs five with these among them, whose ratios are returned."""
         _say("running whole models")
+        began = time.monotonic()
         steppers = {net.name: net.stepper for net in self._nets if names is None or net.name in names}
-        limits = interleave.Limits(0.0, 5, 5)
+        rounds = 5 if extra else 1
+        limits = interleave.Limits(0.0, rounds, rounds)
         found = interleave.measure(
             {**steppers, **(extra or {})}, self._profiler.anchor, self._gauge, self._rng, limits=limits
         )
         quantity = self._gauge.quantity
-        for name in steppers:
+        for name in steppers if not extra else ():
             self._ratios[name] += found[name].get(quantity, [])
+        self.seconds += time.monotonic() - began
         return {name: found[name].get(quantity, []) for name in found}
 
     def cost(self, name: str) -> float:

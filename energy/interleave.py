@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MINIMUM_ROUNDS = 3
 LEAST_RATIOS = 2  # one alone has no error
-MAXIMUM_ROUNDS = 6  # other sizes tell more than further rounds of the same
+MAXIMUM_ROUNDS = 4  # then other sizes tell more, and rounds at another time
 TOLERANCE = 0.04
 # Two-sided 95 % of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.7, 4.3, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)

@@ -60,6 +60,15 @@ class Kind:
         known = [point.sizes for point in self._known]
         return [p for p in self._candidates if id(p) not in taken and p.spec(self._batch).sizes not in known]
 
+    def add(self, measured: Measured) -> None:
+        """Takes a probe that was measured, or more rounds of one."""
+        for item in self.done:
+            if item.probe is measured.probe:
+                for quantity, ratios in measured.ratios.items():
+                    item.ratios.setdefault(quantity, []).extend(ratios)
+                return
+        self.done.append(measured)
+
     def points(self, anchor: interleave.Anchor, fixed: dict[Quantity, float]) -> list[Point]:
         """All points, without what a run costs by itself, and without what was metered but once."""
         found = list(self._known)

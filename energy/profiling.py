@@ -2,7 +2,9 @@
 
 Every kind begins with a few sizes that fill the space of the layers that will be asked about. Then the kinds whose
 uncertainty weighs most in the user's models get more, each time the sizes that take most of it away
-(:mod:`energy.active`). Without SciPy the choice works on what is believed of a kind before anything was measured.
+(:mod:`energy.active`). The last part of the budget goes to all of them again, in another order and
+company: other load on the machine does not move all kinds alike, so rounds at one time only would take it for the
+layer's. Without SciPy the choice works on what is believed of a kind before anything was measured.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ NEXT_KINDS = 4
 NEXT_POINTS = 3
 TOGETHER = 16  # graphs measured against each other in the same rounds
 MOST_POINTS = 60
+FIRST_SHARE = 0.6  # of the budget, until points are measured again
+MORE_PASSES = 2
 # Forward FLOPs of the layer that the others are compared with: a few milliseconds on a small board.
 _ANCHOR_FLOPS = 3e7
 
@@ -100,9 +104,7 @@ class Profiler:
             ProfileError: a graph is refused, or the sensor fails for good.
         """
         self._began_s = self._clock()
-        for probes in self._plan():
-            if self._spent():
-                return
+        for probes in self._schedule():
             self._measure(probes)
             self.seconds = self._clock() - self._began_s
             yield sum(len(kind.done) for kind in self.kinds.values())
@@ -178,6 +180,19 @@ class Profiler:
             )
         return int(min(START_POINTS, max(MINIMUM_POINTS, share / 2)))
 
+    def _schedule(self) -> Iterator[list[Probe]]:
+        for probes in self._plan():
+            if self._spent(FIRST_SHARE):
+                break
+            yield probes
+        for _ in range(MORE_PASSES):
+            done = [item.probe for kind in self.kinds.values() for item in kind.done]
+            self._rng.shuffle(done)
+            for start in range(0, len(done), TOGETHER):
+                if self._spent():
+                    return
+                yield done[start : start + TOGETHER]
+
     def _plan(self) -> Iterator[list[Probe]]:
         """Batches of probes: first some of every kind, then of the kinds that need it most."""
         begun = [self._next(kind, self._start) for kind in self.kinds.values()]
@@ -221,7 +236,7 @@ class Profiler:
             self._empty_ratios.setdefault(quantity, []).extend(ratios)
         for index, probe in enumerate(probes):
             sizes = probe.spec(self._settings.batch).sizes
-            self.kinds[probe.kind].done.append(Measured(probe, sizes, found[str(index)]))
+            self.kinds[probe.kind].add(Measured(probe, sizes, found[str(index)]))
         names = ", ".join(sorted({probe.kind for probe in probes}))
         self._say(f"{self._clock() - self._began_s:.0f} s: measured {len(probes)} layers ({names})")
         if isinstance(self._gauge, MeterGauge):
@@ -250,5 +265,5 @@ class Profiler:
         batch = self._settings.batch
         return min(probes, key=lambda probe: abs(np.log(flops(probe.kind, probe.spec(batch).sizes) / _ANCHOR_FLOPS)))
 
-    def _spent(self) -> bool:
-        return self._clock() - self._began_s >= self._settings.budget_s
+    def _spent(self, share: float = 1.0) -> bool:
+        return self._clock() - self._began_s >= share * self._settings.budget_s

@@ -96,6 +96,8 @@ def test_every_kind_is_measured_and_layers_first_come(tmp_path):
     assert {len(family.points) for family in families.values()} == {8}
     sizes = [point.sizes for point in families["linear"].points]
     assert {"batch": 4, "in_channels": 64, "out_channels": 32} in sizes
+    # Two rounds at a time, and all of it again two times later.
+    assert {point.costs["cpu_seconds"].repeats for family in families.values() for point in family.points} == {6}
     assert all(point.costs["cpu_seconds"].mean > 0 for family in families.values() for point in family.points)
     assert running.fixed()["cpu_seconds"] > 0
 

@@ -13,6 +13,14 @@ from energy.sampler import Sampler
 from tests.energy.meter_tools import Power
 
 
+def wait_for(said: list[str]) -> None:
+    for _ in range(1000):
+        if said:
+            return
+        time.sleep(0.005)
+    raise AssertionError("nothing was said")
+
+
 def test_windows_are_opened_from_other_threads_while_it_samples() -> None:
     """Windows of several threads are right while the sampler reads."""
     sensor = Power(time.monotonic, lambda _: 5.0, interval_s=0.01)
@@ -46,8 +54,7 @@ def test_a_sensor_that_breaks_in_an_unknown_way_does_not_end_the_sampling() -> N
     meter = Meter([[broken], [good]], on_change=said.append)
     with Sampler(meter, 0.01):
         broken.fault = OverflowError("cannot convert float infinity to integer")
-        while not said:
-            time.sleep(0.005)
+        wait_for(said)
         with meter.open("after") as window:
             time.sleep(0.25)
     assert "OverflowError" in said[0]
@@ -66,8 +73,7 @@ def test_a_sampler_that_died_says_so_when_it_is_stopped() -> None:
     sampler = Sampler(Meter([[sensor]], on_change=fail), 0.01)
     sampler.start()
     sensor.fault = SensorError("vanished", "gone")
-    while not said:
-        time.sleep(0.005)
+    wait_for(said)
     with pytest.raises(EnergyError, match=r"ended early .*disk of the log is full"):
         sampler.stop()
     sampler.stop()

@@ -223,7 +223,7 @@ def test_idle_power_is_that_of_a_device_without_a_job(device: Any, orin: Path, m
     """It is known after some seconds without a job, and of the last such stretch also for the second of two jobs in a
     row: the moment between them, when the board is still at full power, says nothing. It grows old.
     """
-    for name, value in (("STRETCH_S", 0.4), ("STRETCH_INTERVALS", 3.0), ("LEAST_S", 0.3)):
+    for name, value in (("STRETCH_S", 0.8), ("STRETCH_INTERVALS", 3.0), ("LEAST_S", 0.7), ("PAUSE_S", 0.0)):
         monkeypatch.setattr(idle, name, value)
     one = device(root=orin)
     one.give("a", run="early", steps=1)
@@ -234,6 +234,10 @@ def test_idle_power_is_that_of_a_device_without_a_job(device: Any, orin: Path, m
     current = orin / "sys/class/hwmon/hwmon1/curr1_input"
     boards.write(current, 5 * int(current.read_text()))
     one.give("a", run="first", steps=1)
+    one.until(lambda: len(one.agent.state.updates) == 2)
+    one.agent.joules.tick()
+    later_s = one.loop.now() + 0.35
+    one.until(lambda: one.loop.now() > later_s)
     one.give("a", run="second", steps=5)
     one.until(lambda: len(one.agent.state.updates) == 3)
     uses = [one.only_update(run).meta.energy for run in ("first", "second")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 np = pytest.importorskip("numpy")
@@ -48,6 +50,18 @@ def test_what_layers_share_does_not_average_out() -> None:
 
 def _width(found: Any) -> float:
     return float((found.high - found.low) / (found.total - found.fixed))
+
+
+def test_no_number_is_an_error_and_no_estimate() -> None:
+    """A model that is unsure beyond what numbers can hold says so, and warns of nothing else."""
+    (family,) = PROFILE.families
+    unsure = msgspec.structs.replace(family.fitted["joules"], spread=1000.0)
+    damaged = msgspec.structs.replace(PROFILE, families=[msgspec.structs.replace(family, fitted={"joules": unsure})])
+    far = LayerSpec("far", "conv2d", {**ROWS[0], "batch": 10**9})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ProfileError, match="far: this profile predicts no finite cost"):
+            estimate(damaged, [far])
 
 
 def test_factor_corrects_and_its_error_widens() -> None:

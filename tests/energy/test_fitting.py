@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 np = pytest.importorskip("numpy")
@@ -145,6 +146,56 @@ def test_fit_command_fits_what_a_device_only_measured(tmp_path: Path, capsys: py
     assert found == fit_profile(load_profile(source))
     assert left_out_error(found.families[0], "seconds") < 0.1
     assert "conv2d" in capsys.readouterr().out
+
+
+def test_kinds_with_too_few_points_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One kind with three points: the others are fitted, a note says what is missing, and says so once."""
+    measured_only = _measured_profile()
+    few = Family(kind="relu", points=measured_only.families[0].points[:3])
+    path = tmp_path / "p.json"
+    save_profile(msgspec.structs.replace(measured_only, families=[few, *measured_only.families], notes=["hot"]), path)
+    for _ in range(2):
+        assert main(["fit", str(path)]) == 0
+        found = load_profile(path)
+        assert [(family.kind, bool(family.fitted)) for family in found.families] == [("relu", False), ("conv2d", True)]
+        assert found.families[0] == few
+        assert found.notes == ["hot", "too few points to fit relu: 4 are needed; estimates lack it"]
+        assert "note: too few points to fit relu" in capsys.readouterr().out
+
+
+def test_quantities_of_few_points_are_left_out() -> None:
+    """Joules of three layers only, the others doubtful: seconds are fitted all the same."""
+    profile = _measured_profile(("seconds",))
+    joules = Cost(mean=1.0, relative_error=0.01)
+    family = profile.families[0]
+    points = [
+        Point(sizes=point.sizes, costs={**point.costs, **({"joules": joules} if row < 3 else {})})
+        for row, point in enumerate(family.points)
+    ]
+    family = Family(kind="conv2d", points=points)
+    found = fit_profile(msgspec.structs.replace(profile, quantity="joules", families=[family]))
+    assert set(found.families[0].fitted) == {"seconds"}
+    assert "too few points to fit conv2d" in found.notes[0]
+
+
+def test_a_profile_of_few_points_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing can be fitted: one line with what to do, and the file stays as it is."""
+    profile, path = _measured_profile(), tmp_path / "p.json"
+    family = Family(kind="conv2d", points=profile.families[0].points[:3])
+    save_profile(msgspec.structs.replace(profile, families=[family]), path)
+    before = path.read_bytes()
+    assert main(["fit", str(path)]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_the_seed_of_the_command_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """It orders the points that are left out in turn; the fit has no restarts."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "order in which points are left out" in said
+    assert "restarts" not in said
 
 
 def test_error_on_real_convolutions() -> None:

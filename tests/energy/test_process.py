@@ -82,6 +82,12 @@ def test_doubted_points_count_less() -> None:
         ({"length": [1.0, 2.0]}, "do not fit each other"),
         ({"columns": [99.0]}, "do not fit each other"),
         ({"doubt": [1.0]}, "fitted to 1 points, and there are 20"),
+        ({"signal": [1e200]}, "signal of the model is not within 0 to 1000"),
+        ({"length": [0.0]}, "length of the model is not within"),
+        ({"scale": [0.0]}, "scale of the model is not within"),
+        ({"noise": [float("nan")]}, "noise of the model is not within"),
+        ({"offset": [1e9]}, "offset of the model is not within"),
+        ({"roofline": [0.0, 0.0, 0.0, 0.0, 1.0]}, "roofline of the model cannot be"),
     ],
 )
 def test_damaged_parameters_are_refused(changes: dict[str, list[float]], words: str) -> None:

@@ -289,6 +289,9 @@ def test_a_profile_says_what_its_figures_are(quantity):
     assert quantity in points.lines()[0]
     if quantity != "joules":
         assert "joules" not in {key for table in report.tables for key in table.lines()[0]}
+    modelled = quantity == "modelled_joules"
+    assert {"power", "idle_watts"} & set(report.data) == (set() if modelled else {"power", "idle_watts"})
+    assert ("modelled_power" in report.data, "idle_modelled_watts" in report.data) == (modelled, modelled)
     assert "the clocks changed once" in text
     json.dumps(report.data, allow_nan=False)
 

@@ -10,6 +10,7 @@ import msgspec
 
 from energy.errors import ProfileError
 from energy.estimate import Estimator
+from energy.layers import LayerSpec
 from energy.profile import Profile, Quantity, Whole
 
 # How far whole models of different architectures lie from the sums of their layers, as benchmarks/thor_end_to_end.py
@@ -17,10 +18,9 @@ from energy.profile import Profile, Quantity, Whole
 ONE_ANCHOR_ERROR = 0.05
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from energy.layers import LayerSpec
-
+_CORRECTS_NOTHING = " corrects nothing: "
 
 # Student's t over the normal distribution's, two-sided 90 %, for 1, 2, ... degrees of freedom.
 _T_OVER_Z = (3.84, 1.78, 1.43, 1.30, 1.23, 1.18, 1.15, 1.13, 1.11)
@@ -41,49 +41,43 @@ def factor_of(log_ratios: Sequence[float], least_error: float = ONE_ANCHOR_ERROR
     return math.exp(statistics.fmean(log_ratios)), max(least_error, spread)
 
 
-def anchored(
-    profile: Profile,
-    layers: Mapping[str, list[LayerSpec]],
-    costs: Mapping[str, Mapping[Quantity, float]],
-    batch: int,
-) -> Profile:
-    """The profile with a factor per quantity, and the models that set it in ``wholes``.
+def anchored(profile: Profile) -> Profile:
+    """The profile with a factor per quantity, set by its metered models, which are listed in ``wholes``.
 
     A model with a kind of layer that was never fitted sets no factor, and a note says so.
     """
     factor: dict[Quantity, float] = {}
     error: dict[Quantity, float] = {}
     wholes: list[Whole] = []
-    notes: dict[str, None] = {}
-    for quantity in sorted({name for costs_of in costs.values() for name in costs_of}):
+    notes = dict.fromkeys(note for note in profile.notes if _CORRECTS_NOTHING not in note)
+    for quantity in sorted({name for model in profile.metered for name in model.costs}):
         if not any(quantity in family.fitted for family in profile.families):
             continue
         estimator = Estimator(msgspec.structs.replace(profile, factor={}, factor_error={}), quantity)
         ratios = []
-        for name, measured in costs.items():
-            if quantity not in measured:
+        for model in profile.metered:
+            if quantity not in model.costs:
                 continue
+            layers = [LayerSpec(layer.name, layer.kind, layer.sizes, layer.calls) for layer in model.layers]
             try:
-                found = estimator.estimate(layers[name])
+                found = estimator.estimate(layers)
             except ProfileError as cause:
-                notes[f"{name} corrects nothing: {cause}"] = None
+                notes[f"{model.model}{_CORRECTS_NOTHING}{cause}"] = None
                 continue
-            ratios.append(math.log(measured[quantity] / found.total))
+            measured = model.costs[quantity]
+            ratios.append(math.log(measured / found.total))
             wholes.append(
                 Whole(
-                    model=name,
+                    model=model.model,
                     quantity=quantity,
-                    batch=batch,
-                    measured=measured[quantity],
+                    batch=model.batch,
+                    measured=measured,
                     predicted=found.total,
                     low=found.low,
                     high=found.high,
                     anchor=True,
                 )
             )
-        if not ratios:
-            continue
-        factor[quantity], error[quantity] = factor_of(ratios)
-    return msgspec.structs.replace(
-        profile, factor=factor, factor_error=error, wholes=wholes, notes=[*profile.notes, *notes]
-    )
+        if ratios:
+            factor[quantity], error[quantity] = factor_of(ratios)
+    return msgspec.structs.replace(profile, factor=factor, factor_error=error, wholes=wholes, notes=list(notes))

@@ -107,6 +107,24 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
     anchor: bool = False
 
 
+class MeteredLayer(msgspec.Struct, frozen=True, array_like=True):
+    """A layer of a metered model, as in :class:`energy.layers.LayerSpec`."""
+
+    name: str
+    kind: Name
+    sizes: dict[str, Count]
+    calls: Count = 1
+
+
+class Metered(msgspec.Struct, frozen=True, kw_only=True):
+    """An anchor: what one step of a whole model cost, and its layers, so that a fit can set the factor."""
+
+    model: Name
+    batch: Count
+    layers: list[MeteredLayer]
+    costs: dict[Quantity, Amount]
+
+
 class Sample(msgspec.Struct, frozen=True, array_like=True):
     """Mean power over one stretch of the profiling, for pictures."""
 
@@ -144,6 +162,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     factor: dict[Quantity, Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]] = {}
     factor_error: dict[Quantity, Annotated[float, msgspec.Meta(ge=0, le=1e3)]] = {}
     idle_watts: _Watts | None = None
+    metered: list[Metered] = []
     wholes: list[Whole] = []
     power: list[Sample] = []
     windows: list[Mark] = []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from energy import active, interleave
+from energy import interleave
 from energy.errors import ProfileError
 from energy.features import flops
 from energy.fitting import MINIMUM_POINTS
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from energy.pack import Pack, Probe
     from energy.profile import Device
 
-START_POINTS = 6
+START_POINTS = 4
 NEXT_KINDS = 4
-NEXT_POINTS = 3
+NEXT_POINTS = 4
 TOGETHER = 16  # graphs measured against each other in the same rounds
 MOST_POINTS = 60
 FIRST_SHARE = 0.6  # of the budget, until points are measured again
@@ -214,14 +214,9 @@ class Profiler:
             yield probes
 
     def _next(self, kind: Kind, count: int) -> list[Probe]:
-        candidates = kind.left(self._settings.most)
-        count = min(count, self._settings.most - len(kind.done))
         points = kind.points(self.anchor, self.fixed())
-        process = kind.belief(points, self._gauge.quantity, fitted=self._settings.fitted)
-        sizes = [probe.spec(self._settings.batch).sizes for probe in candidates]
-        references = [spec.sizes for spec in kind.references] or sizes
-        chosen = active.choose(process, sizes, references, count, weights=kind.weights(points, self._gauge.quantity))
-        return [candidates[index] for index in chosen]
+        settings = self._settings
+        return kind.next(points, self._gauge.quantity, count, most=settings.most, fitted=settings.fitted)
 
     def _measure(self, probes: list[Probe]) -> None:
         started_s = self._clock()

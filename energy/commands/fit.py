@@ -29,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fits, writes and says how well points are predicted from the others."""
+    from energy.anchoring import anchored
     from energy.fitting import fit_profile, left_out_error
     from energy.profile import load_profile, save_profile
 
     started = time.monotonic()
-    profile = fit_profile(load_profile(options.points), options.seed)
+    profile = anchored(fit_profile(load_profile(options.points), options.seed))
     output = options.output or options.points
     save_profile(profile, output)
     print(f"{'kind':<28}{'points':>7}{'quantity':>18}{'median error':>14}{'interval x':>12}")
@@ -41,6 +42,9 @@ def run(options: argparse.Namespace) -> int:
         for quantity, fitted in family.fitted.items():
             error = left_out_error(family, quantity)
             print(f"{family.kind:<28}{len(family.points):>7}{quantity:>18}{error:>14.1%}{fitted.spread:>12.2f}")
+    for quantity, factor in profile.factor.items():
+        models = ", ".join(whole.model for whole in profile.wholes if whole.quantity == quantity)
+        print(f"whole models cost {factor:.3f} of what their layers say in {quantity}, by {models}")
     for note in profile.notes:
         print(f"note: {note}")
     print(f"{output}: fitted in {time.monotonic() - started:.1f} s; median error of points left out one at a time")

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from energy.commands import ways
-from energy.errors import ProfileError, UsageError
-from energy.layers import LayerSpec, partition
+from energy.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
 
     from energy.gauge import CpuGauge, MeterGauge
+    from energy.layers import LayerSpec
     from energy.meter import Meter
     from energy.probing import Stepper
-    from energy.profile import Family, Profile
+    from energy.profile import Metered, Profile, Sensed
     from energy.profiling import Profiler, Settings
 
 DESCRIPTION = """Measures layers of the bundles that a probe pack was made for (edge-export probes) one by one, and
@@ -73,8 +70,6 @@ def run(options: argparse.Namespace) -> int:
     """Profiles; 0 also if it was interrupted, since what was measured is kept."""
     if options.budget_s <= 0 or options.threads < 1 or (options.batch is not None and options.batch < 1):
         raise UsageError("--budget-s, --threads and --batch must be above 0")
-    if options.measure_only and options.anchor:
-        raise UsageError("--anchor needs the fitted models; leave out --measure-only, or give the anchor when fitting")
     if not options.measure_only:
         _need_scipy()
     from energy.pack import Pack
@@ -117,9 +112,10 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
         fitted=not options.measure_only,
     )
     wholes = [_whole(path, settings) for path in options.anchor]
-    known = _known(options, gauge)
     job = _Job(options, gauge, meter)
+    job.earlier = _earlier(options, gauge, job.sensed)
     job.idle()
+    known = [] if job.earlier is None else job.earlier.families
     profiler = Profiler(pack, gauge, settings, anchor=_drift_anchor(wholes, gauge), known=known, say=_say)
     try:
         for points in profiler.batches():
@@ -128,10 +124,10 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
     except KeyboardInterrupt:
         _say("interrupted: keeping what was measured")
     job.idle()
-    profile = job.save(profiler, fitted=not options.measure_only)
     if wholes:
-        profile = job.anchored(profiler, profile, wholes, settings)
-    _tell(options.output, profile)
+        job.save(profiler, fitted=False)
+        job.meter_wholes(profiler, wholes, settings)
+    _tell(options.output, job.save(profiler, fitted=not options.measure_only))
     return 0
 
 
@@ -157,10 +153,15 @@ class _Job:
 
     def __init__(self, options: argparse.Namespace, gauge: CpuGauge | MeterGauge, meter: Meter | None) -> None:
         from energy.machine import describe
+        from energy.profile import Sensed
 
-        self._options, self._gauge, self._meter = options, gauge, meter
+        self._options, self._gauge = options, gauge
         self._device = describe(options.threads, options.root)
+        source = None if meter is None else meter.source
+        self.sensed = None if source is None else Sensed(**source._asdict())
+        self.earlier: Profile | None = None
         self._idle_watts: list[float] = []
+        self._metered: list[Metered] = []
 
     def idle(self) -> None:
         """An idle stretch."""
@@ -171,35 +172,57 @@ class _Job:
             self._idle_watts += [] if watts is None else [watts]
 
     def save(self, profiler: Profiler, *, fitted: bool) -> Profile:
-        """Writes the profile."""
+        """Writes the profile, with what an earlier session had."""
         import msgspec
 
-        from energy.profile import Sensed, save_profile
+        from energy.profile import save_profile
 
         profile = profiler.profile(self._device, time.time())
-        source = None if self._meter is None else self._meter.source
-        sensed = None if source is None else Sensed(**source._asdict())
         watts = sum(self._idle_watts) / len(self._idle_watts) if self._idle_watts else None
-        profile = msgspec.structs.replace(profile, sensed=sensed, idle_watts=watts)
+        profile = msgspec.structs.replace(profile, sensed=self.sensed, idle_watts=watts, metered=self._metered)
+        if self.earlier is not None:
+            profile = _merged(self.earlier, profile)
         if fitted:
-            profile = _fit(profile)
+            from energy.anchoring import anchored
+            from energy.fitting import fit_profile
+
+            profile = anchored(fit_profile(profile))
         save_profile(profile, self._options.output)
         return profile
 
-    def anchored(self, profiler: Profiler, profile: Profile, wholes: list[_Whole], settings: Settings) -> Profile:
-        """Meters whole models, and sets the factor by them."""
-        from energy.anchoring import anchored
-        from energy.profile import save_profile
+    def meter_wholes(self, profiler: Profiler, wholes: list[_Whole], settings: Settings) -> None:
+        """Meters whole models, which set the factor when the profile is fitted."""
+        from energy.profile import Metered, MeteredLayer
 
         graphs = {whole.name: whole.stepper for whole in wholes}
         for stepper in graphs.values():
             stepper.warm_up(self._gauge.window_s)
         _say(f"running {', '.join(graphs)} as a whole")
         costs = profiler.compare(graphs, ANCHOR_ROUNDS)
-        layers = {whole.name: whole.layers for whole in wholes}
-        profile = anchored(profile, layers, costs, settings.batch)
-        save_profile(profile, self._options.output)
-        return profile
+        for whole in wholes:
+            layers = [MeteredLayer(*layer) for layer in whole.layers]
+            found = costs[whole.name]
+            self._metered.append(Metered(model=whole.name, batch=settings.batch, layers=layers, costs=found))
+
+
+def _merged(earlier: Profile, now: Profile) -> Profile:
+    """What both sessions found; the points of the earlier one are in ``now`` already."""
+    import msgspec
+
+    again = {model.model for model in now.metered}
+    offset_s = earlier.profiling_seconds
+    return msgspec.structs.replace(
+        now,
+        profiling_seconds=offset_s + now.profiling_seconds,
+        idle_watts=earlier.idle_watts if now.idle_watts is None else now.idle_watts,
+        metered=[*(model for model in earlier.metered if model.model not in again), *now.metered],
+        power=[*earlier.power, *(type(one)(offset_s + one.at_s, one.watts) for one in now.power)],
+        windows=[
+            *earlier.windows,
+            *(type(one)(one.name, offset_s + one.start_s, offset_s + one.end_s) for one in now.windows),
+        ],
+        notes=list(dict.fromkeys([*earlier.notes, *now.notes])),
+    )
 
 
 def _need_scipy() -> None:
@@ -212,67 +235,43 @@ def _need_scipy() -> None:
         )
 
 
-def _fit(profile: Profile) -> Profile:
-    """Fits the kinds that have points enough, and names the others."""
-    import msgspec
-
-    from energy.fitting import MINIMUM_POINTS, fit_profile
-
-    few = [family.kind for family in profile.families if len(family.points) < MINIMUM_POINTS]
-    enough = [family for family in profile.families if family.kind not in few]
-    if not enough:
-        raise ProfileError("too few points to fit any kind; give a larger --budget-s")
-    notes = [f"too few points to fit {kind}: {MINIMUM_POINTS} are needed" for kind in few]
-    fitted = fit_profile(msgspec.structs.replace(profile, families=enough))
-    rest = [family for family in profile.families if family.kind in few]
-    return msgspec.structs.replace(fitted, families=[*fitted.families, *rest], notes=[*profile.notes, *notes])
-
-
-def _known(options: argparse.Namespace, gauge: CpuGauge | MeterGauge) -> list[Family]:
-    """Families of an earlier session, if it was on this device and by the same cost."""
+def _earlier(options: argparse.Namespace, gauge: CpuGauge | MeterGauge, sensed: Sensed | None) -> Profile | None:
+    """The profile of an earlier session, if it was on this device, by the same sensor and software."""
     from energy.profile import load_profile
 
     if not options.output.exists():
-        return []
+        return None
     if not options.resume:
         raise UsageError(f"{options.output} exists; give --resume to go on with it, or another -o")
     from energy.machine import describe
 
     earlier, here = load_profile(options.output), describe(options.threads, options.root)
-    for name in ("name", "power_mode", "threads"):
-        if getattr(earlier.device, name) != getattr(here, name):
-            raise UsageError(
-                f"{options.output} is of {name} {getattr(earlier.device, name)!r}, this is {getattr(here, name)!r}; "
-                "choose another -o"
-            )
-    if earlier.quantity != gauge.quantity:
-        raise UsageError(f"{options.output} has {earlier.quantity}, this would add {gauge.quantity}; choose another -o")
-    return earlier.families
+    pairs = [(name, getattr(earlier.device, name), getattr(here, name)) for name in ("name", "power_mode", "threads")]
+    pairs += [("cost", earlier.quantity, gauge.quantity)]
+    pairs += [("onnxruntime", earlier.device.software.get("onnxruntime"), here.software.get("onnxruntime"))]
+    for name in ("sensor", "scope", "covers"):
+        pairs.append((name, getattr(earlier.sensed, name, None), getattr(sensed, name, None)))
+    for name, was, now in pairs:
+        if was != now:
+            raise UsageError(f"{options.output} is of {name} {was!r}, this would add {now!r}; choose another -o")
+    return earlier
 
 
 def _whole(path: Path, settings: Settings) -> _Whole:
-    """Reads ``train.onnx`` and the manifest of a bundle, and checks the former's SHA-256."""
+    """The training step of a bundle, ready to run, and its layers."""
+    from energy.bundle import bundle_step
     from energy.probing import Stepper
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read("manifest.json"))
-            data = archive.read("train.onnx")
-        listed = manifest["files"]["train.onnx"]["sha256"]
-        limits = {"y": int(manifest["task"]["classes"] or 2)}
-        name, hyper = str(manifest["name"]), dict(manifest["optimizer"]["hyper"])
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path}: is no bundle that can be metered ({error}); name one of edge-export bundle"
-        ) from error
-    if hashlib.sha256(data).hexdigest() != listed:
-        raise UsageError(f"{path}: train.onnx does not match its SHA-256; copy the bundle again")
-    layers = partition(manifest, settings.batch)
-    embedded = next((layer for layer in layers if layer.kind == "embedding"), None)
-    if embedded is not None:
-        limits["x"] = embedded.sizes.get("in_channels", 1)
-    stepper = Stepper(data, batch=settings.batch, threads=settings.threads, limits=limits, hyper=hyper, footprint=0)
-    return _Whole(name, layers, stepper)
+    step = bundle_step(path, settings.batch)
+    stepper = Stepper(
+        step.graph,
+        batch=settings.batch,
+        threads=settings.threads,
+        limits=step.limits,
+        hyper=step.hyper,
+        footprint=0,
+    )
+    return _Whole(step.name, step.layers, stepper)
 
 
 def _tell(path: Path, profile: Profile) -> None:

@@ -14,7 +14,7 @@ from energy import cli
 from energy.errors import ProfileError
 from energy.layers import LayerSpec
 from energy.pack import Pack
-from energy.profile import Cost, Family, Point, load_profile
+from energy.profile import Cost, Family, Metered, MeteredLayer, Point, Sensed, load_profile, save_profile
 from tests.energy.meter_tools import Power
 from tests.energy.probe_packs import dense, dense_pack, write_pack
 
@@ -224,9 +224,7 @@ def test_the_command_fits_and_predicts(tmp_path, monkeypatch):
     assert 0 < found.low < found.total < found.high < 0.1
 
 
-@pytest.mark.parametrize(
-    "options", [["--budget-s", "0"], ["--threads", "0"], ["--measure-only", "--anchor", "a.bundle"]]
-)
+@pytest.mark.parametrize("options", [["--budget-s", "0"], ["--threads", "0"]])
 def test_wrong_options_are_refused(tmp_path, capsys, options):
     """In one line, with exit code 2."""
     assert command(dense_pack(tmp_path / "a.probes"), "-o", tmp_path / "p.json", *options) == 2
@@ -238,7 +236,7 @@ def test_no_bundle_is_no_anchor(tmp_path, capsys):
     pytest.importorskip("scipy")
     (tmp_path / "text").write_text("hello")
     pack = dense_pack(tmp_path / "a.probes")
-    assert command(pack, "-o", tmp_path / "p.json", "--anchor", tmp_path / "text") == 2
+    assert command(pack, "-o", tmp_path / "p.json", "--anchor", tmp_path / "text") == 1
     assert "is no bundle" in capsys.readouterr().err
 
 
@@ -266,6 +264,45 @@ def test_an_anchor_with_other_layers_is_metered_and_corrects_nothing(tmp_path, c
     assert load_profile(output).factor == {}
 
 
+def with_anchor(profile, layer, cost):
+    layers = [MeteredLayer(*layer)]
+    anchor = Metered(model="net", batch=32, layers=layers, costs={"cpu_seconds": cost})
+    return msgspec.structs.replace(profile, metered=[anchor])
+
+
+def test_an_anchor_metered_without_scipy_sets_the_factor_at_the_fit(tmp_path, monkeypatch):
+    """``--measure-only --anchor`` keeps what the whole model cost, and ``edge-energy fit`` makes the factor of it."""
+    pytest.importorskip("scipy")
+    monkeypatch.setattr("energy.gauge.CpuGauge.window_s", 0.0002)
+    bundle = Path(__file__).parents[2] / "examples" / "digits.bundle"
+    output = tmp_path / "profile.json"
+    assert (
+        command(dense_pack(tmp_path / "a.probes"), "-o", output, "--budget-s", 1, "--measure-only", "--anchor", bundle)
+        == 0
+    )
+    measured = load_profile(output)
+    assert measured.factor == {}
+    assert measured.metered[0].model == "digits"
+    assert measured.metered[0].costs["cpu_seconds"] > 0
+    known = [layer for layer in measured.metered[0].layers if layer.kind == "linear"]
+    anchor = msgspec.structs.replace(measured.metered[0], layers=known)
+    save_profile(msgspec.structs.replace(measured, metered=[anchor]), output)
+    assert cli.main(["fit", str(output)]) == 0
+    fitted = load_profile(output)
+    assert fitted.factor["cpu_seconds"] > 0
+    assert fitted.wholes[0].measured == anchor.costs["cpu_seconds"]
+
+
+def test_points_of_another_sensor_are_not_mixed_in(tmp_path, capsys):
+    """``--resume`` refuses a profile whose costs came from another sensor, by its name."""
+    pack, output = dense_pack(tmp_path / "a.probes"), tmp_path / "profile.json"
+    assert command(pack, "-o", output, "--measure-only", "--budget-s", 1) == 0
+    sensed = Sensed(sensor="plug", scope="board", quality="power", covers="everything")
+    save_profile(msgspec.structs.replace(load_profile(output), sensed=sensed), output)
+    assert command(pack, "-o", output, "--measure-only", "--budget-s", 1, "--resume") == 2
+    assert "of sensor 'plug'" in capsys.readouterr().err
+
+
 def test_anchors_set_the_factor(tmp_path, monkeypatch):
     """Models measured 20 % above their layers: estimates rise by 20 %, and the models are kept as anchors."""
     pytest.importorskip("scipy")
@@ -275,17 +312,17 @@ def test_anchors_set_the_factor(tmp_path, monkeypatch):
     output = tmp_path / "profile.json"
     assert command(dense_pack(tmp_path / "a.probes"), "-o", output, "--budget-s", 2) == 0
     profile = load_profile(output)
-    layers = {"net": [LayerSpec("fc", "linear", {"batch": 32, "in_channels": 64, "out_channels": 32})]}
-    plain = estimate(profile, layers["net"])
-    corrected = anchored(profile, layers, {"net": {"cpu_seconds": 1.2 * plain.total}}, 32)
-    found = estimate(corrected, layers["net"])
+    dense = LayerSpec("fc", "linear", {"batch": 32, "in_channels": 64, "out_channels": 32})
+    plain = estimate(profile, [dense])
+    corrected = anchored(with_anchor(profile, dense, 1.2 * plain.total))
+    found = estimate(corrected, [dense])
     assert found.total == pytest.approx(1.2 * plain.total)
     assert found.high / found.low > plain.high / plain.low
     (whole,) = corrected.wholes
     assert whole.anchor
     assert whole.predicted == pytest.approx(plain.total)
-    layers["other"] = [LayerSpec("fold", "fold", {"batch": 32})]
-    unknown = anchored(profile, layers, {"other": {"cpu_seconds": 1.0}}, 32)
+    assert anchored(corrected).factor == corrected.factor
+    unknown = anchored(with_anchor(profile, LayerSpec("fold", "fold", {"batch": 32}), 1.0))
     assert unknown.factor == {}
-    assert "other corrects nothing: this profile knows no fold" in unknown.notes[0]
+    assert "net corrects nothing: this profile knows no fold" in unknown.notes[0]
     assert msgspec.json.decode(msgspec.json.encode(corrected), type=type(corrected)) == corrected

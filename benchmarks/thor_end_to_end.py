@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 BATCH = 32
 JUDGED = ("resnet8", "mobile", "har", "lstm", "lenet", "mlp")
+SUM_ROUNDS = 9
 WHOLES_EVERY = 5  # batches of layers between rounds of whole models
 ANCHOR = "anchor"  # half of a LeNet's step is arithmetic, half is memory: it feels other load as most networks do
 _KEYS = {"joules": "joules", "modelled_joules": "modelled_joules", "cpu_seconds": "cpu_time", "seconds": "time"}
@@ -129,8 +130,10 @@ def _measured(
         f"mape_{name}_without_anchor": _mean(judged, "error_without_anchor"),
         f"mape_{name}_variants": _mean([row for row in results if row["model"] not in JUDGED], "error"),
         "additivity_error": _mean(judged, "additivity_error"),
-        "coverage": statistics.fmean(row["inside"] for row in results),
-        "coverage_models": len(results),
+        # Of all that was predicted: whole models, and layers that were not profiled.
+        "coverage": statistics.fmean([*(row["inside"] for row in results), *layers.pop("inside")]),
+        "coverage_models": statistics.fmean(row["inside"] for row in results),
+        "models": len(results),
         **layers,
         "profiling_seconds": round(seconds, 1),
         "points": sum(len(family.points) for family in profile.families),
@@ -206,11 +209,11 @@ class _Wholes:
         self.seconds = 0.0
 
     def take(self, names: set[str] | None = None, extra: dict[str, Stepper] | None = None) -> dict[str, list[float]]:
-        """One round; with ``extra`` graphs five with these among them, whose ratios are returned."""
+        """One round; with ``extra`` graphs several with these among them, whose ratios are returned."""
         _say("running whole models")
         began = time.monotonic()
         steppers = {net.name: net.stepper for net in self._nets if names is None or net.name in names}
-        rounds = 5 if extra else 1
+        rounds = SUM_ROUNDS if extra else 1
         limits = interleave.Limits(0.0, rounds, rounds)
         found = interleave.measure(
             {**steppers, **(extra or {})}, self._profiler.anchor, self._gauge, self._rng, limits=limits
@@ -319,7 +322,8 @@ def _held_out(profile: Profile, held: list[tuple[str, dict[str, int], float]], q
         "held_out_layers": len(held),
         "held_out_mape": statistics.fmean(errors),
         "held_out_median_error": statistics.median(errors),
-        "held_out_coverage": statistics.fmean(inside),
+        "coverage_layers": statistics.fmean(inside),
+        "inside": inside,
     }
 
 

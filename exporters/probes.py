@@ -38,6 +38,7 @@ _TRIES = 30
 # A candidate may be this much more work than the largest layer of its kind, and no more.
 _DEARER = 2.0
 _NAMED = 4
+_RECURRENT = 8  # configurations that are enough for a model of the kind
 
 Key = tuple[str, tuple[tuple[str, int], ...]]
 
@@ -142,7 +143,11 @@ class _Pack:
                 drawn = self._optimizers(kind, [key[1][0][1] if key[1] else 1 for key in entries], per_kind, rng)
             else:
                 # Of a recurrent layer every step is traced, which takes seconds.
-                count = -(-per_kind // 2) if base_kind(kind) in {"lstm", "gru", "rnn"} else per_kind
+                count = (
+                    min(per_kind, max(_RECURRENT, per_kind // 2))
+                    if base_kind(kind) in {"lstm", "gru", "rnn"}
+                    else per_kind
+                )
                 drawn = self._others(kind, list(entries.values()), count, rng)
             for key, graph in drawn.items():
                 self._add("candidate", key, graph, [])

@@ -1,11 +1,11 @@
 """Which layers to measure: error after 16, 32 and 48 chosen ones, for six rules (data of two hosts, of others).
 
-``product`` is what ``edge-energy profile`` does, by its own code (:class:`energy.kinds.Kind`): the first 6 layers from
-the prior, then 3 at a time, references weighted by the square root of their cost. ``integrated_variance`` is the same
+``product`` is what ``edge-energy profile`` does, by its own code (`energy/thor/kinds.py`): the first 4 layers from
+the prior, then 4 at a time, references weighted by the square root of their cost. ``integrated_variance`` is the same
 with all references alike. ``random`` and ``max_variance`` (the layer that the model is least sure of: MacKay 1992, as
-THOR does) start from 8 random layers; ``random_same_start`` and ``max_variance_same_start`` from the first 6 of
+THOR does) start from 8 random layers; ``random_same_start`` and ``max_variance_same_start`` from the first 4 of
 ``integrated_variance``, which tells how much of its gain is the start. All fit the same model again after every batch,
-the product every 6 layers. Errors are of 300 held-out layers with a last fit: ``mape``, each layer alike, and
+the product every 4 layers. Errors are of 300 held-out layers with a last fit: ``mape``, each layer alike, and
 ``cost_weighted_error``, the sum of absolute errors over the sum of joules, which whole models feel.
 
 References are other layers of the pool, sizes only; on a device they are the layers of the user's models. Which kind
@@ -20,20 +20,20 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.layer_joules import layer_tables
-from energy.fitting import fit
-from energy.interleave import Anchor
-from energy.kinds import Kind, Measured
-from energy.layers import LayerSpec
-from energy.pack import Probe
-from energy.probing import Reading
-from energy.process import Process
-from energy.profiling import NEXT_POINTS, START_POINTS
+from energy.thor.fitting import fit
+from energy.thor.interleave import Anchor
+from energy.thor.kinds import Kind, Measured
+from energy.thor.layers import LayerSpec
+from energy.thor.pack import Probe
+from energy.thor.probing import Reading
+from energy.thor.process import Process
+from energy.thor.profiling import NEXT_POINTS, START_POINTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.layer_joules import LayerTable
-    from energy.profile import Point, Quantity
+    from energy.thor.profile import Point, Quantity
 
 HELD_OUT, RANDOM_START = 300, 8
 POINTS = (16, 32, 48)

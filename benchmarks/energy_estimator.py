@@ -1,8 +1,8 @@
 """How well the joules of a layer's training step are predicted from other layers, on two hosts (data of others).
 
-Models: ``thor`` is :mod:`energy.fitting`; ``flops`` one ratio (median) times FLOPs; ``flops_affine`` a straight line by
-relative least squares; ``neuralpower`` polynomial terms of the sizes chosen by the lasso (Cai et al., ACML 2017), of
-raw joules, degree 3 (dense layers 2). 200 rows are held out. The median of the log-normal is the prediction.
+Models: ``thor`` is `energy/thor/fitting.py`; ``flops`` one ratio (median) times FLOPs; ``flops_affine`` a straight
+line by relative least squares; ``neuralpower`` polynomial terms of the sizes chosen by the lasso (Cai et al., ACML
+2017), of raw joules, degree 3 (dense layers 2). 200 rows are held out. The median of the log-normal is the prediction.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.layer_joules import layer_tables
-from energy.features import Floats, flops, size_table
-from energy.fitting import fit
-from energy.process import Process
+from energy.thor.features import Floats, flops, size_table
+from energy.thor.fitting import fit
+from energy.thor.process import Process
 
 if TYPE_CHECKING:
     from benchmarks.layer_joules import LayerTable

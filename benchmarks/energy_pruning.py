@@ -23,17 +23,17 @@ import numpy as np
 from benchmarks import fashion
 from benchmarks.metering import choose_gauge, training_step
 from benchmarks.report import parser, print_report
-from energy import interleave
-from energy.fitting import fit_profile
-from energy.machine import describe
-from energy.pack import Pack
-from energy.profiling import Profiler, Settings
+from energy.thor import interleave
+from energy.thor.fitting import fit_profile
+from energy.thor.machine import describe
+from energy.thor.pack import Pack
+from energy.thor.profiling import Profiler, Settings
 
 if TYPE_CHECKING:
     import argparse
 
-    from energy.gauge import CpuGauge, MeterGauge
-    from energy.profile import Profile
+    from energy.thor.gauge import CpuGauge, MeterGauge
+    from energy.thor.profile import Profile
     from exporters._tuning import Samples
 
 BATCH = 32

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from energy.layers import Sizes
+    from energy.thor.layers import Sizes
 
 FOLDER = "energy/willowec_cpu_train_layers/src/out"
 KINDS = {"conv": "conv2d", "linear": "linear", "pool": "max_pool2d"}
@@ -20,7 +20,7 @@ MAX_WATTS = 600.0
 
 
 class LayerTable(NamedTuple):
-    """Layers of one kind on one host; ``joules`` of one training step each, ``sizes`` as in :mod:`energy.layers`."""
+    """Layers of one kind on one host; ``joules`` of one training step each, ``sizes`` as in `energy/thor/layers.py`."""
 
     host: str
     kind: str

@@ -80,9 +80,9 @@ def overhead(sensor: str, rate_hz: float, seconds: float) -> dict[str, Any]:
 def _child(options: argparse.Namespace) -> int:
     process = psutil.Process()
     bare = process.memory_info().rss  # numpy is not here; psutil, argparse and json are
-    from energy.conditions import read_conditions
-    from energy.meter import Meter
-    from energy.sampler import Sampler
+    from energy.metering.conditions import read_conditions
+    from energy.metering.meter import Meter
+    from energy.metering.sampler import Sampler
     from energy.sensors.discovery import choose, discover
 
     root = Path(options.root)
@@ -115,7 +115,7 @@ def _child(options: argparse.Namespace) -> int:
 
 def replay(trace: Path) -> dict[str, Any]:
     """One recording through the Jetson sensor at 10 Hz."""
-    from energy.meter import Meter
+    from energy.metering.meter import Meter
     from energy.sensors import jetson
 
     rows = read_trace(trace)

@@ -7,20 +7,20 @@ import sys
 import zipfile
 from typing import TYPE_CHECKING, Any
 
-from energy.gauge import CpuGauge, MeterGauge
-from energy.probing import Stepper
+from energy.thor.gauge import CpuGauge, MeterGauge
+from energy.thor.probing import Stepper
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from energy.meter import Meter
+    from energy.metering.meter import Meter
 
 
 def choose_gauge(wanted: str) -> tuple[Meter | None, CpuGauge | MeterGauge]:
     """The best sensor there is, sampled by a thread; without one CPU time, and no meter to close."""
-    from energy.conditions import read_conditions
-    from energy.meter import Meter
-    from energy.sampler import Sampler
+    from energy.metering.conditions import read_conditions
+    from energy.metering.meter import Meter
+    from energy.metering.sampler import Sampler
     from energy.sensors.discovery import choose, discover
 
     ways = choose(discover(), wanted)

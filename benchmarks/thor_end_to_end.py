@@ -3,10 +3,10 @@
     python -m benchmarks.thor_end_to_end [--budget-s 300] [--sensor auto]
 
 A probe pack is made for six models of `examples.model_zoo`. Layers of the same kinds with other sizes are profiled by
-``energy.profiling`` (never the layers of the judged models), fitted, and summed up for the six models and for random
-variants of them. Before, between and after these the same models run as a whole, against the same anchor net, and at
-the end so does each of the six models' own layers alone, to see whether they add up. Without a sensor of power or
-energy the cost is CPU time, and keys say so.
+`energy/thor/profiling.py` (never the layers of the judged models), fitted, and summed up for the six models and for
+random variants of them. Before, between and after these the same models run as a whole, against the same anchor net,
+and at the end so does each of the six models' own layers alone, to see whether they add up. Without a sensor of power
+or energy the cost is CPU time, and keys say so.
 
 ``additivity_error``: sum of directly measured probes against the whole. ``error``: prediction against the whole, each
 with the factor of the other architectures (an anchor must not judge itself). ``inside``: the whole lies in the 90 %
@@ -30,23 +30,23 @@ import msgspec
 import numpy as np
 
 from benchmarks.report import parser, print_report
-from energy import interleave
-from energy.anchoring import factor_of
-from energy.estimate import Estimator
-from energy.fitting import fit_profile
-from energy.gauge import CpuGauge, MeterGauge
-from energy.layers import LayerSpec, partition
-from energy.machine import describe
-from energy.pack import Pack
-from energy.probing import Stepper
-from energy.process import Process
-from energy.profile import Profile, save_profile
-from energy.profiling import Profiler, Settings
+from energy.thor import interleave
+from energy.thor.anchoring import factor_of
+from energy.thor.estimate import Estimator
+from energy.thor.fitting import fit_profile
+from energy.thor.gauge import CpuGauge, MeterGauge
+from energy.thor.layers import LayerSpec, partition
+from energy.thor.machine import describe
+from energy.thor.pack import Pack
+from energy.thor.probing import Stepper
+from energy.thor.process import Process
+from energy.thor.profile import Profile, save_profile
+from energy.thor.profiling import Profiler, Settings
 
 if TYPE_CHECKING:
     import argparse
 
-    from energy.profile import Quantity
+    from energy.thor.profile import Quantity
 
 BATCH = 32
 JUDGED = ("resnet8", "mobile", "har", "lstm", "lenet", "mlp")
@@ -183,9 +183,9 @@ def _net(name: str, architecture: str, path: Path, threads: int) -> Net:
 
 def _gauge(wanted: str) -> tuple[Any, CpuGauge | MeterGauge]:
     """The best sensor there is; CPU time without one."""
-    from energy.conditions import read_conditions
-    from energy.meter import Meter
-    from energy.sampler import Sampler
+    from energy.metering.conditions import read_conditions
+    from energy.metering.meter import Meter
+    from energy.metering.sampler import Sampler
     from energy.sensors.discovery import choose, discover
 
     ways = choose(discover(), wanted)

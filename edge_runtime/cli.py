@@ -156,7 +156,7 @@ def _energy(config: AgentConfig) -> dict[str, Any]:
     """Which sensor the agent would use, which ones it would not and why, and what its radio costs."""
     from edge_runtime.agent.radio import radio_of
     from edge_runtime.agent.sensing import ROOT, survey
-    from energy.way import combined
+    from energy.metering.way import combined
 
     found = survey(config.energy, busy_s=time.process_time if config.energy.modelled_of == "agent" else None)
     source = combined([sensor.source for sensor in found.ways[0]]) if found.ways else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from energy.layers import canonical
+from energy.thor.layers import canonical
 from exporters import _losses, _optimizers
 from exporters._graph import GraphBuilder, Port
 from exporters._own_operators import edge
@@ -24,7 +24,7 @@ from exporters._trace import Given, NotDynamicError, trace_function
 if TYPE_CHECKING:
     from torch import nn
 
-    from energy.layers import Entry
+    from energy.thor.layers import Entry
 
 Tensors = dict[str, torch.Tensor]
 

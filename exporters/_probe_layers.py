@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from energy.layers import canonical
+from energy.thor.layers import canonical
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from energy.layers import Entry
+    from energy.thor.layers import Entry
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from energy.layers import canonical
+from energy.thor.layers import canonical
 
 if TYPE_CHECKING:
     import random
 
-    from energy.layers import Entry
+    from energy.thor.layers import Entry
 
 _REACH = 3.0
 _RARELY = 0.25

@@ -19,8 +19,8 @@ import msgspec
 import torch
 
 from edge_runtime.bundle import Bundle
-from energy import pack
-from energy.layers import DEFAULT_BATCH, base_kind, elementary, partition, spec_of
+from energy.thor import pack
+from energy.thor.layers import DEFAULT_BATCH, base_kind, elementary, partition, spec_of
 from exporters._archive import write_archive
 from exporters._probe_graphs import ProbeGraph, empty_graph, layer_graph, optimizer_graph
 from exporters._probe_layers import output_shape
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from energy.layers import Entry, LayerSpec
+    from energy.thor.layers import Entry, LayerSpec
 
 _DISTRIBUTION = "edge-training-runtime"
 _TRIES = 30

@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         cure = 'pip install "edge-training-runtime[prune]"'
         raise UsageError(f"pruning needs {error.name}, which is not installed: {cure}") from error
     from edge_runtime.bundle import Bundle
-    from energy.profile import load_profile
+    from energy.thor.profile import load_profile
 
     profile = load_profile(options.profile)
     given = _source.load(options.source, None, "float32")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from energy.estimate import Estimate, Estimator
-from energy.layers import DEFAULT_BATCH, partition
+from energy.thor.estimate import Estimate, Estimator
+from energy.thor.layers import DEFAULT_BATCH, partition
 from exporters._layers import layer_table
 from exporters._losses import reference_loss
 from exporters._model import inspect_model
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edge_runtime.bundle.manifest import Loss
-    from energy.profile import Profile, Quantity
+    from energy.thor.profile import Profile, Quantity
 
 IMPORTANCE_BATCH = 64
 

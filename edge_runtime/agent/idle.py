@@ -8,8 +8,8 @@ from edge_runtime.agent.job_energy import Idle
 
 if TYPE_CHECKING:
     from edge_runtime.transport.loop import Loop, Timer
-    from energy.meter import Meter
-    from energy.window import Window
+    from energy.metering.meter import Meter
+    from energy.metering.window import Window
 
 PAUSE_S = 60.0  # between two stretches
 STRETCH_S, STRETCH_INTERVALS = 3.0, 8.0  # how long one is: seconds, or intervals of a slower sensor

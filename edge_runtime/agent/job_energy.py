@@ -14,7 +14,7 @@ from edge_runtime.messages import EnergyUse
 
 if TYPE_CHECKING:
     from edge_runtime.agent.pipe import Phase
-    from energy.measurement import Measurement
+    from energy.metering.measurement import Measurement
 
 LATE_S, LATE = 0.02, 0.2  # how much longer (and shorter) than the worker's own time a window may be
 

@@ -1,4 +1,4 @@
-"""What this device draws, and what each of its jobs drew: the agent's side of :mod:`energy.meter`.
+"""What this device draws, and what each of its jobs drew: the agent's side of :mod:`energy.metering.meter`.
 
 The meter is sampled while a job runs, as often as its sensor has something new to say; between jobs once per tick, for
 the idle power; and never where there is no sensor. What cannot be known is None.
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from edge_runtime.agent.sensing import Survey
     from edge_runtime.messages import Job
     from edge_runtime.transport.loop import Loop, Timer
-    from energy.measurement import Measurement
-    from energy.meter import Meter
-    from energy.window import Window
+    from energy.metering.measurement import Measurement
+    from energy.metering.meter import Meter
+    from energy.metering.window import Window
 
 log = logging.getLogger("edge.energy")
 
@@ -170,8 +170,8 @@ class Joules:
             self._meter = None
 
     def _measure(self, found: Survey) -> None:
-        from energy.conditions import read_conditions
-        from energy.meter import Meter
+        from energy.metering.conditions import read_conditions
+        from energy.metering.meter import Meter
 
         root = self._root
         if self._meter is not None:

@@ -153,7 +153,7 @@ def _watts(config: EnergyConfig) -> tuple[float, float, int, str]:
     """Watts idle and busy, the cores that make the difference, and what that was fitted to."""
     if config.idle_watts is not None and config.busy_watts is not None:
         return config.idle_watts, config.busy_watts, os.cpu_count() or 1, ""
-    from energy.calibration import load_calibration
+    from energy.metering.calibration import load_calibration
 
     assert config.calibration is not None
     fitted = load_calibration(Path(config.calibration))

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from energy.calibration import calibrate, save_calibration
 from energy.commands import ways
 from energy.errors import UsageError
+from energy.metering.calibration import calibrate, save_calibration
 
 if TYPE_CHECKING:
     import argparse

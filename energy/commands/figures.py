@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from energy.conditions import Conditions
-    from energy.measurement import Measurement
+    from energy.metering.conditions import Conditions
+    from energy.metering.measurement import Measurement
     from energy.sensors.base import Source
 
 

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fits, writes and says how well points are predicted from the others."""
-    from energy.anchoring import anchored
-    from energy.fitting import fit_profile, left_out_error
-    from energy.profile import load_profile, save_profile
+    from energy.thor.anchoring import anchored
+    from energy.thor.fitting import fit_profile, left_out_error
+    from energy.thor.profile import load_profile, save_profile
 
     started = time.monotonic()
     profile = anchored(fit_profile(load_profile(options.points), options.seed))

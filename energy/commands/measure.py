@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from energy.commands import ways
 from energy.commands.figures import amount, conditions_json, conditions_line, modelled_name, source_json, source_line
 from energy.commands.runs import Run, counted, left_out, means, run_json
-from energy.conditions import read_conditions
 from energy.errors import UsageError
-from energy.meter import Meter
-from energy.sampler import Sampler
+from energy.metering.conditions import read_conditions
+from energy.metering.meter import Meter
+from energy.metering.sampler import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from energy.errors import UsageError
 if TYPE_CHECKING:
     import argparse
 
-    from energy.estimate import Estimate
+    from energy.thor.estimate import Estimate
 
 DESCRIPTION = """Predicts one training step of a bundle, layer by layer, with 90 % intervals. Reads the bundle's
 manifest only; needs neither the device nor SciPy."""
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Predicts and prints."""
-    from energy.bundle import bundle_layers
-    from energy.estimate import estimate
-    from energy.profile import Quantity, load_profile
+    from energy.thor.bundle import bundle_layers
+    from energy.thor.estimate import estimate
+    from energy.thor.profile import Quantity, load_profile
 
     if options.batch is not None and options.batch < 1:
         raise UsageError("--batch takes a whole number from 1")

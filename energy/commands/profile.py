@@ -13,12 +13,12 @@ from energy.errors import UsageError
 if TYPE_CHECKING:
     import argparse
 
-    from energy.gauge import CpuGauge, MeterGauge
-    from energy.layers import LayerSpec
-    from energy.meter import Meter
-    from energy.probing import Stepper
-    from energy.profile import Metered, Profile, Sensed
-    from energy.profiling import Profiler, Settings
+    from energy.metering.meter import Meter
+    from energy.thor.gauge import CpuGauge, MeterGauge
+    from energy.thor.layers import LayerSpec
+    from energy.thor.probing import Stepper
+    from energy.thor.profile import Metered, Profile, Sensed
+    from energy.thor.profiling import Profiler, Settings
 
 DESCRIPTION = """Measures layers of the bundles that a probe pack was made for (edge-export probes) one by one, and
 other sizes of the same kinds, until the budget is spent; then fits a model per kind. The profile is written after
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--budget-s, --threads and --batch must be above 0")
     if not options.measure_only:
         _need_scipy()
-    from energy.pack import Pack
+    from energy.thor.pack import Pack
 
     pack = Pack(options.pack)
     opened = ways.open_ways(options)
@@ -83,10 +83,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _with_sensor(options: argparse.Namespace, pack: Any, opened: ways.Ways) -> int:
-    from energy.conditions import read_conditions
-    from energy.gauge import CpuGauge, MeterGauge
-    from energy.meter import Meter
-    from energy.sampler import Sampler
+    from energy.metering.conditions import read_conditions
+    from energy.metering.meter import Meter
+    from energy.metering.sampler import Sampler
+    from energy.thor.gauge import CpuGauge, MeterGauge
 
     if not opened.ways:
         if options.sensor != "none":
@@ -102,7 +102,7 @@ def _with_sensor(options: argparse.Namespace, pack: Any, opened: ways.Ways) -> i
 
 
 def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGauge, meter: Meter | None) -> int:
-    from energy.profiling import Profiler, Settings
+    from energy.thor.profiling import Profiler, Settings
 
     settings = Settings(
         batch=options.batch or pack.table.batch,
@@ -152,8 +152,8 @@ class _Job:
     """What is kept beside the points."""
 
     def __init__(self, options: argparse.Namespace, gauge: CpuGauge | MeterGauge, meter: Meter | None) -> None:
-        from energy.machine import describe
-        from energy.profile import Sensed
+        from energy.thor.machine import describe
+        from energy.thor.profile import Sensed
 
         self._options, self._gauge = options, gauge
         self._device = describe(options.threads, options.root)
@@ -165,7 +165,7 @@ class _Job:
 
     def idle(self) -> None:
         """An idle stretch."""
-        from energy.gauge import MeterGauge
+        from energy.thor.gauge import MeterGauge
 
         if isinstance(self._gauge, MeterGauge):
             watts = self._gauge.idle(IDLE_S)
@@ -175,7 +175,7 @@ class _Job:
         """Writes the profile, with what an earlier session had."""
         import msgspec
 
-        from energy.profile import save_profile
+        from energy.thor.profile import save_profile
 
         profile = profiler.profile(self._device, time.time())
         watts = sum(self._idle_watts) / len(self._idle_watts) if self._idle_watts else None
@@ -183,8 +183,8 @@ class _Job:
         if self.earlier is not None:
             profile = _merged(self.earlier, profile)
         if fitted:
-            from energy.anchoring import anchored
-            from energy.fitting import fit_profile
+            from energy.thor.anchoring import anchored
+            from energy.thor.fitting import fit_profile
 
             profile = anchored(fit_profile(profile))
         save_profile(profile, self._options.output)
@@ -192,7 +192,7 @@ class _Job:
 
     def meter_wholes(self, profiler: Profiler, wholes: list[_Whole], settings: Settings) -> None:
         """Meters whole models, which set the factor when the profile is fitted."""
-        from energy.profile import Metered, MeteredLayer
+        from energy.thor.profile import Metered, MeteredLayer
 
         graphs = {whole.name: whole.stepper for whole in wholes}
         for stepper in graphs.values():
@@ -237,13 +237,13 @@ def _need_scipy() -> None:
 
 def _earlier(options: argparse.Namespace, gauge: CpuGauge | MeterGauge, sensed: Sensed | None) -> Profile | None:
     """The profile of an earlier session, if it was on this device, by the same sensor and software."""
-    from energy.profile import load_profile
+    from energy.thor.profile import load_profile
 
     if not options.output.exists():
         return None
     if not options.resume:
         raise UsageError(f"{options.output} exists; give --resume to go on with it, or another -o")
-    from energy.machine import describe
+    from energy.thor.machine import describe
 
     earlier, here = load_profile(options.output), describe(options.threads, options.root)
     pairs = [(name, getattr(earlier.device, name), getattr(here, name)) for name in ("name", "power_mode", "threads")]
@@ -259,8 +259,8 @@ def _earlier(options: argparse.Namespace, gauge: CpuGauge | MeterGauge, sensed: 
 
 def _whole(path: Path, settings: Settings) -> _Whole:
     """The training step of a bundle, ready to run, and its layers."""
-    from energy.bundle import bundle_step
-    from energy.probing import Stepper
+    from energy.thor.bundle import bundle_step
+    from energy.thor.probing import Stepper
 
     step = bundle_step(path, settings.batch)
     stepper = Stepper(

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes what was asked for."""
-    from energy.profile import Profile
     from energy.report.build import read, report_profile, report_run, write
     from energy.report.tables import write_csv
+    from energy.thor.profile import Profile
 
     if options.batch is not None and options.batch < 1:
         raise UsageError("--batch takes a whole number from 1")

@@ -9,7 +9,7 @@ from energy.commands.figures import measurement_json, modelled_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from energy.measurement import Measurement
+    from energy.metering.measurement import Measurement
 
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
 _T_95 = (

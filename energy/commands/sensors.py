@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from energy.commands import ways
 from energy.commands.figures import conditions_json, conditions_line
-from energy.conditions import read_conditions
 from energy.errors import SensorError
+from energy.metering.conditions import read_conditions
 from energy.sensors.discovery import ranked
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from energy.commands import ways
 from energy.commands.figures import amount, conditions_json, conditions_line, measurement_json, source_json, source_line
-from energy.conditions import read_conditions
 from energy.errors import EnergyError
-from energy.meter import Meter
+from energy.metering.conditions import read_conditions
+from energy.metering.meter import Meter
 
 if TYPE_CHECKING:
     import argparse
 
-    from energy.measurement import Measurement
+    from energy.metering.measurement import Measurement
 
 DESCRIPTION = """Shows the mean power of every interval until it is interrupted. In a pipe, or with --json, it prints
 one JSON object per line."""

@@ -101,7 +101,7 @@ def _plug(options: argparse.Namespace) -> Sensor | None:
 def _modelled(options: argparse.Namespace) -> Sensor | None:
     if options.model is None:
         return None
-    from energy.calibration import load_calibration
+    from energy.metering.calibration import load_calibration
     from energy.sensors.modelled import Modelled, machine_busy_s
 
     model = load_calibration(options.model)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from energy.errors import ProfileError, UsageError
-from energy.profile import FORMAT, load_profile, power_modelled
 from energy.report.run_data import Run, drawn, run_tables
+from energy.thor.profile import FORMAT, load_profile, power_modelled
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from energy.profile import Profile
     from energy.report.profile_data import BundleCost
     from energy.report.tables import Table
+    from energy.thor.profile import Profile
 
 LARGEST_BYTES = 512 * 1024 * 1024
 

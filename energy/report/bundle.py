@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from energy.bundle import bundle_layers
-from energy.estimate import estimate
 from energy.report.profile_data import BundleCost, LayerCost
+from energy.thor.bundle import bundle_layers
+from energy.thor.estimate import estimate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from energy.profile import Profile
+    from energy.thor.profile import Profile
 
 
 def bundle_cost(profile: Profile, path: Path, batch: int | None = None) -> BundleCost:

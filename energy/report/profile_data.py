@@ -7,14 +7,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from energy.errors import ProfileError
-from energy.profile import power_modelled
 from energy.report.tables import Column, Table, page_column, text_column
 from energy.report.units import PREDICTED_WORDS, QUANTITY_UNIT, amount, digits, percent, quantity_words
+from energy.thor.profile import power_modelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from energy.profile import Family, Point, Profile, Quantity, Whole
+    from energy.thor.profile import Family, Point, Profile, Quantity, Whole
 
 Z_90 = 1.645  # standard deviations of the 90 % interval
 
@@ -70,7 +70,7 @@ def left_out(family: Family, quantity: Quantity) -> list[LeftOut]:
     points = [point for point in family.points if quantity in point.costs]
     if quantity not in family.fitted or len(points) < 3:
         return []
-    from energy.process import Process
+    from energy.thor.process import Process
 
     process = Process.of(family, quantity)
     errors = process.left_out()

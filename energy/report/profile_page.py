@@ -6,7 +6,6 @@ from datetime import datetime, timezone
 from statistics import median
 from typing import TYPE_CHECKING
 
-from energy.profile import power_modelled
 from energy.report import charts
 from energy.report.page import Tile, figure, items, page, section, text, tiles
 from energy.report.profile_data import error_of
@@ -21,13 +20,14 @@ from energy.report.units import (
     percent,
     quantity_words,
 )
+from energy.thor.profile import power_modelled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from energy.profile import Profile, Whole
     from energy.report.profile_data import BundleCost, LeftOut
     from energy.report.tables import Table
+    from energy.thor.profile import Profile, Whole
 
 MOST_BARS = 60
 _CSS = {"joules": "train", "modelled_joules": "train-modelled", "cpu_seconds": "radio", "seconds": "radio"}

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from energy.errors import SensorError
-    from energy.meter import Meter
+    from energy.metering.meter import Meter
 
 
 class Clock:

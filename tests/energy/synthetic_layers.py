@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from energy.profile import Cost, Device, Family, Fitted, Point, Profile
+from energy.thor.profile import Cost, Device, Family, Fitted, Point, Profile
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from energy.layers import Sizes
+    from energy.thor.layers import Sizes
 
 
 def draw(random: np.random.Generator, count: int) -> list[Sizes]:

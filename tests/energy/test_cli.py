@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from energy.calibration import Calibration, save_calibration
 from energy.commands.runs import Run, left_out, mean_and_half_width, means
-from energy.measurement import Measurement
+from energy.metering.calibration import Calibration, save_calibration
+from energy.metering.measurement import Measurement
 from energy.sensors.base import Source
 
 ROOT = Path(__file__).resolve().parents[2]

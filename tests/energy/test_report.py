@@ -15,14 +15,14 @@ import pytest
 
 from energy import cli
 from energy.errors import ProfileError
-from energy.layers import partition
-from energy.profile import Cost, Device, Family, Fitted, Mark, Point, Profile, Sample, Sensed, Whole, save_profile
 from energy.report import charts
 from energy.report.build import read, report_profile, report_run
 from energy.report.run_data import Job, Round, Run
 from energy.report.svg import linear_ticks, log_ticks, nice_end
 from energy.report.tables import csv_text
 from energy.report.units import amount, both_words
+from energy.thor.layers import partition
+from energy.thor.profile import Cost, Device, Family, Fitted, Mark, Point, Profile, Sample, Sensed, Whole, save_profile
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits.bundle"
 HOSTILE = '<script>alert("x")</script>&\'"'

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from energy.layers import elementary, partition, spec_of
-from energy.pack import Pack
+from energy.thor.layers import elementary, partition, spec_of
+from energy.thor.pack import Pack
 from examples.model_zoo import DepthwiseBlock, RecurrentClassifier, ResidualBlock, TransformerClassifier
 from exporters import cli
 from exporters._layers import layer_table
@@ -188,7 +188,7 @@ def test_a_probe_computes_its_layer(kind):
 
 def test_blocks_of_depthwise_channels_are_those_of_the_exporter():
     """The number that a layer's sizes go by is the one that its gradient is computed with."""
-    from energy.layers import DEPTHWISE_BLOCK
+    from energy.thor.layers import DEPTHWISE_BLOCK
     from exporters._decompositions import _BLOCK
 
     assert DEPTHWISE_BLOCK == _BLOCK
@@ -278,7 +278,7 @@ def test_a_pack_holds_every_layer_and_other_sizes(packed):
 
 def test_every_probe_runs_on_a_device(packed):
     """onnxruntime takes each graph with another batch than it was made for."""
-    from energy.probing import Stepper
+    from energy.thor.probing import Stepper
 
     _, path = packed
     pack = Pack(path)

@@ -17,12 +17,12 @@ from torch import nn  # noqa: E402
 
 from edge_runtime.bundle import Bundle  # noqa: E402
 from energy import cli  # noqa: E402
-from energy.bundle import bundle_layers  # noqa: E402
-from energy.estimate import estimate  # noqa: E402
-from energy.features import flops  # noqa: E402
-from energy.fitting import fit_profile  # noqa: E402
-from energy.layers import partition  # noqa: E402
-from energy.profile import Cost, Device, Family, Point, Profile, load_profile, save_profile  # noqa: E402
+from energy.thor.bundle import bundle_layers  # noqa: E402
+from energy.thor.estimate import estimate  # noqa: E402
+from energy.thor.features import flops  # noqa: E402
+from energy.thor.fitting import fit_profile  # noqa: E402
+from energy.thor.layers import partition  # noqa: E402
+from energy.thor.profile import Cost, Device, Family, Point, Profile, load_profile, save_profile  # noqa: E402
 from exporters._tuning import Samples  # noqa: E402
 from exporters.thinning import Task, description  # noqa: E402
 

@@ -27,7 +27,7 @@ from edge_runtime.data import DatasetConfig
 from edge_runtime.errors import ConfigError
 from edge_runtime.messages import BlobRef, Job, JobStatus, ModelRef, UpdateId
 from edge_runtime.transport.loop import Loop
-from energy import meter
+from energy.metering import meter
 from energy.sensors.base import Rail, Source
 from energy.sensors.discovery import Found
 from tests.edge_runtime.toy_jobs import ToyJobs

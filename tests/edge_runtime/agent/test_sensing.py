@@ -9,8 +9,8 @@ import pytest
 from edge_runtime.agent.energy_config import EnergyConfig, PlugConfig
 from edge_runtime.agent.sensing import survey
 from edge_runtime.errors import ConfigError
-from energy.calibration import Calibration, save_calibration
-from energy.meter import Meter
+from energy.metering.calibration import Calibration, save_calibration
+from energy.metering.meter import Meter
 from tests.energy import boards
 
 

@@ -160,7 +160,8 @@ def test_a_user_may_choose(tmp_path: Path) -> None:
 def test_sensors_are_light() -> None:
     """Finding sensors and reading conditions loads nothing that the idle agent must do without."""
     code = (
-        "import sys; from energy.conditions import read_conditions; from energy.sensors.discovery import discover; "
+        "import sys; from energy.metering.conditions import read_conditions; "
+        "from energy.sensors.discovery import discover; "
         "discover(); print(*sys.modules)"
     )
     root = Path(__file__).resolve().parents[3]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import fashion
-from benchmarks.metering import choose_gauge, training_step
+from benchmarks.metering import best_gauge, training_step
 from benchmarks.report import parser, print_report
 from energy.thor import interleave
 from energy.thor.fitting import fit_profile
@@ -45,12 +45,8 @@ SETS = {"lenet": "fashion_mnist", "har": "uci_har"}
 def main() -> int:
     """Runs the benchmark and prints its report."""
     options = _parser().parse_args()
-    meter, gauge = choose_gauge(options.sensor)
-    try:
+    with best_gauge(options.sensor) as gauge:
         results = [result for name in options.models for result in _model(name, options, gauge)]
-    finally:
-        if meter is not None:
-            meter.close()
     print_report("energy_pruning", options, results)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import zipfile
@@ -11,13 +12,13 @@ from energy.thor.gauge import CpuGauge, MeterGauge
 from energy.thor.probing import Stepper
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from energy.metering.meter import Meter
 
-
-def choose_gauge(wanted: str) -> tuple[Meter | None, CpuGauge | MeterGauge]:
-    """The best sensor there is, sampled by a thread; without one CPU time, and no meter to close."""
+@contextlib.contextmanager
+def best_gauge(wanted: str) -> Iterator[CpuGauge | MeterGauge]:
+    """The best sensor there is, sampled by a thread; without one CPU time."""
     from energy.metering.conditions import read_conditions
     from energy.metering.meter import Meter
     from energy.metering.sampler import Sampler
@@ -26,10 +27,14 @@ def choose_gauge(wanted: str) -> tuple[Meter | None, CpuGauge | MeterGauge]:
     ways = choose(discover(), wanted)
     if not ways:
         print("no sensor of power or energy: the cost is CPU time", file=sys.stderr, flush=True)
-        return None, CpuGauge()
+        yield CpuGauge()
+        return
     meter = Meter(ways, conditions=read_conditions)
-    Sampler(meter).start()
-    return meter, MeterGauge(meter)
+    try:
+        with Sampler(meter):
+            yield MeterGauge(meter)
+    finally:
+        meter.close()
 
 
 def training_step(path: Path, batch: int, threads: int = 1) -> tuple[dict[str, Any], Stepper]:

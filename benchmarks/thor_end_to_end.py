@@ -8,33 +8,31 @@ random variants of them. Before, between and after these the same models run as 
 and at the end so does each of the six models' own layers alone, to see whether they add up. Without a sensor of power
 or energy the cost is CPU time, and keys say so.
 
-``additivity_error``: sum of directly measured probes against the whole. ``error``: prediction against the whole, each
-with the factor of the other architectures (an anchor must not judge itself). ``inside``: the whole lies in the 90 %
-interval.
+``additivity_error``: sum of directly measured probes against the whole. ``error`` and ``inside`` (the whole lies in the
+90 % interval): with the factor of one anchor, a judged model of another architecture, as means over these anchors;
+``predicted``, ``low``, ``high`` and ``..._all_anchors``: with the factor of all five of them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 
+from benchmarks.metering import best_gauge, training_step
 from benchmarks.report import parser, print_report
 from energy.thor import interleave
 from energy.thor.anchoring import factor_of
 from energy.thor.estimate import Estimator
 from energy.thor.fitting import fit_profile
-from energy.thor.gauge import CpuGauge, MeterGauge
 from energy.thor.layers import LayerSpec, partition
 from energy.thor.machine import describe
 from energy.thor.pack import Pack
@@ -46,6 +44,7 @@ from energy.thor.profiling import Profiler, Settings
 if TYPE_CHECKING:
     import argparse
 
+    from energy.thor.gauge import CpuGauge, MeterGauge
     from energy.thor.profile import Quantity
 
 BATCH = 32
@@ -89,12 +88,8 @@ def _options() -> argparse.Namespace:
 def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One result per model, then the totals."""
     nets, anchor, pack_path = _prepare(options, folder)
-    meter, gauge = _gauge(options.sensor)
-    try:
+    with best_gauge(options.sensor) as gauge:
         return _measured(options, nets, anchor, pack_path, gauge)
-    finally:
-        if meter is not None:
-            meter.close()
 
 
 def _measured(
@@ -127,12 +122,12 @@ def _measured(
         "model": "(all)",
         "quantity": quantity,
         f"mape_{name}": _mean(judged, "error"),
+        f"mape_{name}_all_anchors": _mean(judged, "error_all_anchors"),
         f"mape_{name}_without_anchor": _mean(judged, "error_without_anchor"),
         f"mape_{name}_variants": _mean([row for row in results if row["model"] not in JUDGED], "error"),
         "additivity_error": _mean(judged, "additivity_error"),
-        # Of all that was predicted: whole models, and layers that were not profiled.
-        "coverage": statistics.fmean([*(row["inside"] for row in results), *layers.pop("inside")]),
-        "coverage_models": statistics.fmean(row["inside"] for row in results),
+        "coverage": _mean(results, "inside"),
+        "coverage_all_anchors": _mean(results, "inside_all_anchors"),
         "models": len(results),
         **layers,
         "profiling_seconds": round(seconds, 1),
@@ -172,29 +167,8 @@ def _prepare(options: argparse.Namespace, folder: Path) -> tuple[list[Net], Net,
 
 
 def _net(name: str, architecture: str, path: Path, threads: int) -> Net:
-    with zipfile.ZipFile(path) as archive:
-        manifest = json.loads(archive.read("manifest.json"))
-        data = archive.read("train.onnx")
-    limits = {"y": manifest["task"]["classes"]}
-    hyper = manifest["optimizer"]["hyper"]
-    stepper = Stepper(data, batch=BATCH, threads=threads, limits=limits, hyper=hyper, footprint=0)
+    manifest, stepper = training_step(path, BATCH, threads)
     return Net(name, architecture, partition(manifest, BATCH), stepper)
-
-
-def _gauge(wanted: str) -> tuple[Any, CpuGauge | MeterGauge]:
-    """The best sensor there is; CPU time without one."""
-    from energy.metering.conditions import read_conditions
-    from energy.metering.meter import Meter
-    from energy.metering.sampler import Sampler
-    from energy.sensors.discovery import choose, discover
-
-    ways = choose(discover(), wanted)
-    if not ways:
-        _say("no sensor of power or energy: the cost is CPU time")
-        return None, CpuGauge()
-    meter = Meter(ways, conditions=read_conditions)
-    Sampler(meter).start()
-    return meter, MeterGauge(meter)
 
 
 class _Wholes:
@@ -281,23 +255,22 @@ def _judge(profile: Profile, nets: list[Net], wholes: _Wholes, sums: _Sums, quan
     logs = {net.name: math.log(wholes.cost(net.name) / predicted[net.name].total) for net in nets}
     rows = []
     for net in nets:
-        # The factor comes from the judged models of the other architectures.
+        # Factors come from the judged models of the other architectures: each of them alone, and all of them.
         others = [logs[name] for name in JUDGED if name != net.architecture]
-        corrected, doubt = factor_of(others)
-        factor, error = {quantity: corrected}, {quantity: doubt}
-        anchored = Estimator(msgspec.structs.replace(profile, factor=factor, factor_error=error), quantity)
-        found = anchored.estimate(net.layers)
         whole = wholes.cost(net.name)
+        singles = [_with_factor(profile, quantity, [other]).estimate(net.layers) for other in others]
+        found = _with_factor(profile, quantity, others).estimate(net.layers)
         row: dict[str, Any] = {
             "model": net.name,
             "quantity": quantity,
             "whole": whole,
+            "error": statistics.fmean(abs(one.total / whole - 1) for one in singles),
+            "inside": statistics.fmean(one.low <= whole <= one.high for one in singles),
             "predicted": found.total,
             "low": found.low,
             "high": found.high,
-            "error": abs(found.total / whole - 1),
-            "inside": found.low <= whole <= found.high,
-            "factor": factor[quantity],
+            "error_all_anchors": abs(found.total / whole - 1),
+            "inside_all_anchors": float(found.low <= whole <= found.high),
             "predicted_without_anchor": predicted[net.name].total,
             "error_without_anchor": abs(predicted[net.name].total / whole - 1),
             "extrapolated": sum(layer.extrapolated for layer in found.layers),
@@ -308,6 +281,12 @@ def _judge(profile: Profile, nets: list[Net], wholes: _Wholes, sums: _Sums, quan
             row["additivity_signed"] = sums.total[net.name] / sums.whole[net.name] - 1
         rows.append(row)
     return rows
+
+
+def _with_factor(profile: Profile, quantity: Quantity, log_ratios: list[float]) -> Estimator:
+    factor, error = factor_of(log_ratios)
+    corrected = msgspec.structs.replace(profile, factor={quantity: factor}, factor_error={quantity: error})
+    return Estimator(corrected, quantity)
 
 
 def _held_out(profile: Profile, held: list[tuple[str, dict[str, int], float]], quantity: Quantity) -> dict[str, Any]:
@@ -323,7 +302,6 @@ def _held_out(profile: Profile, held: list[tuple[str, dict[str, int], float]], q
         "held_out_mape": statistics.fmean(errors),
         "held_out_median_error": statistics.median(errors),
         "coverage_layers": statistics.fmean(inside),
-        "inside": inside,
     }
 
 

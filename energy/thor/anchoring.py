@@ -13,9 +13,9 @@ from energy.thor.estimate import Estimator
 from energy.thor.layers import LayerSpec
 from energy.thor.profile import Profile, Quantity, Whole
 
-# How far whole models of different architectures lie from the sums of their layers, as benchmarks/thor_end_to_end.py
-# measured it: 4 to 5 % of their cost.
-ONE_ANCHOR_ERROR = 0.05
+# How far whole models of different architectures lie from the sums of their layers, as a standard deviation of
+# logarithms: the median over six runs of benchmarks/thor_end_to_end.py (0.041 to 0.118).
+ARCHITECTURE_SPREAD = 0.065
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,19 +26,21 @@ _CORRECTS_NOTHING = " corrects nothing: "
 _T_OVER_Z = (3.84, 1.78, 1.43, 1.30, 1.23, 1.18, 1.15, 1.13, 1.11)
 
 
-def factor_of(log_ratios: Sequence[float], least_error: float = ONE_ANCHOR_ERROR) -> tuple[float, float]:
+def factor_of(log_ratios: Sequence[float]) -> tuple[float, float]:
     """The factor for another model, and its relative standard error, from log(measured / predicted) of anchors.
 
     The factor is their geometric mean. Its error is that of one more draw from the same population, since the next
     model is of another architecture than the anchors: their spread, widened for the mean being a mean of few and by
-    Student's t for the spread being one of few; at least ``least_error``, which is all that one anchor can tell.
+    Student's t for the spread being one of few; at least that of the architectures known, which is all that one
+    anchor can tell.
     """
     count = len(log_ratios)
+    draw = math.sqrt(1 + 1 / count)
+    least_error = ARCHITECTURE_SPREAD * draw
     if count < 2:
         return math.exp(log_ratios[0]), least_error
     few = _T_OVER_Z[min(count - 2, len(_T_OVER_Z) - 1)]
-    spread = statistics.stdev(log_ratios) * math.sqrt(1 + 1 / count) * few
-    return math.exp(statistics.fmean(log_ratios)), max(least_error, spread)
+    return math.exp(statistics.fmean(log_ratios)), max(least_error, statistics.stdev(log_ratios) * draw * few)
 
 
 def anchored(profile: Profile) -> Profile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,9 +21,8 @@ def test_measurement_fits_a_message():
 def test_a_device_without_sensors_says_none(monkeypatch):
     """No battery and no thermometer are None, not zero."""
     monkeypatch.setattr(psutil, "sensors_battery", lambda: None, raising=False)
-    monkeypatch.setattr(psutil, "sensors_temperatures", dict, raising=False)
     measured = telemetry.measure(0.0, 0, 0)
-    assert measured.temperature_c is measured.battery_percent is measured.on_external_power is None
+    assert measured.battery_percent is measured.on_external_power is None
 
 
 @pytest.mark.parametrize("error", [OSError(5, "I/O"), ValueError("not a number")])
@@ -35,19 +33,19 @@ def test_a_sensor_that_refuses_is_none(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(psutil, "sensors_battery", broken, raising=False)
-    monkeypatch.setattr(psutil, "sensors_temperatures", broken, raising=False)
     measured = telemetry.measure(0.0, 0, 0)
-    assert measured.temperature_c is measured.battery_percent is None
+    assert measured.battery_percent is None
 
 
-def test_the_hottest_sensor_counts(monkeypatch):
-    """Of several thermometers the hottest is told; one without a reading is left out."""
-    zones = {
-        "cpu": [SimpleNamespace(current=41.0), SimpleNamespace(current=None)],
-        "gpu": [SimpleNamespace(current=55.5)],
-    }
-    monkeypatch.setattr(psutil, "sensors_temperatures", lambda: zones, raising=False)
-    assert telemetry.temperature_c() == 55.5
+def test_the_hottest_zone_counts(tmp_path):
+    """Of several zones the hottest is told; one without a reading and the constant of a Jetson's power chip are not."""
+    for number, (kind, text) in enumerate([("cpu", "41000"), ("gpu", "55500"), ("cv", ""), ("PMIC-Die", "100000")]):
+        zone = tmp_path / f"sys/class/thermal/thermal_zone{number}"
+        zone.mkdir(parents=True)
+        (zone / "type").write_text(kind)
+        (zone / "temp").write_text(text)
+    assert telemetry.temperature_c(tmp_path) == 55.5
+    assert telemetry.temperature_c(tmp_path / "none") is None
 
 
 def test_the_kernel_can_be_asked_about_the_clock():

@@ -76,6 +76,6 @@ def _check_model(config: EnergyConfig) -> None:
     if idle is not None and busy is not None and busy <= idle:
         raise ConfigError(f"energy.busy_watts = {busy:g} is not above energy.idle_watts = {idle:g}")
     if config.calibration is not None and busy is not None:
-        raise ConfigError("energy.metering.calibration brings its own watts; leave out idle_watts and busy_watts")
+        raise ConfigError("energy.calibration brings its own watts; leave out idle_watts and busy_watts")
     if config.sensor == "modelled" and not config.has_model:
         raise ConfigError('energy.sensor = "modelled" needs idle_watts and busy_watts, or calibration')

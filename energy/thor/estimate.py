@@ -134,10 +134,10 @@ class Estimator:
         table = size_table([layer.sizes for layer in layers])
         same = (table[:, None, :] == table[None, :, :]).all(axis=2)
         # Layers of the same sizes deviate together: they run the same code.
-        covariance = shared + np.where(same, process.noise_variance(log_mean)[:, None], 0.0)
+        covariance = _bounded(shared + np.where(same, process.noise_variance(log_mean)[:, None], 0.0))
         calls = np.array([layer.calls for layer in layers], dtype=np.float64)
         means = self._factor * calls * np.exp(log_mean + np.diag(covariance) / 2.0)
-        spread = covariance * process.spread**2
+        spread = _bounded(covariance * process.spread**2)
         variance = float(means @ np.expm1(spread) @ means)
         beyond = (table > known.high * FAR) | (table < known.low / FAR)
         far: list[bool] = np.any(beyond, axis=1).tolist()
@@ -172,6 +172,16 @@ def _finite(name: str, *numbers: float) -> None:
             f"{name}: this profile predicts no finite cost for its sizes; profile more points of such sizes, or run "
             "edge-energy fit on the profile"
         )
+
+
+def _bounded(covariance: Floats) -> Floats:
+    """Deviations of at most one in the logarithm: beyond, the mean of a log-normal says more of its tail than of it.
+
+    Only layers far outside of what was profiled are that uncertain; they are marked as extrapolated.
+    """
+    scale = 1.0 / np.sqrt(np.maximum(np.diag(covariance), 1.0))
+    bounded: Floats = covariance * np.outer(scale, scale)
+    return bounded
 
 
 def _interval(mean: float, variance: float) -> tuple[float, float]:

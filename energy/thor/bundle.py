@@ -30,6 +30,7 @@ MAX_LAYERS = 100_000
 MAX_STACKED = 1000  # recurrent layers in one
 MAX_CLASSES = 2**31 - 1
 _CURE = "name a bundle that edge-export wrote"
+_NO_NUMBER = ("invalid literal", "could not convert", "cannot convert", "Exceeds the limit")
 _DAMAGED = (
     ArithmeticError,
     AttributeError,
@@ -99,6 +100,11 @@ def bundle_step(path: Path, batch: int | None = None) -> BundleStep:
     return BundleStep(name, layers, graph, limits, hyper)
 
 
+def step_batch(layers: list[LayerSpec]) -> int:
+    """Samples per step of these layers."""
+    return max((layer.sizes.get("batch", 1) for layer in layers), default=1)
+
+
 def _layers(path: Path, manifest: dict[str, Any], batch: int | None) -> BundleLayers:
     try:
         table = manifest.get("layers") or []
@@ -152,5 +158,17 @@ def _read(path: Path, name: str, limit: int) -> bytes:
 
 
 def _short(error: Exception) -> str:
-    """An error in one line, without the pages that it may quote."""
-    return " ".join(repr(error).split())[:200]
+    """What is wrong in a few words for a user: no names of Python's errors, no pages that they may quote."""
+    if isinstance(error, KeyError):
+        words = str(error.args[0]) if error.args else "a field"
+        return words[:200] if " " in words else f"there is no {words[:60]!r} in it"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, (AttributeError, TypeError, IndexError)):
+        return "a field is of the wrong type"
+    if isinstance(error, ArithmeticError):
+        return "a number is out of range"
+    words = " ".join(str(error).split())[:200]
+    return "a field is not the number that it should be" if words.startswith(_NO_NUMBER) else words or "damaged"

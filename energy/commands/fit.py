@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from energy.commands.costs import QUANTITY_NAMES
+from energy.errors import UsageError
+
 if TYPE_CHECKING:
     import argparse
 
@@ -33,18 +36,22 @@ def run(options: argparse.Namespace) -> int:
     from energy.thor.fitting import fit_profile, left_out_error
     from energy.thor.profile import load_profile, save_profile
 
+    output = options.output or options.points
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {output.parent}; make it, or choose another -o")
     started = time.monotonic()
     profile = anchored(fit_profile(load_profile(options.points), options.seed))
-    output = options.output or options.points
     save_profile(profile, output)
     print(f"{'kind':<28}{'points':>7}{'quantity':>18}{'median error':>14}{'interval x':>12}")
     for family in profile.families:
         for quantity, fitted in family.fitted.items():
             error = left_out_error(family, quantity)
-            print(f"{family.kind:<28}{len(family.points):>7}{quantity:>18}{error:>14.1%}{fitted.spread:>12.2f}")
+            print(
+                f"{family.kind:<28}{len(family.points):>7}{QUANTITY_NAMES[quantity]:>18}{error:>14.1%}{fitted.spread:>12.2f}"
+            )
     for quantity, factor in profile.factor.items():
         models = ", ".join(whole.model for whole in profile.wholes if whole.quantity == quantity)
-        print(f"whole models cost {factor:.3f} of what their layers say in {quantity}, by {models}")
+        print(f"whole models cost {factor:.3f} of what their layers say in {QUANTITY_NAMES[quantity]}, by {models}")
     for note in profile.notes:
         print(f"note: {note}")
     print(f"{output}: fitted in {time.monotonic() - started:.1f} s; median error of points left out one at a time")

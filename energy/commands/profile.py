@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from energy.commands import ways
+from energy.commands.costs import QUANTITY_NAMES, amount
 from energy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     from energy.thor.gauge import CpuGauge, MeterGauge
     from energy.thor.layers import LayerSpec
     from energy.thor.probing import Stepper
-    from energy.thor.profile import Metered, Profile, Sensed
+    from energy.thor.profile import Family, Metered, Profile, Sensed
     from energy.thor.profiling import Profiler, Settings
 
 DESCRIPTION = """Measures layers of the bundles that a probe pack was made for (edge-export probes) one by one, and
 other sizes of the same kinds, until the budget is spent; then fits a model per kind. The profile is written after
-every batch: ^C keeps what there is, and --resume goes on. Without a sensor of power or energy the cost is CPU time, and
-the profile says so. Nothing else should run on the device meanwhile."""
+every batch: ^C keeps what there is, and --resume goes on. Without a sensor of power or energy the cost is in CPU
+seconds, and the profile says so. Nothing else should run on the device meanwhile."""
 EXAMPLE = (
     "  edge-energy profile layers.probes -o energy-profile.json --budget-s 600 --anchor resnet8.bundle\n"
     "  edge-energy profile layers.probes -o points.json --measure-only    # on a device without SciPy\n"
@@ -33,12 +34,6 @@ EXAMPLE = (
 IDLE_S = 5.0
 ANCHOR_ROUNDS = 5
 _ANCHOR_WINDOWS = 2.0  # the longest step, in bursts, of a model that others are compared with in every round
-_UNITS = {
-    "joules": "joules",
-    "modelled_joules": "modelled joules",
-    "cpu_seconds": "CPU seconds",
-    "seconds": "seconds",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, default=Path("energy-profile.json"), metavar="FILE", help="profile to write"
     )
     parser.add_argument(
-        "--budget-s", type=float, default=300.0, metavar="SECONDS", help="time to measure (default 300)"
+        "--budget-s",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="time to measure (default 300); every kind of layer needs 4 points, and a budget too small for them is "
+        "refused with one that does",
     )
     parser.add_argument("--batch", type=int, metavar="N", help="samples per step (default: what the pack says)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a step (default 1)")
@@ -70,6 +70,10 @@ def run(options: argparse.Namespace) -> int:
     """Profiles; 0 also if it was interrupted, since what was measured is kept."""
     if options.budget_s <= 0 or options.threads < 1 or (options.batch is not None and options.batch < 1):
         raise UsageError("--budget-s, --threads and --batch must be above 0")
+    if not options.output.parent.is_dir():
+        raise UsageError(f"{options.output}: there is no folder {options.output.parent}; make it, or choose another -o")
+    if options.output.is_dir():
+        raise UsageError(f"{options.output}: is a folder; name a file with -o")
     if not options.measure_only:
         _need_scipy()
     from energy.thor.pack import Pack
@@ -91,7 +95,7 @@ def _with_sensor(options: argparse.Namespace, pack: Any, opened: ways.Ways) -> i
     if not opened.ways:
         if options.sensor != "none":
             _say(ways.why_none(opened.found))
-        _say("profiling by CPU time")
+        _say("profiling by CPU seconds")
         return _profile(options, pack, CpuGauge(), None)
     meter = Meter(opened.ways, conditions=lambda: read_conditions(options.root), on_change=_say)
     try:
@@ -111,16 +115,19 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
         seed=options.seed,
         fitted=not options.measure_only,
     )
-    wholes = [_whole(path, settings) for path in options.anchor]
     job = _Job(options, gauge, meter)
     job.earlier = _earlier(options, gauge, job.sensed)
-    job.idle()
     known = [] if job.earlier is None else job.earlier.families
+    _check_budget(pack, settings, gauge, known)
+    wholes = [_whole(path, settings) for path in options.anchor]
+    job.idle()
     profiler = Profiler(pack, gauge, settings, anchor=_drift_anchor(wholes, gauge), known=known, say=_say)
     try:
         for points in profiler.batches():
-            job.save(profiler, fitted=False)
-            _say(f"{points} points, {options.budget_s - profiler.seconds:.0f} s left")
+            saved = job.save(profiler, fitted=False)
+            in_all = sum(len(family.points) for family in saved.families)
+            left_s = max(0.0, options.budget_s - profiler.seconds)
+            _say(f"{points} points new, {profiler.again} measured again, {in_all} in all; {left_s:.0f} s left")
     except KeyboardInterrupt:
         _say("interrupted: keeping what was measured")
     job.idle()
@@ -129,6 +136,17 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
         job.meter_wholes(profiler, wholes, settings)
     _tell(options.output, job.save(profiler, fitted=not options.measure_only))
     return 0
+
+
+def _check_budget(pack: Any, settings: Settings, gauge: CpuGauge | MeterGauge, known: list[Family]) -> None:
+    """Refuses a budget that no fit of all kinds can come of; without a fit, the points of several sessions may do."""
+    from energy.thor.profiling import budget_need
+
+    need = budget_need(pack, settings, gauge.window_s, known)
+    if settings.budget_s >= need.least_s:
+        _say(f"{need.least_s:.0f} s of {settings.budget_s:.0f} s are needed for points enough to fit every kind")
+    elif settings.fitted:
+        raise UsageError(f"{need.refusal(settings.budget_s)}, or --measure-only in several sessions with --resume")
 
 
 def _drift_anchor(wholes: list[_Whole], gauge: CpuGauge | MeterGauge) -> Stepper | None:
@@ -277,10 +295,11 @@ def _whole(path: Path, settings: Settings) -> _Whole:
 def _tell(path: Path, profile: Profile) -> None:
     points = sum(len(family.points) for family in profile.families)
     kinds, seconds = len(profile.families), profile.profiling_seconds
-    print(f"{path}: {points} points of {kinds} kinds in {seconds:.0f} s, in {_UNITS[profile.quantity]}")
+    print(f"{path}: {points} points of {kinds} kinds in {seconds:.0f} s, in {QUANTITY_NAMES[profile.quantity]}")
     for whole in profile.wholes:
         error = whole.predicted / whole.measured - 1
-        found = f"measured {whole.measured:.3g} {_UNITS[whole.quantity]}, its layers say {whole.predicted:.3g}"
+        measured, predicted = amount(whole.measured, whole.quantity), amount(whole.predicted, whole.quantity)
+        found = f"{QUANTITY_NAMES[whole.quantity]} measured {measured}, its layers say {predicted}"
         print(f"  {whole.model}: {found} ({error:+.1%})")
     for note in profile.notes:
         print(f"  note: {note}")

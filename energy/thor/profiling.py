@@ -9,6 +9,7 @@ layer's. Without SciPy the choice works on what is believed of a kind before any
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,6 +60,37 @@ class Settings(NamedTuple):
     limits: interleave.Limits = interleave.Limits()
 
 
+class Need(NamedTuple):
+    """What a budget has to do. ``each_s``: seconds of one point; ``least_s``: of all that are needed to fit."""
+
+    kinds: int
+    window_s: float
+    each_s: float
+    least_s: float
+    advised_s: float
+
+    def refusal(self, budget_s: float) -> str:
+        """A budget that is too small, and one that would do."""
+        return (
+            f"{budget_s:.0f} s are too few for {MINIMUM_POINTS} points of each of {self.kinds} kinds of layers with "
+            f"bursts of {self.window_s:g} s; give --budget-s {math.ceil(self.advised_s)} or more"
+        )
+
+
+def budget_need(pack: Pack, settings: Settings, window_s: float, known: list[Family]) -> Need:
+    """What it takes to fit every kind of ``pack``, beside the points that are ``known``, in bursts of ``window_s``."""
+    each_s = window_s * settings.limits.minimum * (1 + 3 / TOGETHER)  # the anchor twice, and the empty graph
+    there: dict[str, int] = {}
+    for probe in pack.table.probes:
+        if probe.kind and probe.role in settings.roles:
+            there[probe.kind] = there.get(probe.kind, 0) + 1
+    had = {family.kind: len(family.points) for family in known}
+    missing = {kind: max(0, MINIMUM_POINTS - had.get(kind, 0)) for kind in there}
+    least = sum(min(count, there[kind]) for kind, count in missing.items())
+    advised_s = each_s * sum(missing.values()) * (1 + 1 / MINIMUM_POINTS)
+    return Need(sum(count > 0 for count in missing.values()), window_s, each_s, each_s * least, advised_s)
+
+
 class Profiler:
     """Measures probes of ``pack`` and keeps what was found.
 
@@ -87,15 +119,16 @@ class Profiler:
         self._rng = random.Random(settings.seed)
         self._began_s = clock()
         self.seconds = 0.0
+        self.again = 0  # points that were measured in further rounds
         self.notes: list[str] = []
+        self.kinds = self._kinds(known or [])
+        self._start = self._start_points(known or [])
         self._empty = self._stepper(self._only("empty"))
         stepper = anchor or self._stepper(self._anchor_probe())
         for one in (self._empty, stepper):
             one.warm_up(gauge.window_s)
         self.anchor = interleave.Anchor(stepper, gauge)
         self._empty_ratios: interleave.Ratios = {}
-        self.kinds = self._kinds(known or [])
-        self._start = self._start_points()
 
     def batches(self) -> Iterator[int]:
         """Measures until the budget is spent or nothing is left; yields the number of points after each batch.
@@ -167,17 +200,12 @@ class Profiler:
             for kind, probes in sorted(found.items())
         }
 
-    def _start_points(self) -> int:
+    def _start_points(self, known: list[Family]) -> int:
         """How many points every kind begins with; says so if the budget will not do for models of all kinds."""
-        rounds = self._settings.limits.minimum
-        each_s = self._gauge.window_s * rounds * (1 + 3 / TOGETHER)  # the anchor twice, and the empty graph
-        share = self._settings.budget_s / each_s / max(len(self.kinds), 1)
-        if share < MINIMUM_POINTS:
-            needed_s = each_s * len(self.kinds) * (MINIMUM_POINTS + 1)
-            self._say(
-                f"{self._settings.budget_s:.0f} s are too few for {len(self.kinds)} kinds of layers with bursts of "
-                f"{self._gauge.window_s:g} s; give --budget-s {needed_s:.0f} or more, or --resume afterwards"
-            )
+        need = budget_need(self._pack, self._settings, self._gauge.window_s, known)
+        if self._settings.budget_s < need.least_s:
+            self._say(f"{need.refusal(self._settings.budget_s)}, or --resume afterwards")
+        share = self._settings.budget_s / (need.each_s * max(len(self.kinds), 1))
         return int(min(START_POINTS, max(MINIMUM_POINTS, share / 2)))
 
     def _schedule(self) -> Iterator[list[Probe]]:
@@ -231,7 +259,9 @@ class Profiler:
             self._empty_ratios.setdefault(quantity, []).extend(ratios)
         for index, probe in enumerate(probes):
             sizes = probe.spec(self._settings.batch).sizes
-            self.kinds[probe.kind].add(Measured(probe, sizes, found[str(index)]))
+            kind = self.kinds[probe.kind]
+            self.again += any(item.probe is probe for item in kind.done)
+            kind.add(Measured(probe, sizes, found[str(index)]))
         names = ", ".join(sorted({probe.kind for probe in probes}))
         self._say(f"{self._clock() - self._began_s:.0f} s: measured {len(probes)} layers ({names})")
         if isinstance(self._gauge, MeterGauge):

@@ -155,8 +155,14 @@ def grouped(sums: Iterable[EnergySums]) -> dict[Any, list[EnergySums]]:
     return groups
 
 
-def ledger_entry(row: LedgerRow, status: str) -> dict[str, Any]:
-    """A row for people and programs, in joules; ``status`` is the verdict on its update, or "failed"."""
+def ledger_entry(
+    row: LedgerRow, status: str, steps: int | None = None, steps_planned: int | None = None
+) -> dict[str, Any]:
+    """A row for people and programs, in joules; ``status`` is the verdict on its update, or "failed".
+
+    ``steps`` are those that the update is made of, ``steps_planned`` those of the plan: None where that gives epochs,
+    whose steps only the device can count, and where there is no update.
+    """
 
     def of(value: int | None, *, modelled: bool) -> float | None:
         return None if value is None or row.modelled != modelled else value / 1000
@@ -182,6 +188,8 @@ def ledger_entry(row: LedgerRow, status: str) -> dict[str, Any]:
         "idle_modelled_watts": of(row.idle_mw, modelled=True),
         "doubtful": row.doubtful,
         "train_seconds": None if row.train_ms is None else row.train_ms / 1000,
+        "steps": steps,
+        "steps_planned": None if steps is None else steps_planned,
         "stopped": row.stopped,
         "note": row.note,
     }

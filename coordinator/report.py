@@ -72,9 +72,16 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
     }
 
 
-def run_ledger(store: Store, run: str) -> list[dict[str, Any]]:
-    """What every job of a run drew, one flat entry per job; see :func:`coordinator.ledger.ledger_entry`."""
-    return [ledger_entry(row, status) for row, status in store.ledger(run)]
+def run_ledger(store: Store, run: str, *, ended_early: int | None = None) -> list[dict[str, Any]]:
+    """What every job of a run drew, one flat entry per job; see :func:`coordinator.ledger.ledger_entry`.
+
+    ``ended_early``: only the last so many that ended before their last step.
+    """
+    planned = store.run(run).plan.training.steps
+    return [
+        ledger_entry(row, status, None if meta is None else meta.steps, planned)
+        for row, status, meta in store.ledger(run, ended_early=ended_early)
+    ]
 
 
 def round_progress(store: Store, stored: StoredRun) -> dict[str, int]:

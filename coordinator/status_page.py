@@ -6,7 +6,7 @@ import textwrap
 import time
 from typing import TYPE_CHECKING, Any
 
-from coordinator.report import device_report, failures, round_progress, run_summary
+from coordinator.report import device_report, failures, round_progress, run_ledger, run_summary
 from coordinator.wording import (
     NO_SERVER,
     counted,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _SHOWN_ROUNDS = 10
 _SHOWN_DEVICES = 12
 _SHOWN_FAILURES = 5
+_SHOWN_EARLY = 3
 _FIRST_TO_GO = ("late", "on devices", "loss", "seconds")  # columns of the rounds that a narrow terminal can spare
 
 
@@ -43,6 +44,8 @@ def page(store: Store, run: str, width: int | None = None) -> list[str]:
             "to the device's storage; savings are against float32, packets included, bundles not"
         )
     lines += _energy_lines(summary)
+    if summary["stopped_jobs"]:
+        lines += _early_lines(run_ledger(store, run, ended_early=_SHOWN_EARLY), summary["stopped_jobs"])
     failed = failures(store, stored)
     lines += [f"  {entry['device']} failed: {entry['reason']}" for entry in failed[-_SHOWN_FAILURES:]]
     if summary["history"]:
@@ -159,8 +162,17 @@ def _energy_lines(summary: dict[str, Any]) -> list[str]:
             f"? the joules of {counted(energy['doubtful_jobs'], 'job')} are doubtful (throttled, clocks that changed, "
             "a sensor that failed); the logs of the devices tell why"
         )
-    if summary["stopped_jobs"]:
-        lines.append(f"{counted(summary['stopped_jobs'], 'job')} ended early, at a limit; status --json tells which")
+    return lines
+
+
+def _early_lines(ledger: list[dict[str, Any]], jobs: int) -> list[str]:
+    """How many jobs ended early, and of the last ones who, after which step, and why."""
+    more = f"; the last {len(ledger)}, all are in status --json" if jobs > len(ledger) else ""
+    lines = [f"{counted(jobs, 'job')} ended early, at a limit{more}:"]
+    for entry in ledger:
+        steps, planned = entry["steps"], entry["steps_planned"]
+        done = "" if steps is None else f" after {counted(steps, 'step')}" + (f" of {planned}" if planned else "")
+        lines.append(f"  {entry['device']}, round {entry['round'] + 1}, ended{done}: {entry['stopped']}")
     return lines
 
 

@@ -19,6 +19,7 @@ from coordinator.store import rows as convert
 from coordinator.store import tables
 from coordinator.store.database import open_database, translated, upsert
 from edge_runtime.files import storage_error
+from edge_runtime.messages import UpdateMeta
 from edge_runtime.store.blobs import BlobStore
 
 if TYPE_CHECKING:
@@ -297,16 +298,29 @@ class Store:
         wanted = sa.select(u.c.verdict, sa.func.count().label("n")).where(u.c.run == run).group_by(u.c.verdict)
         return {entry["verdict"]: entry["n"] for entry in self._select(wanted)}
 
-    def ledger(self, run: str) -> list[tuple[LedgerRow, str]]:
-        """What the jobs of a run drew, by round, device and assignment, each with what became of it.
+    def ledger(self, run: str, *, ended_early: int | None = None) -> list[tuple[LedgerRow, str, UpdateMeta | None]]:
+        """What the jobs of a run drew, by round, device and assignment, each with what became of it and its update.
 
-        That is the verdict on its update: counted, refused or pending; or "failed" where none came.
+        That is the verdict on the update: counted, refused or pending; or "failed" where none came. ``ended_early``:
+        only the last so many that ended before their last step.
         """
         t, u = tables.ledger, tables.updates
         same = sa.and_(*(t.c[name] == u.c[name] for name in ("run", "device", "assignment", "sequence")))
-        wanted = sa.select(t, u.c.verdict).select_from(t.outerjoin(u, same)).where(t.c.run == run)
-        ordered = wanted.order_by(t.c.round, t.c.device, t.c.assignment, t.c.sequence)
-        return [(convert.LEDGER.row(entry), entry["verdict"] or "failed") for entry in self._select(ordered)]
+        wanted = sa.select(t, u.c.verdict, u.c.meta).select_from(t.outerjoin(u, same)).where(t.c.run == run)
+        order = t.c.round, t.c.device, t.c.assignment, t.c.sequence
+        if ended_early is None:
+            found = self._select(wanted.order_by(*order))
+        else:
+            latest = wanted.where(t.c.stopped != "").order_by(*(column.desc() for column in order)).limit(ended_early)
+            found = self._select(latest)[::-1]
+        return [
+            (
+                convert.LEDGER.row(entry),
+                entry["verdict"] or "failed",
+                None if entry["meta"] is None else msgspec.json.decode(entry["meta"], type=UpdateMeta),
+            )
+            for entry in found
+        ]
 
     def energy(self, run: str, by: Literal["round", "device"]) -> list[EnergySums]:
         """Sums over the ledger of a run, per round or device."""

@@ -270,13 +270,32 @@ def test_a_figure_may_be_as_large_as_the_time_allows(made):
 def test_partial_work_counts_and_says_so(made):
     """A job that ended at its limit: usual weight, and why it stopped in the ledger and the history."""
     run = made({"a": BOARD, "b": BOARD})
-    run.update("a", drew(1000), stopped="used its 1 J")
+    run.update("a", drew(1000), stopped="used its 1 J", steps=7)
     run.update("b", drew(900))
     run.tell(e.Aggregated(30.0, 0, h.blob(50)))
     assert [row["stopped"] for row in run.ledger] == ["used its 1 J", ""]
     assert [row["status"] for row in run.ledger] == ["counted", "counted"]
     assert run.summary["stopped_jobs"] == run.summary["history"][0]["stopped_jobs"] == 1
-    assert "1 job ended early" in "\n".join(page(run.store, run.name))
+    text = "\n".join(page(run.store, run.name))
+    assert "1 job ended early, at a limit:\n  a, round 1, ended after 7 steps: used its 1 J" in text
+    assert (run.ledger[0]["steps"], run.ledger[0]["steps_planned"]) == (7, None), "the plan is in epochs"
+
+
+def test_jobs_that_ended_early_say_how_far_they_came(made):
+    """Steps done of those planned, if the plan counts steps; none without an update; the last jobs are shown."""
+    names = "abcde"
+    run = made(dict.fromkeys(names, BOARD), training=Training(steps=20))
+    for number, name in enumerate(names[:-1], 3):
+        run.update(name, drew(1000), stopped="used its 1 J", steps=number)
+    run.tell(e.JobReported(20.0, "e", run.jobs["e"].assignment, "killed", energy=drew(5)))
+    assert {(row["device"], row["steps"], row["steps_planned"]) for row in run.ledger} == {
+        *(("a", 3, 20), ("b", 4, 20), ("c", 5, 20), ("d", 6, 20)),
+        ("e", None, None),
+    }
+    text = "\n".join(page(run.store, run.name))
+    assert "4 jobs ended early, at a limit; the last 3, all are in status --json:" in text
+    assert "  d, round 1, ended after 6 steps of 20: used its 1 J" in text
+    assert "  a, round 1" not in text
 
 
 def test_without_energy_everything_is_unknown(made):
@@ -346,6 +365,8 @@ def test_status_json_holds_the_ledger(made, capsys, tmp_path):
         "idle_modelled_watts",
         "doubtful",
         "train_seconds",
+        "steps",
+        "steps_planned",
         "stopped",
         "note",
     ]
@@ -367,7 +388,7 @@ def test_rows_come_back_as_they_went_in(made):
         note="n",
     )
     run.store.save([row])
-    assert (row, "failed") in run.store.ledger(run.name)
+    assert (row, "failed", None) in run.store.ledger(run.name)
 
 
 def test_a_plan_limits_the_joules_of_a_job(tmp_path):

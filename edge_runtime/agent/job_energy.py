@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edge_runtime.agent.pipe import Phase
     from energy.metering.measurement import Measurement
 
+_NOISE = 1e-9  # what is left of a difference of floats that should be 0
 LATE_S, LATE = 0.02, 0.2  # how much longer (and shorter) than the worker's own time a window may be
 
 
@@ -136,4 +137,7 @@ def _rest(job: Measurement, joules: dict[str, float | None], figures: dict[str, 
 
 
 def _milli(value: float | None) -> int | None:
-    return None if value is None else max(0, round(1000 * value))
+    """Thousandths; at least 1 of anything above 0, so that what is small does not read as nothing."""
+    if value is None or value <= _NOISE:
+        return None if value is None else 0
+    return max(1, round(1000 * value))

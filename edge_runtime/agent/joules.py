@@ -233,9 +233,14 @@ class Joules:
         drawn = job.at_least()
         if drawn is not None and drawn >= limit:
             self._limit = None
-            self._on_limit(
-                f"the job drew {drawn:.3g} J ({'modelled' if job.modelled else 'measured'}), and {name} = {limit:g}"
-            )
+            how = "modelled" if job.modelled else "measured"
+            if self._phases:
+                self._on_limit(f"the job drew {drawn:.3g} J ({how}), and {name} = {limit:g}")
+            else:
+                self._on_limit(
+                    f"the job drew {drawn:.3g} J ({how}) before its first step (starting and loading); "
+                    f"{_limit_words(name, limit)}; raise it"
+                )
         elif gone and not self._limit_told:
             self._limit_told = True
             log.warning(
@@ -256,3 +261,8 @@ class Joules:
         log.warning("energy: %s", text)
         self._switched = True
         self._loop.call_soon(self._on_source)
+
+
+def _limit_words(name: str, limit: float) -> str:
+    key, _, of = name.partition(" ")
+    return f"{key} = {limit:g} {of}".rstrip()

@@ -22,12 +22,14 @@ from edge_runtime.agent import idle, pipe
 from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig
 from edge_runtime.agent.daemon import Agent
 from edge_runtime.agent.energy_config import EnergyConfig
+from edge_runtime.agent.job_energy import UNTOLD, energy_use
 from edge_runtime.agent.own_cpu import OwnCpu
 from edge_runtime.data import DatasetConfig
 from edge_runtime.errors import ConfigError
 from edge_runtime.messages import BlobRef, Job, JobStatus, ModelRef, UpdateId
 from edge_runtime.transport.loop import Loop
 from energy.metering import meter
+from energy.metering.measurement import Measurement
 from energy.sensors.base import Rail, Source
 from energy.sensors.discovery import Found
 from tests.edge_runtime.toy_jobs import ToyJobs
@@ -178,7 +180,7 @@ def test_a_job_is_modelled_and_says_so(device: Any) -> None:
     energy = update.meta.energy
     assert (energy.modelled, energy.sensor) == (True, "modelled")
     assert 0.8 * 2.0 * update.meta.train_ms < energy.train_mj < 1.3 * 6.0 * update.meta.train_ms
-    assert energy.radio_mj == round(5.2685e-3 * update.blob.size_bytes)  # the blobs were here already
+    assert energy.radio_mj == max(1, round(5.2685e-3 * update.blob.size_bytes))  # the blobs were here already
 
 
 def test_the_model_may_count_the_agent_alone(device: Any) -> None:
@@ -306,6 +308,28 @@ def test_a_job_ends_at_its_joules_and_keeps_its_work(device: Any, orin: Path, ow
     one.agent._handle(messages.Verdict(update=update.update, counted=True))
     one.give("b", steps=1)
     assert one.update("b").meta.stopped == ""
+
+
+def test_a_limit_that_starting_uses_up_says_so(device: Any) -> None:
+    """The job fails before its first step, and the reason names the limit and the cure."""
+    one = device(energy=EnergyConfig(**MODEL))
+    one.give(joule_limit=0.01)
+    reason = one.failure().reason
+    assert re.fullmatch(
+        r"the job drew [\d.]+ J \(modelled\) before its first step \(starting and loading\); "
+        r"job_joules = 0\.01 of its plan; raise it",
+        reason,
+    ), reason
+
+
+def test_small_is_not_nothing() -> None:
+    """Less than half a millijoule is reported as one, measured or of the radio; 0 stays 0, unknown stays unknown."""
+    source = Source("board", "board", "power", "all")
+    job = Measurement("a", 0.0, 1.0, 2e-4, None, None, source, {}, 10, 0.1)
+    use = energy_use(job, {}, UNTOLD, radio_joules=1e-5)
+    assert (use.other_mj, use.radio_mj) == (1, 1)
+    use = energy_use(None, {}, UNTOLD, radio_joules=0.0)
+    assert (use.train_mj, use.other_mj, use.radio_mj) == (None, None, 0)
 
 
 def test_heat_ends_training_and_keeps_its_work(device: Any) -> None:
@@ -475,7 +499,7 @@ def test_a_sensor_that_does_not_exist_is_refused(tmp_path: Path, orin: Path) -> 
         energy=EnergyConfig(sensor="jetsom"),
     )
     agent = Agent(config, energy_root=orin)
-    with pytest.raises(ConfigError, match=r"no sensor 'jetsom' on this machine .*one of: jetson"):
+    with pytest.raises(ConfigError, match=r"no sensor is called 'jetsom'; did you mean 'jetson'\? .*jetson, "):
         agent.start()
     agent.close()
 

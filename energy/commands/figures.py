@@ -35,7 +35,7 @@ def measurement_json(measurement: Measurement) -> dict[str, Any]:
         "idle_watts": measurement.idle_watts,
     }
     result: dict[str, Any] = {name: None if modelled else value for name, value in figures.items()}
-    result["half_width_joules"] = measurement.half_width_joules
+    result["joules_half_width"] = None if modelled else measurement.half_width_joules
     result |= {modelled_name(name): value if modelled else None for name, value in figures.items()}
     result |= {"rails_joules": {} if modelled else measurement.rails, "seconds": measurement.seconds}
     result |= {"samples": measurement.samples, "longest_gap_s": measurement.longest_gap_s}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Runs a command and says what the machine drew meanwhile: gross, and net of idle stretches before and
 after.
-The figures go to standard error, with --json to standard output after the command's own, or to the file of --output.
+The figures go to standard error. With --json they go to standard output instead, as one object after the command's own
+output; with -o FILE the object goes to that file, with or without --json, and nothing of it to standard output.
 The exit code is the command's. Without a sensor it says so, and times the command all the same."""
 EXAMPLE = (
     "  edge-energy measure -- python train.py\n  edge-energy measure --repeat 5 --idle 5 --json -o drew.json -- make"
@@ -45,7 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an idle stretch (default: 2, or as long as the sensor needs, at most 30; 0: none)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON object there")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the JSON object there; the figures go to standard error",
+    )
     ways.add_arguments(parser)
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run, with its arguments"
@@ -157,7 +165,7 @@ def _print(report: dict[str, Any], runs: list[Run], meter: Meter) -> None:
     modelled = last.source is not None and last.source.modelled
     rows = _figures(report["mean"], modelled=modelled, half_width=last.half_width_joules)
     times = f", {len(runs)} runs" if len(runs) > 1 else ""
-    print(f"\n {' '.join(report['command'])}{times}:\n", file=sys.stderr)
+    print(f"\n {shlex.join(report['command'])}{times}:\n", file=sys.stderr)
     for value, name in rows:
         print(f"{value:>22}  {name}", file=sys.stderr)
     print(f"\n source: {source_line(last.source)}", file=sys.stderr)

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the list."""
     found = ways.open_ways(options, everything=True).found
     order = {id(sensor): place for place, way in reversed(list(enumerate(ranked(found.sensors)))) for sensor in way}
-    rows, refused = [], [refusal for refusal in found.refused if options.all or refusal.fault != "absent"]
+    rows, refused = [], [refusal for refusal in found.refused if options.all or ways.worth_telling(refusal)]
     for sensor in sorted(found.sensors, key=lambda sensor: order.get(id(sensor), len(order))):
         try:
             rows.append(_row(sensor))
@@ -86,6 +86,6 @@ def _print(rows: list[dict[str, Any]], refused: list[Refusal], none: str, condit
     if none:
         print(none)
     for refusal in refused:
-        print(f"not usable: {refusal.reason}" + ("" if refusal.fault != "absent" else " (absent)"))
+        print(f"not usable: {refusal.reason}" + ("" if ways.worth_telling(refusal) else " (absent)"))
     if conditions:
         print(f"now: {conditions}")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from energy.errors import SensorError, UsageError
-from energy.sensors.discovery import Found, Refusal, choose, discover
+from energy.sensors.discovery import SETTINGS, Found, Refusal, choose, discover
 from energy.sensors.plug_parser import KINDS
 
 if TYPE_CHECKING:
     import argparse
 
     from energy.sensors.base import Sensor
+
+
+MOST_WATTS = 10_000.0  # of a model
 
 
 class Ways(NamedTuple):
@@ -29,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sensor", default="auto", metavar="NAME", help="a name from edge-energy sensors, auto (the best) or none"
     )
     group.add_argument("--model", type=Path, metavar="FILE", help="fall back on this calibration, labelled as modelled")
+    group.add_argument("--idle-watts", type=float, metavar="W", help="in place of --model: of the machine without load")
+    group.add_argument("--busy-watts", type=float, metavar="W", help="and with all its cores busy; modelled, nominal")
     group.add_argument("--plug", metavar="KIND:TOPIC", help=f"a smart plug; KIND is one of {', '.join(KINDS)}")
     group.add_argument("--broker", metavar="URL", help="the plug's broker, as mqtt://host:1883 or mqtts://host")
     group.add_argument("--user", metavar="NAME", help="user at the broker")
@@ -60,6 +66,8 @@ def open_ways(options: argparse.Namespace, *, everything: bool = False) -> Ways:
         close_all((*found.sensors, *extra))
         raise
     if not everything:
+        for refusal in refused if ways else ():  # without any way the command says so, with the reasons
+            print(f"edge-energy: {refusal.reason}", file=sys.stderr)
         used = {id(sensor) for way in ways for sensor in way}
         close_all(tuple(sensor for sensor in found.sensors if id(sensor) not in used))
     return Ways(found, ways)
@@ -71,6 +79,11 @@ def close_all(sensors: tuple[Sensor, ...]) -> None:
         sensor.close()
 
 
+def worth_telling(refusal: Refusal) -> bool:
+    """Whether it is of a sensor that is there, or that options asked for, so that a user expects it."""
+    return refusal.fault != "absent" or refusal.sensor in SETTINGS
+
+
 def why_none(found: Found) -> str:
     """One line for a user whose machine has no sensor that can be read."""
     reasons = [
@@ -78,8 +91,10 @@ def why_none(found: Found) -> str:
         for sensor in found.sensors
         if sensor.domain == "gpu"
     ]
-    reasons += [refusal.reason for refusal in found.refused if refusal.fault != "absent"]
-    cures = "use a smart plug (--plug), or a calibration (--model) for modelled joules"
+    reasons += [refusal.reason for refusal in found.refused if worth_telling(refusal)]
+    cures = (
+        "use a smart plug (--plug); or, for modelled joules, a calibration (--model) or --idle-watts and --busy-watts"
+    )
     return f"no sensor of power or energy can be read here{''.join(f'; {reason}' for reason in reasons)}; {cures}"
 
 
@@ -99,11 +114,23 @@ def _plug(options: argparse.Namespace) -> Sensor | None:
 
 
 def _modelled(options: argparse.Namespace) -> Sensor | None:
-    if options.model is None:
+    idle_watts, busy_watts = options.idle_watts, options.busy_watts
+    if (idle_watts is None) != (busy_watts is None):
+        raise UsageError("--idle-watts and --busy-watts belong together; give both")
+    if options.model is None and idle_watts is None:
         return None
+    if options.model is not None and idle_watts is not None:
+        raise UsageError("--model brings its own watts; leave out --idle-watts and --busy-watts")
     from energy.metering.calibration import load_calibration
     from energy.sensors.modelled import Modelled, machine_busy_s
 
+    if idle_watts is not None:
+        if not 0 <= idle_watts < busy_watts < MOST_WATTS:
+            raise UsageError(
+                f"--idle-watts {idle_watts:g} and --busy-watts {busy_watts:g} cannot be; "
+                f"give 0 <= idle < busy < {MOST_WATTS:g}"
+            )
+        return Modelled(idle_watts, busy_watts, machine_busy_s(options.root))
     model = load_calibration(options.model)
     fitted_to = f"{model.sensor} ({model.scope}: {model.covers})"
     return Modelled(

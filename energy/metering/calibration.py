@@ -176,7 +176,9 @@ def load_calibration(path: Path) -> Calibration:
         )
     try:
         return _read(raw)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except KeyError as error:
+        raise UsageError(f"{path}: lacks the key {error}; calibrate again") from error
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: is damaged ({error!r}); calibrate again") from error
 
 

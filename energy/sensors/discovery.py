@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 MODULES = ("thor", "jetson", "jetson_legacy", "raspberry_pi", "battery", "rapl", "nvml")  # of equals, the first is best
 
+# Sensors that are made of settings, and of which ones.
+SETTINGS = {
+    "plug": "its settings: --plug and --broker, or [energy.plug] in agent.toml",
+    "modelled": "watts: --model, or --idle-watts and --busy-watts (in agent.toml: calibration, or those two)",
+}
+KNOWN = (*(name.replace("_", "-") for name in MODULES), *SETTINGS)
+
 _SCOPES: tuple[Scope, ...] = ("board", "module", "rail", "package", "modelled")
 _QUALITIES: tuple[Quality, ...] = ("counter", "power", "coarse", "modelled")
 
@@ -78,7 +85,8 @@ def choose(found: Found, wanted: str = "auto") -> list[tuple[Sensor, ...]]:
     """Ways to measure: ``auto`` all of them, best first; the name of a sensor that one alone; ``none`` no way.
 
     Raises:
-        UsageError: no such sensor here; the message says which there are, and why others were refused.
+        UsageError: no such sensor here; the message says which there are, and why that one was refused. A name that no
+            sensor has is answered with those that there are.
     """
     if wanted == "auto":
         return ranked(found.sensors)
@@ -88,12 +96,19 @@ def choose(found: Found, wanted: str = "auto") -> list[tuple[Sensor, ...]]:
     ways = [(sensor,) for sensor in found.sensors if sensor.source.sensor == name]
     if ways:
         return list(ways)
-    here = ", ".join(sensor.source.sensor for sensor in found.sensors) or "none"
-    why = next((f"; {refusal.reason}" for refusal in found.refused if refusal.sensor == name), None)
-    if why is None:
-        others = "; ".join(refusal.reason for refusal in found.refused if refusal.fault != "absent")
-        why = f"; refused: {others}" if others else ""
-    raise UsageError(f"no sensor {wanted!r} on this machine (choose auto, none, or one of: {here}){why}")
+    here = [sensor.source.sensor for sensor in found.sensors]
+    can = f"readable here: {', '.join(here)}" if here else "none can be read here"
+    why = next((refusal.reason for refusal in found.refused if refusal.sensor == name), None)
+    if name in SETTINGS and why is None:
+        raise UsageError(f"sensor {wanted!r} needs {SETTINGS[name]}")
+    if why is not None or name in KNOWN:
+        raise UsageError(f"sensor {wanted!r} cannot be read on this machine ({can}){'' if why is None else f'; {why}'}")
+    from difflib import get_close_matches  # only for the message
+
+    known = list(dict.fromkeys((*KNOWN, *here)))
+    close = get_close_matches(name, [*known, "auto", "none"], 1, 0.7)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    raise UsageError(f"no sensor is called {wanted!r}{meant} (choose auto, none, or one of: {', '.join(known)}; {can})")
 
 
 def _rank(sensor: Sensor) -> tuple[bool, int, bool]:

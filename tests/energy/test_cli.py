@@ -121,7 +121,7 @@ def test_modelled_figures_are_labelled_everywhere(model: Path) -> None:
     run = json.loads(result.stdout)["runs"][0]
     assert run["modelled_joules"] > 0
     assert run["idle_modelled_watts"] >= 3.0
-    assert {run[key] for key in ("joules", "net_joules", "watts", "idle_watts", "half_width_joules")} == {None}
+    assert {run[key] for key in ("joules", "net_joules", "watts", "idle_watts", "joules_half_width")} == {None}
     text = call(
         "measure", "--sensor", "modelled", "--model", model, "--idle", "0.1", "--repeat", "2", "--", "true"
     ).stderr
@@ -129,6 +129,53 @@ def test_modelled_figures_are_labelled_everywhere(model: Path) -> None:
     assert "modelled (modelled" not in text
     assert "--idle 0.1 is too short for modelled" in text
     assert all("modelled" in line for line in text.splitlines() if " J" in line or " W" in line)
+
+
+def test_watts_may_be_given_in_place_of_a_calibration(empty: Path, model: Path) -> None:
+    """They are modelled and called nominal; with --model, or one alone, they are refused."""
+    (empty / "proc").mkdir()
+    (empty / "proc/stat").symlink_to("/proc/stat")
+    watts = ("--idle-watts", "2", "--busy-watts", "6")
+    result = call("measure", "--root", empty, *watts, "--idle", "0", "--json", "--", "true")
+    found = json.loads(result.stdout)
+    assert (found["source"]["quality"], found["mean"]["joules"]) == ("modelled", None)
+    assert found["mean"]["modelled_joules"] > 0
+    assert "2 W idle to 6 W busy, by CPU load, nominal" in found["source"]["covers"]
+    assert "--model brings its own watts" in call("watch", "--root", empty, *watts, "--model", model).stderr
+    assert "belong together" in call("watch", "--root", empty, "--idle-watts", "2").stderr
+    assert "0 <= idle < busy" in call("watch", "--root", empty, "--idle-watts", "6", "--busy-watts", "2").stderr
+
+
+def test_a_damaged_calibration_names_what_it_lacks(model: Path) -> None:
+    """The missing key, and the cure."""
+    raw = json.loads(model.read_text())
+    del raw["busy_watts"]
+    model.write_text(json.dumps(raw))
+    assert "lacks the key 'busy_watts'; calibrate again" in call("measure", "--model", model, "--", "true").stderr
+
+
+def test_a_plug_that_cannot_be_reached_says_why(empty: Path, model: Path) -> None:
+    """Every command does, also where a model stands in for the plug."""
+    plug = ("--root", empty, "--plug", "tasmota:desk", "--broker", "mqtt://127.0.0.1:1")
+    reason = "plug: broker mqtt://127.0.0.1:1"
+    assert reason in call("sensors", *plug).stdout
+    assert reason in call("watch", *plug).stderr
+    (empty / "proc").mkdir()
+    (empty / "proc/stat").symlink_to("/proc/stat")
+    result = call("measure", *plug, "--model", model, "--idle", "0", "--", "true")
+    assert reason in result.stderr
+    assert "J modelled" in result.stderr
+
+
+def test_the_object_goes_to_the_file_alone(empty: Path, tmp_path: Path) -> None:
+    """With -o nothing of it is on standard output; the command is shown as a shell would take it."""
+    out = tmp_path / "drew.json"
+    result = call("measure", "--root", empty, "--json", "-o", out, "--", "echo", "a b")
+    assert result.stdout == "a b\n"
+    assert " echo 'a b':" in result.stderr
+    run = json.loads(out.read_text())
+    assert run["command"] == ["echo", "a b"]
+    assert "joules_half_width" in run["runs"][0].keys() & run["mean"].keys()
 
 
 def test_watch_prints_json_lines_in_a_pipe(model: Path) -> None:

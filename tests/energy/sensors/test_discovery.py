@@ -87,9 +87,9 @@ def test_a_sensor_that_is_there_and_refused_keeps_its_fault(tmp_path: Path) -> N
         found = discover(tmp_path)
     faults = {refusal.sensor: refusal.fault for refusal in found.refused if refusal.fault != "absent"}
     assert faults == {"rapl": "permission", "battery": "unsupported"}
-    with pytest.raises(UsageError, match=r"no sensor 'rapl'.*CVE-2020-8694"):
+    with pytest.raises(UsageError, match=r"sensor 'rapl' cannot be read on this machine.*CVE-2020-8694"):
         choose(found, "rapl")
-    with pytest.raises(UsageError, match=r"no sensor 'plug'.*unplug it"):
+    with pytest.raises(UsageError, match=r"sensor 'plug' needs its settings"):
         choose(found, "plug")
 
 
@@ -151,8 +151,16 @@ def test_a_user_may_choose(tmp_path: Path) -> None:
     assert names(choose(found)) == ["thor", "jetson"]
     assert names(choose(found, "jetson")) == ["jetson"]
     assert choose(found, "none") == []
-    with pytest.raises(UsageError, match="one of: thor, jetson"):
+    with pytest.raises(UsageError, match=r"called 'wattmeter' .*one of: thor, jetson, .*; readable here: thor, jetson"):
         choose(found, "wattmeter")
+    with pytest.raises(UsageError, match="'modeled'; did you mean 'modelled'"):
+        choose(found, "modeled")
+    with pytest.raises(UsageError, match="'modelled' needs watts: --model"):
+        choose(found, "modelled")
+    with pytest.raises(
+        UsageError, match=r"'rapl' cannot be read on this machine \(readable here: thor, jetson\); rapl: no"
+    ):
+        choose(found, "rapl")
     legacy = Found((Stub("jetson-legacy", "system", "module", "power"),), ())
     assert names(choose(legacy, "jetson_legacy")) == ["jetson-legacy"]
 

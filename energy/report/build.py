@@ -8,6 +8,7 @@ import msgspec
 
 from energy.errors import ProfileError, UsageError
 from energy.report.run_data import Run, drawn, run_tables
+from energy.report.tables import rounded
 from energy.thor.profile import FORMAT, load_profile, power_modelled
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ def report_run(run: Run, foot: str = "") -> Report:
         "report": "run",
         "run": run.run,
         "status": run.status,
-        "joules": sums.measured,
-        "modelled_joules": sums.modelled,
-        "radio_modelled_joules": sums.radio,
+        "joules": rounded(sums.measured),
+        "modelled_joules": rounded(sums.modelled),
+        "radio_modelled_joules": rounded(sums.radio),
         "jobs_of_unknown_energy": sums.unknown_jobs,
         "doubtful_jobs": sums.doubtful_jobs,
         **{table.key: table.records() for table in tables},

@@ -19,10 +19,11 @@ _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 MEASURED = ("train_joules", "compress_joules", "other_joules")
 MODELLED = ("train_modelled_joules", "compress_modelled_joules", "other_modelled_joules")
 PARTS = (*(name for pair in zip(MEASURED, MODELLED, strict=True) for name in pair), "radio_modelled_joules")
+ROUND = "round_from_1"  # in tables; in the ledger that is read they count from 0
 _JOB_KEYS = (
-    *("device", "round", "assignment", "status", "sensor", "scope", "quality", "covers"),
+    *("device", ROUND, "assignment", "status", "sensor", "scope", "quality", "covers"),
     *PARTS,
-    *("idle_watts", "idle_modelled_watts", "doubtful", "train_seconds", "stopped", "note"),
+    *("idle_watts", "idle_modelled_watts", "doubtful", "train_seconds", "steps", "steps_planned", "stopped", "note"),
 )
 _TEXTS = ("device", "assignment", "status", "sensor", "scope", "quality", "covers", "stopped", "note")
 
@@ -49,6 +50,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     idle_modelled_watts: _Amount | None = None
     doubtful: bool = False
     train_seconds: _Amount | None = None
+    steps: _Count | None = None
+    steps_planned: _Count | None = None
     stopped: str = ""
     note: str = ""
 
@@ -210,9 +213,9 @@ def _rounds(run: Run) -> Table:
     rows = []
     for number, sums in by_round(run).items():
         entry = closed.get(number, Round(round=number))
-        rows.append((number, entry.accuracy, entry.device_accuracy, entry.seconds, *_sums(sums)))
+        rows.append((number + 1, entry.accuracy, entry.device_accuracy, entry.seconds, *_sums(sums)))
     columns = (
-        Column("round", "round", lambda value: str(value + 1)),  # counted from 0 in files, as everywhere
+        Column(ROUND, "round"),
         Column("accuracy", "accuracy", percent),
         Column("device_accuracy", "on devices", percent),
         Column("seconds", "took", duration),
@@ -251,7 +254,8 @@ def _jobs(run: Run) -> Table:
     columns = tuple(
         text_column(key, key) if key in _TEXTS else Column(key, key, shows.get(key, str)) for key in _JOB_KEYS
     )
-    return Table("jobs", columns, [tuple(getattr(job, key) for key in _JOB_KEYS) for job in run.jobs])
+    rows = [tuple(job.round + 1 if key == ROUND else getattr(job, key) for key in _JOB_KEYS) for job in run.jobs]
+    return Table("jobs", columns, rows)
 
 
 def _sensor_words(job: Job) -> str:

@@ -193,13 +193,19 @@ def _stopped(run: Run) -> str:
     lines = [
         f"{job.device}, {job.assignment}: {words}"
         for job in run.jobs
-        for words in (f"ended early, {job.stopped} ({job.status})" if job.stopped else "", job.note)
+        for words in (f"ended early{_steps(job)}, {job.stopped} ({job.status})" if job.stopped else "", job.note)
         if words
     ]
     if not lines:
         return ""
     more = [f"and {len(lines) - 40} more; they are all in the files of --csv"] if len(lines) > 40 else []
     return section("Jobs that ended early, or said what cannot be", items([*lines[:40], *more]))
+
+
+def _steps(job: Job) -> str:
+    if job.steps is None:
+        return ""
+    return f" after {counted(job.steps, 'step')}" + (f" of {job.steps_planned}" if job.steps_planned else "")
 
 
 def _bar(label: str, sums: Drawn) -> charts.Bar:

@@ -43,12 +43,12 @@ class Table(NamedTuple):
     def records(self) -> list[dict[str, Any]]:
         """The rows as objects, as files have them."""
         kept = self._in_files()
-        return [{column.key: row[index] for index, column in kept} for row in self.rows]
+        return [{column.key: rounded(row[index]) for index, column in kept} for row in self.rows]
 
     def lines(self) -> list[list[Any]]:
         """Names and values of the columns, as files have them."""
         kept = self._in_files()
-        return [[column.key for _, column in kept], *([row[index] for index, _ in kept] for row in self.rows)]
+        return [[column.key for _, column in kept], *([rounded(row[index]) for index, _ in kept] for row in self.rows)]
 
     def _in_files(self) -> list[tuple[int, Column]]:
         return [(index, column) for index, column in enumerate(self.columns) if column.in_files]
@@ -57,6 +57,13 @@ class Table(NamedTuple):
         """All values of one column."""
         index = [column.key for column in self.columns].index(key)
         return [row[index] for row in self.rows]
+
+
+def rounded(value: Any) -> Any:
+    """A float with six significant digits, all of those before the point kept; anything else as it is."""
+    if not isinstance(value, float) or not math.isfinite(value) or value == 0:
+        return value
+    return round(value, max(0, 5 - math.floor(math.log10(abs(value)))))
 
 
 def text_column(key: str, heading: str, *, in_page: bool = True) -> Column:

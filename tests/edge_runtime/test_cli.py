@@ -62,7 +62,7 @@ def test_check_says_what_joules_would_come_from(agent, capsys):
     assert "energy: joules are unknown: switched off" in run(agent, capsys, "check")[1]
     (agent / "agent.toml").write_text(AGENT + '[energy]\nsensor = "jetsom"')
     code, _, error = run(agent, capsys, "check")
-    assert (code, "no sensor 'jetsom' on this machine" in error) == (2, True)
+    assert (code, "no sensor is called 'jetsom'; did you mean 'jetson'" in error) == (2, True)
     (agent / "agent.toml").write_text(AGENT + '[energy]\nsensor = "thor"\n[limits]\njob_joules = 5')
     out = run(agent, capsys, "check")[1]
     if "energy: joules are unknown" in out:  # on any machine but a Jetson Thor

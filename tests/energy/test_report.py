@@ -19,7 +19,7 @@ from energy.report import charts
 from energy.report.build import read, report_profile, report_run
 from energy.report.run_data import Job, Round, Run
 from energy.report.svg import linear_ticks, log_ticks, nice_end
-from energy.report.tables import csv_text
+from energy.report.tables import csv_text, rounded
 from energy.report.units import amount, both_words
 from energy.thor.layers import partition
 from energy.thor.profile import Cost, Device, Family, Fitted, Mark, Point, Profile, Sample, Sensed, Whole, save_profile
@@ -166,6 +166,19 @@ def test_the_ledger_adds_up_everywhere(tmp_path):
     assert "14.5 J modelled, loading to compression" in text
     assert "1.50 J loading and evaluating, measured" in text
     assert "used its 7 J" in text
+
+
+def test_files_count_rounds_from_1_without_noise_of_floats():
+    """As pages and status do; six digits are kept."""
+    report = report_run(make_run([job("a", 0, train_joules=0.1 + 0.2, steps=3, stopped="hot"), job("b", 1)]))
+    tables = {table.key: table for table in report.tables}
+    assert [row["round_from_1"] for row in tables["rounds"].records()] == [1, 2]
+    assert [row["round_from_1"] for row in tables["jobs"].records()] == [1, 2]
+    assert "0.30000000000000004" not in json.dumps(report.data) + csv_text(tables["jobs"])
+    assert tables["jobs"].records()[0]["train_joules"] == 0.3
+    assert rounded(1763759598.4) == 1763759598.0
+    assert rounded(1.23456789e-7) == 1.23457e-7
+    assert "ended early after 3 steps, hot" in check(report.html)
 
 
 def test_measured_and_modelled_are_told_apart():

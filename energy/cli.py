@@ -12,6 +12,7 @@ from energy.errors import EnergyError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from importlib.metadata import EntryPoint
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 GROUP = "energy.commands"
@@ -20,7 +21,8 @@ GROUP = "energy.commands"
 class Command(NamedTuple):
     """A command: its module is imported when it is called.
 
-    The module has ``DESCRIPTION``, ``EXAMPLE``, ``add_arguments(parser)`` and ``run(options) -> exit code``.
+    The module has ``DESCRIPTION``, ``EXAMPLE``, ``add_arguments(parser)`` and ``run(options) -> exit code``. A module
+    of another package also has ``SUMMARY``, a few words for the list of commands.
     """
 
     name: str
@@ -39,6 +41,7 @@ COMMANDS = (
     Command("report", "energy.commands.report", "a profile or the ledger of a run as a page, CSV and JSON"),
 )
 
+_DESCRIPTION = "What this machine draws, and what the layers of a model cost on it."
 _EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted; measure passes its command's on"
 
 
@@ -88,17 +91,27 @@ def _module(name: str) -> Any:
     raise UsageError(f"no command {name!r}; there are {', '.join(names)}")
 
 
+def _summary(point: EntryPoint) -> str:
+    """What a command of another package does, or where it is from if it does not say so or cannot be loaded."""
+    try:
+        return str(point.load().SUMMARY)
+    except (ImportError, AttributeError):
+        return f"from {point.value}"
+
+
 def _parser() -> argparse.ArgumentParser:
     rows = [f"  {command.name:<11}{command.summary}" for command in COMMANDS]
     own = {command.name for command in COMMANDS}
-    rows += sorted(f"  {p.name:<11}from {p.value}" for p in entry_points(group=GROUP) if p.name not in own)
+    rows += sorted(
+        f"  {point.name:<11}{_summary(point)}" for point in entry_points(group=GROUP) if point.name not in own
+    )
     text = "\n".join(
         ["commands:", *rows, "", "example:", "  edge-energy sensors", "  edge-energy measure -- sleep 5", ""]
     )
     parser = argparse.ArgumentParser(
         prog="edge-energy",
         usage="edge-energy COMMAND [--help] ...",
-        description=__doc__,
+        description=_DESCRIPTION,
         epilog=f"{text}\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

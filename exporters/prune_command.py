@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from exporters._tuning import Samples
     from exporters.thinning import Figures, Task, Thinned
 
+SUMMARY = "remove channels from a model until a step costs less on the device of a profile"
 DESCRIPTION = """Removes channels from a trained model until one training step is predicted to cost a given share of
 what it did on the profiled device, trains what is left towards the answers of the model that was, and exports it.
+
+Channels go in steps: each takes a layer down to the next multiple of 4 or 8, so that the end may be below the share.
+Every layer keeps a tenth of its channels, and at least 4.
 
 SOURCE is MODULE:FUNCTION, as for edge-export bundle; --weights loads what edge-coordinator model wrote. The samples are
 an .npz with x and y, as devices hold them; --test is judged, and never trained on. Runs on a workstation with PyTorch:
@@ -42,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="samples to judge channels by and to train on (.npz)")
     parser.add_argument("--test", type=Path, help="samples that are only judged (default: a tenth of --data)")
     parser.add_argument("--weights", type=Path, help="trained parameters (.safetensors); default: those of SOURCE")
-    parser.add_argument("--share", type=float, default=0.5, help="of the cost of a step that may stay (default 0.5)")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.5,
+        help="of the cost of a step that may stay (default 0.5); steps of whole blocks of channels may end below it",
+    )
     parser.add_argument("--epochs", type=int, default=6, help="of training after pruning (default 6)")
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of that training (default 0.02)")
     parser.add_argument("--batch", type=int, default=32, help="samples per step on the device (default 32)")
@@ -68,7 +77,17 @@ def run(options: argparse.Namespace) -> int:
         raise EnergyError(str(error)) from error
 
 
+def _check_files(options: argparse.Namespace) -> None:
+    """Before minutes go into anything."""
+    for name, path in (("--data", options.data), ("--test", options.test), ("--weights", options.weights)):
+        if path is not None and not path.exists():
+            raise UsageError(f"{name} {path}: there is no such file; correct the path")
+    if not options.output.parent.is_dir():
+        raise UsageError(f"{options.output}: there is no folder {options.output.parent}; make it, or choose another -o")
+
+
 def _run(options: argparse.Namespace) -> int:
+    _check_files(options)
     try:
         import torch
 
@@ -128,12 +147,13 @@ def report(made: Thinned, task: Task, bundle_bytes: tuple[int, int]) -> dict[str
 
 def table(made: Thinned, bundle_bytes: tuple[int, int]) -> list[str]:
     """Before and after, as lines of text."""
-    from exporters.thinning import phrase
+    from energy.commands.costs import QUANTITY_NAMES, amount
 
-    name = f"predicted {phrase(made.quantity)} per step"
+    name = f"predicted {QUANTITY_NAMES[made.quantity]} per step"
     rows = [["", "before", "after", "left"]]
     one, other = made.before, made.after
-    rows.append([name, f"{one.step.total:.4g}", f"{other.step.total:.4g}", f"{other.step.total / one.step.total:.0%}"])
+    costs = [amount(figures.step.total, made.quantity) for figures in (one, other)]
+    rows.append([name, *costs, f"{other.step.total / one.step.total:.0%}"])
     rows.append(["  90 % interval", _span(one), _span(other), ""])
     for label, a, b in (
         ("FLOPs per sample", one.flops, other.flops),
@@ -155,7 +175,9 @@ def table(made: Thinned, bundle_bytes: tuple[int, int]) -> list[str]:
 
 
 def _span(figures: Figures) -> str:
-    return f"{figures.step.low:.4g} to {figures.step.high:.4g}"
+    from energy.commands.costs import amount
+
+    return " to ".join(amount(value, figures.step.quantity) for value in (figures.step.low, figures.step.high))
 
 
 def _lost(made: Thinned) -> float | None:
@@ -184,10 +206,10 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     try:
         found: dict[str, torch.Tensor] = load_file(path)
         module.load_state_dict(found)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"{path}: cannot be read as safetensors ({error}); write it with edge-coordinator model"
-        ) from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); correct --weights") from error
+    except SafetensorError as error:
+        raise UsageError(f"{path}: is no safetensors file ({error}); write it with edge-coordinator model") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{path}: does not fit the model of SOURCE ({reason}); build the same model") from error
@@ -213,9 +235,14 @@ def _read(path: Path, manifest: Manifest, held_out: float) -> tuple[Samples, Sam
     from edge_runtime.data import open_dataset
     from edge_runtime.data.config import DatasetConfig
     from edge_runtime.data.view import View, Window
+    from edge_runtime.errors import DataError
     from exporters._tuning import Samples
 
-    snapshot = open_dataset(DatasetConfig(name=path.stem, path=str(path)), code_dir="").snapshot()
+    try:
+        snapshot = open_dataset(DatasetConfig(name="samples", path=str(path)), code_dir="").snapshot()
+    except DataError as error:  # its cures are for the agent's configuration
+        reason = str(error).partition(";")[0].removeprefix("dataset 'samples': ")
+        raise UsageError(f"{reason}; name an .npz with x and y, as devices hold them") from error
     view = View(path.stem, snapshot, manifest, Window(holdout_fraction=held_out))
     found = []
     for rows in (view.train, view.holdout):

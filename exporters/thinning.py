@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 
+from energy.commands.costs import QUANTITY_NAMES, amount
 from energy.thor.estimate import Estimate, Estimator
 from energy.thor.layers import DEFAULT_BATCH, partition
 from exporters._layers import layer_table
@@ -23,13 +25,14 @@ from exporters.pruning import Removal, prune_channels
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import nn
 
     from edge_runtime.bundle.manifest import Loss
     from energy.thor.profile import Profile, Quantity
 
 IMPORTANCE_BATCH = 64
+_CLOSE = 0.01  # a share that is missed by less is not worth a line
+_HALF = 0.5  # between the two classes of a binary target
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,14 @@ def thin(
         return estimator.estimate(partition(description(part, example, task), task.batch))
 
     before = _figures(module, example, task, predicted(module))
-    say(f"pruning to {share:.0%} of {before.step.total:.4g} {phrase(profile.quantity)} per step")
+    least = chance(task)
+    if before.accuracy is not None and least is not None and before.accuracy <= least:
+        say(
+            f"the model is right in {before.accuracy:.0%} of the test samples before pruning, no better than chance: "
+            "was it trained? What is important is judged by its weights; load trained ones with --weights"
+        )
+    whole = f"{amount(before.step.total, profile.quantity)} ({QUANTITY_NAMES[profile.quantity]})"
+    say(f"pruning to {share:.0%} of {whole} per step")
     pruned = prune_channels(
         module,
         example,
@@ -108,15 +118,26 @@ def thin(
             f"{step.layer}: {step.removed} channels less, {step.left} left, {step.cost / before.step.total:.0%}"
         ),
     )
+    reached = pruned.cost_after / pruned.cost_before
+    if reached < share - _CLOSE:
+        say(f"ends at {reached:.0%}, below the {share:.0%} asked for: steps are of 4 channels or more")
     say(f"training what is left for {tuning.epochs} epochs")
     fine_tune(pruned.module, task.train, task.loss, tuning, teacher=module)
     after = _figures(pruned.module, example, task, predicted(pruned.module))
     return Thinned(pruned.module, profile.quantity, before, after, pruned.removals)
 
 
-def phrase(quantity: Quantity) -> str:
-    """A quantity in words, so that what was modelled says so."""
-    return quantity.replace("_", " ")
+def chance(task: Task) -> float | None:
+    """Share of right answers that says nothing: always the commonest class, and two standard errors. None: regression.
+
+    A model with that little accuracy is untrained, or its weights were not loaded.
+    """
+    if task.loss == "mean_squared_error" or not len(task.test.y):
+        return None
+    classes = task.test.y if task.loss == "cross_entropy" else task.test.y > _HALF
+    counts = torch.unique(classes, return_counts=True)[1]
+    common = float(counts.max() / counts.sum())
+    return min(1.0, common + 2 * (common * (1 - common) / len(task.test.y)) ** 0.5) if common < 1 else None
 
 
 def description(module: nn.Module, example: torch.Tensor, task: Task) -> dict[str, Any]:

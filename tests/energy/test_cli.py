@@ -253,3 +253,15 @@ def test_repeated_runs_are_reported_as_means(rapl: Path) -> None:
     assert report["mean"]["joules"] == pytest.approx(4.0, abs=0.3)
     assert report["mean"]["rails_joules"]["package-0"] == report["mean"]["joules"]
     assert "note: 1 of 3 runs have problems and are left out" in result.stderr
+
+
+def test_help_lists_every_command_with_a_summary() -> None:
+    """Commands of other packages too, and without marks of the source's markup."""
+    found = call("--help")
+    assert found.returncode == 0
+    assert "``" not in found.stdout
+    rows = [line.split(maxsplit=1) for line in found.stdout.splitlines() if line.startswith("  ")]
+    summaries = {row[0]: row[1] for row in rows if len(row) > 1}
+    assert "a training step" in summaries["predict"]
+    if "prune" in summaries:  # the package may not be installed
+        assert "remove channels" in summaries["prune"]

@@ -24,7 +24,7 @@ from energy.thor.fitting import fit_profile  # noqa: E402
 from energy.thor.layers import partition  # noqa: E402
 from energy.thor.profile import Cost, Device, Family, Point, Profile, load_profile, save_profile  # noqa: E402
 from exporters._tuning import Samples  # noqa: E402
-from exporters.thinning import Task, description  # noqa: E402
+from exporters.thinning import Task, chance, description  # noqa: E402
 
 SOURCE = """
 import torch
@@ -159,3 +159,35 @@ def test_a_share_that_cannot_be_reached_is_refused(folder, capsys):
     assert prune("--test", "test.npz", "--share", "0.01") == 1
     assert "pruning stops at" in capsys.readouterr().err
     assert not (folder / "thin.bundle").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_missing_file_is_said_without_the_agent(capsys):
+    """Whoever prunes has no agent to configure; the option is named."""
+    files = ["--profile", "energy-profile.json", "-o", "thin.bundle", "--data"]
+    assert cli.main(["prune", "waves_model:build", *files, "nothere.npz"]) == 2
+    said = capsys.readouterr().err
+    assert "--data nothere.npz: there is no such file" in said
+    assert "agent" not in said
+    np.savez("odd.npz", images=np.zeros((3, 4, 20), np.float32))
+    assert cli.main(["prune", "waves_model:build", *files, "odd.npz"]) == 2
+    said = capsys.readouterr().err
+    assert "odd.npz" in said
+    assert "agent" not in said
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_untrained_model_and_an_end_below_the_share_are_said(capsys):
+    """Fresh weights answer by chance; whole blocks of channels overshoot."""
+    assert prune("--test", "test.npz", "--share", "0.97") == 0
+    said = capsys.readouterr().err
+    assert "no better than chance: was it trained?" in said
+    assert "below the 97% asked for: steps are of 4 channels or more" in said
+
+
+def test_chance_is_the_commonest_class():
+    """Of 100 samples with 80 of one class, 80 % and two standard errors; none for numbers."""
+    y = torch.tensor([0] * 80 + [1] * 20)
+    samples = Samples(torch.zeros(100, 1), y)
+    assert chance(Task("cross_entropy", "sgd", samples, samples)) == pytest.approx(0.88)
+    assert chance(Task("mean_squared_error", "sgd", samples, samples)) is None

@@ -20,7 +20,6 @@ import numpy as np
 
 from coordinator.report import run_ledger
 from coordinator.store import Store
-from coordinator.wording import energy_words
 from examples.local_fleet import LocalFleet
 
 if TYPE_CHECKING:
@@ -120,8 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_round(entry: dict[str, Any]) -> None:
-    known = energy_words(entry["energy"])
-    energy = "" if known == "-" else f"  {known}"
+    energy = "".join(
+        f"  {entry['energy'][key]:5.2f} J {word}"
+        for key, word in (("joules", "measured"), ("modelled_joules", "modelled"))
+        if entry["energy"][key] is not None
+    )
+    energy += " ?" if entry["energy"]["doubtful_jobs"] else ""
     accuracy = "" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:6.1%}  "
     up, down = entry["bytes_up"] / 1e3, entry["bytes_down"] / 1e3
     _say(
@@ -137,7 +140,11 @@ def _table(summary: dict[str, Any]) -> None:
     _say("")
     for key in ("run", "status", "accuracy", "rounds", "devices", "seconds"):
         value = summary[key]
-        _say(f"  {key:12s} {value:.4f}" if isinstance(value, float) else f"  {key:12s} {value}")
+        _say(
+            f"  {key:12s} {value:.{4 if key == 'accuracy' else 1}f}"
+            if isinstance(value, float)
+            else f"  {key:12s} {value}"
+        )
     if updates:
         _say(f"\n  {'':12s} {'sent':>12s} {'as float32':>12s} {'saving':>8s}")
         for name, sent, ratio in (
@@ -157,6 +164,7 @@ def _table(summary: dict[str, Any]) -> None:
 def _energy(summary: dict[str, Any]) -> None:
     energy, ledger = summary["energy"], summary["ledger"]
     _say(f"\n  {'energy':34s} {'joules':>12s}")
+    totals = {"measured": 0.0, "modelled": 0.0}
     rows = [
         ("training", "train_joules", "train_modelled_joules"),
         ("compression", "compress_joules", "compress_modelled_joules"),
@@ -167,17 +175,29 @@ def _energy(summary: dict[str, Any]) -> None:
         for key, word in ((measured, "measured"), (modelled, "modelled")):
             values = [row[key] for row in ledger if key is not None and row[key] is not None]
             if values:
-                _say(f"  {name + ', ' + word:34s} {sum(values):12.3f} J")
+                totals[word] += sum(values)
+                _say(f"  {name + ', ' + word:34s} {sum(values):12.1f} J")
+    for word, joules in totals.items():
+        if joules > 0:
+            _say(f"  {'total, ' + word:34s} {joules:12.1f} J")
     if not any(energy[key] is not None for key in ("joules", "modelled_joules", "radio_modelled_joules")):
         _say("  unknown: no device has a sensor, or watts to model from")
     elif energy["unknown_jobs"]:
         _say(f"  unknown for {energy['unknown_jobs']} of {len(ledger)} jobs")
     if energy["doubtful_jobs"]:
         _say(f"  ? doubtful for {energy['doubtful_jobs']} of {len(ledger)} jobs: their devices' logs say why")
+    _sources(ledger)
+
+
+def _sources(ledger: list[dict[str, Any]]) -> None:
     sources = {(row["sensor"], row["quality"], row["covers"]) for row in ledger if row["quality"] or row["sensor"]}
     for sensor, quality, covers in sorted(sources, key=str):
         by = "by a model" if quality == "modelled" else f"measured by {sensor}"
         _say(f"  {by}: {covers or 'what it covers is not known here'}")
+    if any(quality == "modelled" for _, quality, _ in sources):
+        _say(
+            "  but for the radio they are of the CPU time that the agents added; the first round also loads the models"
+        )
 
 
 def _say(text: str) -> None:

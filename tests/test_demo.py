@@ -51,6 +51,8 @@ def _check_energy(summary: dict, text: str) -> None:
         assert (energy[total] or 0) == pytest.approx(sum(rounds), abs=0.001)
         word = "measured" if total == "joules" else "modelled"
         assert (f"training, {word}" in text) == bool(known)
+        assert (f"total, {word}" in text) == bool(known)
+    assert "are of the CPU time that the agents added; the first round also loads the models" in text
 
 
 def _check_model(folder: Path, accuracy: float) -> None:

@@ -143,9 +143,9 @@ def _check_budget(pack: Any, settings: Settings, gauge: CpuGauge | MeterGauge, k
     from energy.thor.profiling import budget_need
 
     need = budget_need(pack, settings, gauge.window_s, known)
-    if settings.budget_s >= need.least_s:
+    if settings.budget_s >= need.least_s > 0:
         _say(f"{need.least_s:.0f} s of {settings.budget_s:.0f} s are needed for points enough to fit every kind")
-    elif settings.fitted:
+    elif settings.fitted and need.least_s > 0:
         raise UsageError(f"{need.refusal(settings.budget_s)}, or --measure-only in several sessions with --resume")
 
 

@@ -31,7 +31,7 @@ def refused(capsys, *arguments, codes=(1, 2)):
     error = capsys.readouterr().err.strip()
     assert code in codes, error
     assert all(line.startswith("edge-energy: ") for line in error.splitlines()), error
-    said = [line for line in error.splitlines() if line != "edge-energy: profiling by CPU time"]
+    said = [line for line in error.splitlines() if line != "edge-energy: profiling by CPU seconds"]
     assert len(said) == 1, error
     return said[0]
 

@@ -31,6 +31,7 @@ EXAMPLE = (
     "  edge-energy fit points.json -o energy-profile.json                 # on a workstation"
 )
 
+DEFAULT_BUDGET_S = 300.0
 IDLE_S = 5.0
 ANCHOR_ROUNDS = 5
 _ANCHOR_WINDOWS = 2.0  # the longest step, in bursts, of a model that others are compared with in every round
@@ -45,10 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-s",
         type=float,
-        default=300.0,
         metavar="SECONDS",
-        help="time to measure (default 300); every kind of layer needs 4 points, and a budget too small for them is "
-        "refused with one that does",
+        help="time to measure (default: 300, or three times what a fit needs); every kind of layer needs 4 points, and "
+        "a budget too small for them is refused with one that does",
     )
     parser.add_argument("--batch", type=int, metavar="N", help="samples per step (default: what the pack says)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a step (default 1)")
@@ -68,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Profiles; 0 also if it was interrupted, since what was measured is kept."""
-    if options.budget_s <= 0 or options.threads < 1 or (options.batch is not None and options.batch < 1):
+    if (
+        (options.budget_s is not None and options.budget_s <= 0)
+        or options.threads < 1
+        or (options.batch is not None and options.batch < 1)
+    ):
         raise UsageError("--budget-s, --threads and --batch must be above 0")
     if not options.output.parent.is_dir():
         raise UsageError(f"{options.output}: there is no folder {options.output.parent}; make it, or choose another -o")
@@ -111,14 +115,14 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
     settings = Settings(
         batch=options.batch or pack.table.batch,
         threads=options.threads,
-        budget_s=options.budget_s,
+        budget_s=options.budget_s or DEFAULT_BUDGET_S,
         seed=options.seed,
         fitted=not options.measure_only,
     )
     job = _Job(options, gauge, meter)
     job.earlier = _earlier(options, gauge, job.sensed)
     known = [] if job.earlier is None else job.earlier.families
-    _check_budget(pack, settings, gauge, known)
+    settings = _with_budget(pack, settings, gauge, known, given=options.budget_s is not None)
     wholes = [_whole(path, settings) for path in options.anchor]
     job.idle()
     profiler = Profiler(pack, gauge, settings, anchor=_drift_anchor(wholes, gauge), known=known, say=_say)
@@ -126,7 +130,7 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
         for points in profiler.batches():
             saved = job.save(profiler, fitted=False)
             in_all = sum(len(family.points) for family in saved.families)
-            left_s = max(0.0, options.budget_s - profiler.seconds)
+            left_s = max(0.0, settings.budget_s - profiler.seconds)
             _say(f"{points} points new, {profiler.again} measured again, {in_all} in all; {left_s:.0f} s left")
     except KeyboardInterrupt:
         _say("interrupted: keeping what was measured")
@@ -138,15 +142,23 @@ def _profile(options: argparse.Namespace, pack: Any, gauge: CpuGauge | MeterGaug
     return 0
 
 
-def _check_budget(pack: Any, settings: Settings, gauge: CpuGauge | MeterGauge, known: list[Family]) -> None:
-    """Refuses a budget that no fit of all kinds can come of; without a fit, the points of several sessions may do."""
+def _with_budget(
+    pack: Any, settings: Settings, gauge: CpuGauge | MeterGauge, known: list[Family], *, given: bool
+) -> Settings:
+    """Refuses a given budget that no fit of all kinds can come of, and makes the default one large enough.
+
+    Without a fit, the points of several sessions may do.
+    """
     from energy.thor.profiling import budget_need
 
     need = budget_need(pack, settings, gauge.window_s, known)
+    if not given:
+        settings = settings._replace(budget_s=max(settings.budget_s, 3 * need.least_s))
     if settings.budget_s >= need.least_s > 0:
         _say(f"{need.least_s:.0f} s of {settings.budget_s:.0f} s are needed for points enough to fit every kind")
     elif settings.fitted and need.least_s > 0:
         raise UsageError(f"{need.refusal(settings.budget_s)}, or --measure-only in several sessions with --resume")
+    return settings
 
 
 def _drift_anchor(wholes: list[_Whole], gauge: CpuGauge | MeterGauge) -> Stepper | None:
@@ -227,10 +239,11 @@ def _merged(earlier: Profile, now: Profile) -> Profile:
     """What both sessions found; the points of the earlier one are in ``now`` already."""
     import msgspec
 
-    again = {model.model for model in now.metered}
+    again, here = {model.model for model in now.metered}, {family.kind for family in now.families}
     offset_s = earlier.profiling_seconds
     return msgspec.structs.replace(
         now,
+        families=[*now.families, *(family for family in earlier.families if family.kind not in here)],
         profiling_seconds=offset_s + now.profiling_seconds,
         idle_watts=earlier.idle_watts if now.idle_watts is None else now.idle_watts,
         metered=[*(model for model in earlier.metered if model.model not in again), *now.metered],

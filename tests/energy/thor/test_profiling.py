@@ -321,6 +321,18 @@ def test_points_of_another_sensor_are_not_mixed_in(tmp_path, capsys):
     assert "of sensor 'plug'" in capsys.readouterr().err
 
 
+def test_kinds_of_another_pack_stay_in_a_resumed_profile(tmp_path):
+    """A second pack adds its kinds; those of the first are not lost."""
+    output = tmp_path / "profile.json"
+    assert command(dense_pack(tmp_path / "a.probes"), "-o", output, "--measure-only", "--budget-s", 1) == 0
+    profile = load_profile(output)
+    other = msgspec.structs.replace(profile.families[0], kind="conv2d")
+    save_profile(msgspec.structs.replace(profile, families=[*profile.families, other]), output)
+    again = ["-o", output, "--measure-only", "--budget-s", 1, "--resume"]
+    assert command(dense_pack(tmp_path / "b.probes"), *again) == 0
+    assert {"conv2d", "linear"} <= {family.kind for family in load_profile(output).families}
+
+
 def test_anchors_set_the_factor(tmp_path, monkeypatch):
     """Models measured 20 % above their layers: estimates rise by 20 %, and the models are kept as anchors."""
     pytest.importorskip("scipy")

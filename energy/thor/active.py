@@ -29,9 +29,6 @@ def choose(
     candidates: Sequence[Sizes],
     references: Sequence[Sizes],
     count: int,
-    *,
-    weights: Sequence[float] | None = None,
-    prices: Sequence[float] | None = None,
 ) -> list[int]:
     """Positions of up to ``count`` candidates, the best first; fewer only if there are fewer.
 
@@ -40,23 +37,19 @@ def choose(
         candidates: layers that could be measured.
         references: layers that shall be predicted well; only their sizes matter.
         count: how many to choose at a time.
-        weights: importance of each reference, for example its share of a model's cost; alike where None.
-        prices: what measuring each candidate costs, in any unit; alike where None.
     """
     if not references or count <= 0:
         return []
     split = len(candidates)
     mean, covariance = process.posterior([*candidates, *references])
     noise = process.noise_variance(mean[:split]) + 1e-9
-    share = np.ones(len(references)) if weights is None else np.asarray(weights, dtype=np.float64)
-    price = np.ones(split) if prices is None else np.asarray(prices, dtype=np.float64)
     chosen: list[int] = []
     for _ in range(min(count, split)):
         own = np.maximum(np.diag(covariance), 0.0)
         variance, open_variance = own[:split] + noise, own[split:] + TOLERANCE**2
         fall = covariance[:split, split:] ** 2 / variance[:, None]
         after = np.sqrt(np.maximum(open_variance - fall, 0.0))
-        gain = (np.sqrt(open_variance) - after) @ share / price
+        gain = (np.sqrt(open_variance) - after).sum(axis=1)
         gain[chosen] = -1.0
         best = int(np.argmax(gain))
         chosen.append(best)

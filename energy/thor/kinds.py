@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from energy.thor import active, interleave
-from energy.thor.features import flops
+from energy.thor.features import Floats, flops
 from energy.thor.fitting import MINIMUM_POINTS, fit
 from energy.thor.process import Process, prior
 from energy.thor.profile import Cost, Point, Quantity
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from energy.thor.layers import LayerSpec, Sizes
     from energy.thor.pack import Probe
 
-_REFIT_EVERY = 6
+_REFIT_EVERY = 4
 
 
 class Measured(NamedTuple):
@@ -107,23 +107,20 @@ class Kind:
         sizes = [probe.spec(self._batch).sizes for probe in candidates]
         references = [spec.sizes for spec in self.references] or sizes
         count = min(count, most - len(self.done))
-        chosen = active.choose(process, sizes, references, count, weights=self.weights(points, quantity))
+        chosen = active.choose(process, sizes, references, count)
         return [candidates[index] for index in chosen]
 
-    def weights(self, points: Sequence[Point], quantity: Quantity) -> list[float] | None:
-        """What each reference costs in its model, about; None where nothing is known."""
-        if not self.references:
-            return None
+    def _costs(self, points: Sequence[Point], quantity: Quantity) -> Floats:
+        """What each reference costs in its model, about, by FLOPs."""
         rates = [
             point.costs[quantity].mean / flops(self.kind, point.sizes) for point in points if quantity in point.costs
         ]
         rate = float(np.median(rates)) if rates else 1.0
-        # Small layers count too: models yet to come may have more of them.
-        return [float(spec.calls * rate * flops(self.kind, spec.sizes)) ** 0.5 for spec in self.references]
+        return np.array([spec.calls * rate * flops(self.kind, spec.sizes) for spec in self.references], np.float64)
 
     def need(self, points: Sequence[Point], quantity: Quantity, *, fitted: bool) -> float:
         """How much its uncertainty adds to that of the models, as a standard deviation."""
-        costs = np.array(self.weights(points, quantity) or [0.0]) ** 2
+        costs = self._costs(points, quantity)
         if not fitted or len(points) < MINIMUM_POINTS or not self.references:
             return float(costs.sum() / np.sqrt(max(len(points), 1)))
         process = self.belief(points, quantity, fitted=True)

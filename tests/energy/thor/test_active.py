@@ -36,16 +36,6 @@ def test_what_was_measured_is_not_chosen_again() -> None:
     assert choose(process, [*rows, distant], [distant], 1) == [5]
 
 
-def test_weights_and_prices_turn_the_choice() -> None:
-    """The reference that matters pulls the choice; a dear candidate must be worth it."""
-    low, high = {**CANDIDATES[0], "batch": 1}, {**CANDIDATES[0], "batch": 4000}
-    rows = [{**CANDIDATES[0], "batch": 60}]
-    process = Process("conv2d", rows, [cost(rows[0])], [0.01], parameters=parameters(1))
-    assert choose(process, [low, high], [low, high], 1, weights=[1.0, 0.01]) == [0]
-    assert choose(process, [low, high], [low, high], 1, weights=[0.01, 1.0]) == [1]
-    assert choose(process, [low, low], [low], 1, prices=[5.0, 1.0]) == [1]
-
-
 def test_fewer_candidates_than_asked_for() -> None:
     """All that there are, each once; nothing without references."""
     start = prior("conv2d", CANDIDATES)

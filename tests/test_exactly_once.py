@@ -71,7 +71,7 @@ def test_kills_lose_and_double_nothing(tmp_path: Path, mosquitto_program: str, s
         run = fleet.command("submit", str(tmp_path / "plan.toml"))["run"]
         killed = _kill_at_random(fleet, run, random)
         store = fleet.store()
-        wait_until(lambda: store.run(run).row.status != "running", 90, "the run to end", fleet.logs)
+        wait_until(lambda: store.run(run).row.status != "running", 240, "the run to end", fleet.logs)
         assert store.run(run).row.status == "finished", (store.run(run).row, killed)
         wait_until(lambda: not _open_updates(fleet), 40, "a verdict for every finished update", fleet.logs)
         store.close()

@@ -30,7 +30,6 @@ from energy.thor.process import Process
 from energy.thor.profiling import NEXT_POINTS, START_POINTS
 
 if TYPE_CHECKING:
-
     from benchmarks.layer_joules import LayerTable
 
 HELD_OUT, RANDOM_START = 300, 8

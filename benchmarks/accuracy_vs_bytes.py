@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.fashion import MODELS, Task, load
 from benchmarks.report import parser, print_report
 from benchmarks.wire import Wire
-from coordinator.methods.fedavgm import FedAvgM
+from coordinator.aggregation.fedavgm import FedAvgM
 from edge_runtime.compression.container import update_tag
 from edge_runtime.compression.grid import SharedModel
 from edge_runtime.compression.pipeline import CodecSpec, decode, encode

@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coordinator.methods import ServerMethod
+    from coordinator.aggregation import ServerMethod
     from coordinator.plan import Plan, load_plan
-    from coordinator.selection import Selector
+    from coordinator.scheduling import Selector
     from coordinator.server import Coordinator
     from coordinator.settings import ServerSettings
 
 _HOMES = {
     "Coordinator": "coordinator.server",
     "Plan": "coordinator.plan",
-    "Selector": "coordinator.selection",
-    "ServerMethod": "coordinator.methods",
+    "Selector": "coordinator.scheduling",
+    "ServerMethod": "coordinator.aggregation",
     "ServerSettings": "coordinator.settings",
     "load_plan": "coordinator.plan",
 }

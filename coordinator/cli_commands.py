@@ -110,7 +110,7 @@ def _version(store: Store, stored: StoredRun, version: int) -> BlobRef:
 
 def verify(options: argparse.Namespace) -> int:
     """Builds every model again and compares hashes; 1 if one differs."""
-    from coordinator.aggregation import recompute
+    from coordinator.aggregation.making import recompute
     from edge_runtime.bundle import Bundle
 
     store = open_store(options)

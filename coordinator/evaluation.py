@@ -16,7 +16,7 @@ from edge_runtime.training.onnx_trainer import OnnxTrainer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coordinator.methods.base import Vector
+    from coordinator.aggregation.base import Vector
     from coordinator.model_blobs import Blobs
     from edge_runtime.messages import BlobRef, Evaluation
 

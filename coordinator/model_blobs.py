@@ -14,7 +14,7 @@ from edge_runtime.messages import BlobRef
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coordinator.methods.base import State, Vector
+    from coordinator.aggregation.base import State, Vector
     from coordinator.plan import Plan
     from edge_runtime.compression import Layout
     from edge_runtime.store.blobs import StoredBlob

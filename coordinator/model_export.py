@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from coordinator.methods.base import Vector
+    from coordinator.aggregation.base import Vector
     from edge_runtime.bundle import Bundle
 
 _FORMATS = ".onnx, .safetensors"

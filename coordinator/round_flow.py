@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from coordinator import events as e
 from coordinator.budget import update_budget
 from coordinator.ledger import ledger_row
-from coordinator.selection import RoundRequest
+from coordinator.scheduling import RoundRequest
 from coordinator.wording import counted
 from edge_runtime.messages import Evaluation
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from coordinator.fleet import FleetView
     from coordinator.run_state import RunState
-    from coordinator.selection import Choice
+    from coordinator.scheduling import Choice
     from edge_runtime.messages import EnergyUse
 
 

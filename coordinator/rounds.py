@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator import events as e
 from coordinator.round_flow import Work, advance, aggregate_effect, finish, note_holding, progress, start_evaluations
-from coordinator.selection import Outcome
+from coordinator.scheduling import Outcome
 from coordinator.wording import counted
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from coordinator.aggregation import Made
+    from coordinator.aggregation.making import Made
     from coordinator.fleet import Fleet
     from coordinator.store import Store, StoredRun
     from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta

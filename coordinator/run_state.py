@@ -10,21 +10,21 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from coordinator.aggregation import create_method
 from coordinator.chain import cheapest_base
 from coordinator.events import AssignmentRow, HoldingRow, RoundRow, RunRow, UpdateRow
 from coordinator.fleet import requirement
-from coordinator.methods import create_method
-from coordinator.selection import SELECTORS, Outcome
+from coordinator.scheduling import SELECTORS, Outcome
 from edge_runtime.messages import ModelRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from coordinator.aggregation import ServerMethod
     from coordinator.events import Row
     from coordinator.fleet import Requirement
-    from coordinator.methods import ServerMethod
     from coordinator.plan import Plan
-    from coordinator.selection import Selector
+    from coordinator.scheduling import Selector
     from edge_runtime.messages import BlobRef, UpdateId
 
 

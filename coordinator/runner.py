@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import HELD_IN_MEMORY, decode_update, make_model
+from coordinator.aggregation import create_method
+from coordinator.aggregation.making import HELD_IN_MEMORY, decode_update, make_model
 from coordinator.errors import ModelError
-from coordinator.methods import create_method
 from coordinator.model_blobs import read_held
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.container import size_limit
@@ -16,7 +16,7 @@ from edge_runtime.errors import CodecError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from coordinator.aggregation import Made
+    from coordinator.aggregation.making import Made
     from coordinator.events import Aggregate, RoundRow, RunRow
     from coordinator.plan import Plan
     from coordinator.run_state import RunState
@@ -70,7 +70,7 @@ class RunFiles:
         return ""
 
     def aggregate(self, effect: Aggregate) -> Made:
-        """Makes the next model; see :func:`coordinator.aggregation.make_model`."""
+        """Makes the next model; see :func:`coordinator.aggregation.making.make_model`."""
         return make_model(self._blobs, self._plan, effect, self._layout)
 
     def evaluate(self, model: BlobRef) -> Evaluation:

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator.aggregation import make_initial
+from coordinator.aggregation import create_method
+from coordinator.aggregation.making import make_initial
 from coordinator.budget import FLOAT_BYTES, LEAST_BYTES, change_budget, smallest_budget
-from coordinator.methods import create_method
 from coordinator.plan import check_codecs, check_finite
 from coordinator.run_state import RunState
 from edge_runtime.bundle import Bundle

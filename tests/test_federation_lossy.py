@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("onnx")
 
-from coordinator.aggregation import recompute
+from coordinator.aggregation.making import recompute
 from coordinator.model_blobs import read_shared
 from coordinator.plan import DEFAULT_CODEC
 from coordinator.report import run_summary

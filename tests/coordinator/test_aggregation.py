@@ -7,11 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from coordinator import aggregation
 from coordinator import events as e
+from coordinator.aggregation import create_method
+from coordinator.aggregation import making as aggregation
+from coordinator.aggregation.fedavg import FedAvg
 from coordinator.errors import ModelError
-from coordinator.methods import create_method
-from coordinator.methods.fedavg import FedAvg
 from coordinator.model_blobs import read_model, read_shared
 from coordinator.plan import Downlink
 from edge_runtime.compression import Layout

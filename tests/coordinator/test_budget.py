@@ -12,7 +12,7 @@ from coordinator import events as e
 from coordinator.budget import change_budget, smallest_budget, update_budget, warmed_up
 from coordinator.plan import Downlink, Uplink, check_codecs, check_finite
 from coordinator.rounds import step
-from coordinator.selection.random import RandomSelector
+from coordinator.scheduling.random import RandomSelector
 from coordinator.submission import check_budgets
 from edge_runtime.compression import Layout
 from edge_runtime.compression.pipeline import CodecSpec, encode

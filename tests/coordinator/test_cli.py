@@ -16,7 +16,7 @@ import pytest
 
 from coordinator import cli
 from coordinator import events as e
-from coordinator.aggregation import make_model
+from coordinator.aggregation.making import make_model
 from coordinator.evaluation import evaluate_blob
 from coordinator.report import run_summary
 from coordinator.rounds import resume, step

@@ -7,12 +7,12 @@ from random import Random
 import numpy as np
 import pytest
 
-from coordinator.aggregation import aggregate
+from coordinator.aggregation import METHODS
+from coordinator.aggregation.making import aggregate
 from coordinator.errors import PluginError
 from coordinator.events import UpdateRow
-from coordinator.methods import METHODS
 from coordinator.plugins import Registry
-from coordinator.selection import SELECTORS, Outcome, RoundRequest
+from coordinator.scheduling import SELECTORS, Outcome, RoundRequest
 from edge_runtime.compression import Layout
 from edge_runtime.compression.container import update_tag
 from edge_runtime.compression.pipeline import CodecSpec, encode

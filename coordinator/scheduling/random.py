@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from coordinator.fleet import FleetView
-    from coordinator.selection.base import Choice, Outcome, RoundRequest
+    from coordinator.scheduling.base import Choice, Outcome, RoundRequest
 
 
 class RandomSelector:

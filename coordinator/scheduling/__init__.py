@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from coordinator.plugins import Registry
-from coordinator.selection.base import Choice, Outcome, RoundRequest, Selector
-from coordinator.selection.random import RandomSelector
+from coordinator.scheduling.base import Choice, Outcome, RoundRequest, Selector
+from coordinator.scheduling.random import RandomSelector
 
 SELECTORS: Registry[Selector] = Registry(
     "selector", "coordinator.selectors", {RandomSelector.name: RandomSelector.from_options}

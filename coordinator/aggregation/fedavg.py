@@ -9,7 +9,7 @@ from coordinator.plugins import check_options
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from coordinator.methods.base import State, Totals, Vector
+    from coordinator.aggregation.base import State, Totals, Vector
     from edge_runtime.compression import Update
     from edge_runtime.messages import UpdateMeta
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from coordinator.aggregation import create_method
 from coordinator.budget import change_budget
 from coordinator.errors import ModelError
-from coordinator.methods import create_method
 from coordinator.model_blobs import find, mapped, put, read_held, read_model, read_shared, read_state, store_state
 from coordinator.plan import is_lossless
 from edge_runtime.compression.base import Codec
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from coordinator.aggregation.base import ServerMethod, State, Vector
     from coordinator.events import Aggregate, RoundRow, RunRow, UpdateRow
-    from coordinator.methods.base import ServerMethod, State, Vector
     from coordinator.model_blobs import Blobs
     from coordinator.plan import Plan
     from edge_runtime.compression import Layout, Update

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from coordinator.methods.fedavg import FedAvg
+from coordinator.aggregation.fedavg import FedAvg
 from coordinator.plugins import check_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from coordinator.methods.base import State, Totals, Vector
+    from coordinator.aggregation.base import State, Totals, Vector
 
 
 class FedAvgM(FedAvg):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.methods.base import ServerMethod, State, Vector
-from coordinator.methods.fedavg import FedAvg
-from coordinator.methods.fedavgm import FedAvgM
+from coordinator.aggregation.base import ServerMethod, State, Vector
+from coordinator.aggregation.fedavg import FedAvg
+from coordinator.aggregation.fedavgm import FedAvgM
 from coordinator.plugins import Registry
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from edge_runtime.messages import (
     DeviceState,
     EnergyUse,
     Evaluation,
-    Telemetry,
+    Heartbeat,
+    Role,
     UpdateId,
     UpdateMeta,
 )
@@ -37,6 +38,8 @@ class RunRow(msgspec.Struct, kw_only=True):
     method's own state. ``opened_unix_s`` is when the current round began, ``short_since_unix_s`` since when too few
     devices were there. ``elements`` are the model's numbers; ``bytes_up`` and ``bytes_down`` are packets after the last
     closed round. ``bytes_complete`` is false if the run was taken up again since then: what was counted before is lost.
+    ``selector_memory`` is what the selector remembers beside the histories of devices. ``hyper`` are hyper-parameters
+    that the server optimiser sets for the jobs of this version, over those of the plan.
     """
 
     run: str
@@ -65,6 +68,8 @@ class RunRow(msgspec.Struct, kw_only=True):
     opened_unix_s: float = 0.0
     ended_unix_s: float | None = None
     short_since_unix_s: float | None = None
+    selector_memory: dict[str, float] = {}
+    hyper: dict[str, float] = {}
 
 
 class AssignmentRow(msgspec.Struct, kw_only=True):
@@ -72,8 +77,10 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
 
     ``model`` is the whole model of ``version``. With a lossy downlink ``vector_sha256`` is set, and the device starts
     from its ``base_version`` and applies the changes that follow, or takes the whole model if that is None.
-    ``away``: the device went offline while it was open, so another one may be asked in its place; its update still
-    counts.
+    ``away``: the device went offline while it was open, or its deadline passed in a run without rounds, so another one
+    may be asked in its place; its update still counts. A ``standing`` assignment stays open until the run ends:
+    ``sequence`` is the number of the update that its device pulled last (-1: none yet), ``version``, ``model``,
+    ``steps`` and the times are those of that pull.
     """
 
     run: str
@@ -96,6 +103,9 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     status: AssignmentStatus = "open"
     reason: str = ""
     away: bool = False
+    role: Role = "trainer"
+    standing: bool = False
+    sequence: int = 0
 
 
 class UpdateRow(msgspec.Struct, kw_only=True):
@@ -113,6 +123,54 @@ class UpdateRow(msgspec.Struct, kw_only=True):
     reason: str = ""
     counted_round: int | None = None
     weight: float | None = None
+
+
+class HistoryRow(msgspec.Struct, kw_only=True):
+    """What a run knows of a device from its earlier jobs; selectors read it, only the round machine writes it.
+
+    ``asked`` and ``counted`` are jobs given and updates taken in; ``failures`` of them in a row, without those that the
+    device declined. ``last_round``: when it was asked last (-1: never). ``loss_rms`` and ``samples`` are of its last
+    update. ``elapsed_s`` (from job to update) and ``step_s``, ``step_j`` (of training, as its updates said) are moving
+    averages, None before the first. ``queue_j`` is the virtual energy queue. It declined, or failed, and is not asked
+    before ``not_before_unix_s``.
+    """
+
+    run: str
+    device: str
+    asked: int = 0
+    counted: int = 0
+    failures: int = 0
+    last_round: int = -1
+    loss_rms: float | None = None
+    samples: int | None = None
+    elapsed_s: float | None = None
+    step_s: float | None = None
+    step_j: float | None = None
+    queue_j: float = 0.0
+    not_before_unix_s: float = 0.0
+
+
+class SelectionRow(msgspec.Struct, kw_only=True):
+    """Why each device was chosen or not, at one selection of a round; ``number`` counts those of the run.
+
+    ``report`` is compressed; see :mod:`coordinator.scheduling.explaining`.
+    """
+
+    run: str
+    number: int
+    round: int
+    attempt: int
+    at_unix_s: float
+    report: bytes
+
+
+class TableRow(msgspec.Struct, kw_only=True):
+    """A device's row in the table of a server method that keeps one vector per device (AFA-CS, FedAMD)."""
+
+    run: str
+    device: str
+    blob: BlobRef
+    round: int
 
 
 class HoldingRow(msgspec.Struct, kw_only=True):
@@ -165,10 +223,21 @@ class DeviceRow(msgspec.Struct, kw_only=True):
     last_contact_unix_s: float
     conflict: str = ""
     state: DeviceState
-    telemetry: Telemetry | None = None
+    heartbeat: Heartbeat | None = None
 
 
-Row: TypeAlias = RunRow | AssignmentRow | UpdateRow | LedgerRow | HoldingRow | RoundRow | DeviceRow
+Row: TypeAlias = (
+    RunRow
+    | AssignmentRow
+    | UpdateRow
+    | LedgerRow
+    | HoldingRow
+    | HistoryRow
+    | SelectionRow
+    | TableRow
+    | RoundRow
+    | DeviceRow
+)
 
 
 # Events
@@ -221,7 +290,10 @@ class UpdateDamaged(msgspec.Struct, frozen=True):
 
 
 class JobReported(msgspec.Struct, frozen=True):
-    """A device says that an assignment failed, or that it was ``rejected`` and never begun."""
+    """A device says that an assignment failed, or that it was ``rejected`` and never begun.
+
+    ``declined_s``: rejected because of its owner's limits, which will hold for about so long.
+    """
 
     now: float
     device: str
@@ -229,13 +301,24 @@ class JobReported(msgspec.Struct, frozen=True):
     reason: str
     rejected: bool = False
     energy: EnergyUse | None = None
+    declined_s: float | None = None
+
+
+class Pulled(msgspec.Struct, frozen=True):
+    """A device wants to train its standing assignment now, for ``steps`` steps, as its update ``sequence``."""
+
+    now: float
+    device: str
+    assignment: str
+    sequence: int
+    steps: int
 
 
 class Aggregated(msgspec.Struct, frozen=True):
     """The new model of a round is durable.
 
     ``down``, ``change`` and ``vector_sha256`` are as in :class:`RoundRow`; the bytes are those of this run's packets
-    since the round before.
+    since the round before. ``hyper`` is as in :class:`RunRow`; ``table`` are the rows that changed, by device.
     """
 
     now: float
@@ -248,6 +331,8 @@ class Aggregated(msgspec.Struct, frozen=True):
     bytes_up: int = 0
     bytes_down: int = 0
     bytes_bundle: int = 0
+    hyper: dict[str, float] = {}
+    table: dict[str, BlobRef] = {}
 
 
 class Evaluated(msgspec.Struct, frozen=True):
@@ -280,6 +365,7 @@ Event: TypeAlias = (
     | UpdateArrived
     | UpdateDamaged
     | JobReported
+    | Pulled
     | Aggregated
     | Evaluated
     | StopRequested
@@ -296,6 +382,12 @@ class Save(msgspec.Struct, frozen=True):
 
 class SendJob(msgspec.Struct, frozen=True):
     """Tell a device its assignment."""
+
+    assignment: AssignmentRow
+
+
+class SendStanding(msgspec.Struct, frozen=True):
+    """Tell a device of its standing assignment."""
 
     assignment: AssignmentRow
 
@@ -340,7 +432,9 @@ class Aggregate(msgspec.Struct, frozen=True):
     """Make the next model from these updates, in this order, with these weights; answer with Aggregated.
 
     ``base`` is the server's model of ``version``. ``held`` are the whole models that devices got (``down`` of
-    :class:`RunRow`, or the model itself): of this version, and of those that the updates are relative to.
+    :class:`RunRow`, or the model itself): of this version, and of those that the updates are relative to. For methods
+    with a table: ``table`` are the rows of the devices in ``updates``, and ``members`` is the number of devices that
+    have one or may get one.
     """
 
     run: str
@@ -350,6 +444,9 @@ class Aggregate(msgspec.Struct, frozen=True):
     updates: list[UpdateRow]
     held: dict[int, BlobRef]
     method_state: BlobRef | None = None
+    roles: dict[str, Role] = {}  # by assignment, those that are no trainers
+    table: dict[str, BlobRef] = {}
+    members: int = 0
 
 
 class Evaluate(msgspec.Struct, frozen=True):
@@ -367,5 +464,15 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 Effect: TypeAlias = (
-    Save | SendJob | SendCancel | Fetch | SendDone | SendVerdict | AnswerFromStore | Aggregate | Evaluate | Finished
+    Save
+    | SendJob
+    | SendStanding
+    | SendCancel
+    | Fetch
+    | SendDone
+    | SendVerdict
+    | AnswerFromStore
+    | Aggregate
+    | Evaluate
+    | Finished
 )

@@ -23,11 +23,13 @@ DEFAULT_CODEC = "default"  # both ways, where a plan names none
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every device does with its data. Exactly one of ``epochs`` and ``steps``.
 
+    A selector may give a weak device fewer steps, but not less than ``min_steps``.
     A device that knows what it draws ends a job early at ``job_joules``, and what it reached counts by its samples.
     """
 
     epochs: Annotated[int, msgspec.Meta(ge=1)] | None = None
     steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    min_steps: Annotated[int, msgspec.Meta(ge=1)] = 1
     batch_size: Annotated[int, msgspec.Meta(ge=1)] = 32
     last_batch: Literal["keep", "drop"] = "keep"
     hyper: dict[str, float] = {}
@@ -40,11 +42,20 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who takes part in a round and how long the coordinator waits.
 
+    ``mode`` "synchronous" has rounds, as below. "buffered" (FedBuff) keeps ``concurrency`` devices training, each from
+    the newest model, and makes a model of every ``target`` updates, whatever their version. In "anarchic" runs every
+    eligible device, at most ``concurrency`` if that is given, holds a standing assignment and decides itself when it
+    trains and for how many of at most ``training.steps`` steps, ``interval_s`` apart; every ``target`` updates make a
+    model.
+
     ``target`` updates close a round at once; ``ceil(target * over_commit)`` devices are asked. At the deadline a round
     closes with at least ``minimum`` updates, else it asks again, ``attempts`` times in all, and then the run fails.
     A late update counts up to ``max_staleness`` versions after its own, weighted ``(1 + staleness) ** -exponent``.
     """
 
+    mode: Literal["synchronous", "buffered", "anarchic"] = "synchronous"
+    concurrency: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    interval_s: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
     selector: str = "random"
     selector_options: dict[str, float] = {}
     target: Annotated[int, msgspec.Meta(ge=1)]
@@ -104,6 +115,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     options: dict[str, float] = {}
     server_method: str = "fedavg"
     server_options: dict[str, float] = {}
+    server_optimizer: str = "sgd"
+    server_optimizer_options: dict[str, float] = {}
     uplink: Uplink = Uplink()
     downlink: Downlink = Downlink()
     variant: str | None = None

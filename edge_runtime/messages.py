@@ -23,6 +23,7 @@ MESSAGE_LIMIT_BYTES = 120_000  # under 128 KiB, the smallest packet limit of a c
 Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+Role: TypeAlias = Literal["trainer", "anchor"]
 
 
 def _version_field() -> int:
@@ -105,7 +106,10 @@ class EnergyUse(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="telemetry"):
-    """What the device measures about itself. None: this device cannot measure it (never a silent zero)."""
+    """What the device measures about itself. None: this device cannot measure it (never a silent zero).
+
+    On the wire it is what agents sent before there was a :class:`Heartbeat`; they are understood still.
+    """
 
     v: int = _version_field()
     uptime_s: float
@@ -120,12 +124,58 @@ class Telemetry(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="t
     link_received_bytes: Count | None = None
 
 
+Declines: TypeAlias = Literal["", "charging", "metered", "hours", "battery", "heat", "memory", "joules", "data"]
+DECLINES: tuple[Declines, ...] = ("", "charging", "metered", "hours", "battery", "heat", "memory", "joules", "data")
+HEARTBEAT_LIMIT_BYTES = 64
+_Byte: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
+_Short: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+_Long: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+_Percent: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=100)]
+_Celsius: TypeAlias = Annotated[int, msgspec.Meta(ge=-128, le=255)]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True):
+    """What a device says of itself every so often, retained, in at most 64 bytes; None: it cannot know.
+
+    ``clock_unix_s`` is the device's own clock. ``declines`` indexes :data:`DECLINES`: the owner's limit for which it
+    would decline any job now, 0 for none. ``free_memory_mb`` and ``data_left_mb`` (of this month's cap) are in 10^6
+    bytes, the largest value standing for that or more. ``temperature_margin_c`` is what is left below the device's
+    thermal cap. ``reserve_percent`` is what the owner wants left in the battery. ``up_kbit_s`` and ``down_kbit_s`` are
+    of the link as measured. ``step_us`` and ``step_uj`` are time and energy of one training step of the bundle whose
+    SHA-256 begins with ``bundle`` (4 bytes; empty: none was trained yet). ``availability_percent`` is how likely the
+    device thinks it could train during the next hour, from its own history. ``joules_left`` are of this day.
+    """
+
+    v: _Byte = 1
+    uptime_s: _Long = 0
+    clock_unix_s: _Long = 0
+    clock_synchronised: bool | None = None
+    on_external_power: bool | None = None
+    link_metered: bool | None = None
+    declines: _Byte = 0
+    cpu_percent: _Percent | None = None
+    free_memory_mb: _Short | None = None
+    temperature_c: _Celsius | None = None
+    temperature_margin_c: _Celsius | None = None
+    battery_percent: _Percent | None = None
+    reserve_percent: _Percent | None = None
+    up_kbit_s: _Long | None = None
+    down_kbit_s: _Long | None = None
+    bundle: Annotated[bytes, msgspec.Meta(max_length=4)] = b""
+    step_us: _Long | None = None
+    step_uj: _Long | None = None
+    availability_percent: _Percent | None = None
+    data_left_mb: _Short | None = None
+    joules_left: _Long | None = None
+
+
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="state"):
     """Retained presence and announcement of a device; the last will is the same message with ``online`` false.
 
     The coordinator assigns only what was announced here. ``session`` differs for every connection, so a repeated
     retained copy is told from a reconnect; ``instance`` differs for every agent installation, so two agents with one
-    identity are told apart.
+    identity are told apart. ``abilities`` are what came after the first release: "standing" (standing assignments) and
+    "anchor" (that role). ``battery_wh`` is the capacity of its battery when full.
     """
 
     v: int = _version_field()
@@ -142,6 +192,8 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     datasets: list[DatasetInfo] = []
     limits: Limits | None = None
     energy: EnergySource | None = None
+    abilities: list[str] = []
+    battery_wh: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
 
 
 class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="coordinator"):
@@ -205,6 +257,8 @@ class Job(
         "holdout_fraction": "hf",
         "priority": "p",
         "seed": "q",
+        "role": "ro",
+        "sequence": "sq",
     },
 ):
     """Work for one device: train (and evaluate) one model on local data and send the update.
@@ -213,6 +267,8 @@ class Job(
     ``hyper`` overrides defaults of the bundle's optimiser. ``options`` are hyper-parameters of the client method.
     ``inline`` holds the bytes of the model's last blob where they are few. ``byte_budget`` is for the whole update;
     None leaves it to the codec. Training ends early, and what it reached is sent, when it has drawn ``joule_limit``.
+    ``role``: a trainer takes local steps; an anchor makes one pass without any and sends the gradient at the model it
+    got. ``sequence`` is that of the update: 0 but for jobs of a standing assignment.
     """
 
     v: int = _version_field()
@@ -244,6 +300,37 @@ class Job(
     max_age_s: float | None = None
     priority: int = 0
     seed: Count = 0
+    role: Role = "trainer"
+    sequence: Count = 0
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="standing"):
+    """A standing assignment: the device trains when it chooses, for as many steps as it chooses, again and again.
+
+    Whenever it wants to, it sends a :class:`Pull` and gets a :class:`Job` with the model of that moment. It chooses
+    ``min_steps`` to ``max_steps`` steps, and lets ``interval_s`` pass between two pulls. ``sequence`` is the first
+    number that its next update may have. Ends with a :class:`Cancel`; repeated whenever the device announces itself.
+    """
+
+    v: int = _version_field()
+    run: Name
+    assignment: Name
+    sequence: Count = 0
+    dataset: Name
+    bundle: BlobRef
+    min_steps: Annotated[int, msgspec.Meta(ge=1)] = 1
+    max_steps: Annotated[int, msgspec.Meta(ge=1)]
+    interval_s: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
+
+
+class Pull(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="pull"):
+    """A device wants to train its standing assignment now, for ``steps`` steps, as its update ``sequence``."""
+
+    v: int = _version_field()
+    run: Name
+    assignment: Name
+    sequence: Count
+    steps: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="cancel"):
@@ -256,7 +343,11 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="canc
 
 
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="status"):
-    """The end of a job without an update. ``rejected``: will not start; ``failed``: started and ended."""
+    """The end of a job without an update. ``rejected``: will not start; ``failed``: started and ended.
+
+    ``declined_s``: the job was rejected because of the limits that the device's owner set, and would be for about so
+    many seconds.
+    """
 
     v: int = _version_field()
     run: Name
@@ -264,6 +355,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, t
     status: Literal["failed", "rejected"]
     reason: str = ""
     energy: EnergyUse | None = None
+    declined_s: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
 
 
 class Evaluation(
@@ -297,6 +389,7 @@ class UpdateMeta(
         "evaluation": "e",
         "energy": "j",
         "stopped": "x",
+        "loss_rms": "q",
     },
 ):
     """What a device says about its update; ``evaluation`` is of the received model on the device's hold-out.
@@ -304,6 +397,7 @@ class UpdateMeta(
     ``train_ms`` is wall time; ``encode_cpu_ms`` is CPU time of the codec, so that it can be weighed against the time
     that its bytes would take on the link. ``written_bytes`` went to the device's storage for this job: model, state of
     the codec and update. ``stopped`` says why training ended before its last step (joules, heat), in words.
+    ``loss_rms`` is the root of the mean squared loss of the batches seen.
     """
 
     round: Count
@@ -317,6 +411,7 @@ class UpdateMeta(
     evaluation: Evaluation | None = None
     energy: EnergyUse | None = None
     stopped: str = ""
+    loss_rms: float | None = None
 
 
 class UpdateOffer(
@@ -372,8 +467,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="ver
     reason: str = ""
 
 
-FromDevice: TypeAlias = Telemetry | DeviceState | JobStatus | UpdateOffer | Need | Gone
-FromCoordinator: TypeAlias = CoordinatorState | Job | Cancel | Need | Gone | Done | Verdict
+FromDevice: TypeAlias = Telemetry | DeviceState | JobStatus | UpdateOffer | Need | Gone | Pull
+FromCoordinator: TypeAlias = CoordinatorState | Job | Standing | Cancel | Need | Gone | Done | Verdict
 Message: TypeAlias = FromDevice | FromCoordinator
 
 
@@ -387,6 +482,7 @@ _encoder = msgspec.msgpack.Encoder()
 _version = msgspec.msgpack.Decoder(_Version)
 _from_device: msgspec.msgpack.Decoder[FromDevice] = msgspec.msgpack.Decoder(FromDevice)
 _from_coordinator: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
+_heartbeat: msgspec.msgpack.Decoder[Heartbeat] = msgspec.msgpack.Decoder(Heartbeat)
 
 
 def encode(message: Message) -> bytes:
@@ -402,6 +498,25 @@ def encode(message: Message) -> bytes:
             "send bulk data as a blob"
         )
     return data
+
+
+def encode_heartbeat(heartbeat: Heartbeat) -> bytes:
+    """The bytes of a heartbeat, at most ``HEARTBEAT_LIMIT_BYTES`` whatever it says."""
+    return _encoder.encode(heartbeat)
+
+
+def decode_heartbeat(data: bytes) -> Heartbeat:
+    """The heartbeat in these bytes; what a newer device says beyond what is known here is ignored.
+
+    Raises:
+        MessageError: oversize or malformed.
+    """
+    if len(data) > 4 * HEARTBEAT_LIMIT_BYTES:
+        raise MessageError(f"heartbeat of {len(data)} bytes refused")
+    try:
+        return _heartbeat.decode(data)
+    except _MALFORMED as error:
+        raise MessageError(f"heartbeat refused: {error}") from error
 
 
 def decode_from_device(data: bytes) -> FromDevice:

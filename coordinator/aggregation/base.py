@@ -1,8 +1,8 @@
-"""The server method seam: what is sent down, which updates count for how much, and how they make the next model.
+"""The server's two seams: a method makes one change out of a round's updates, an optimiser applies it to the model.
 
-Methods are pure and keep nothing between calls: state that must survive from round to round goes in and out of
-``apply`` as named arrays and is stored beside the model. numpy is imported where it is used: the round machine asks
-``accept`` and ``weight`` in processes that never aggregate.
+Both are pure and keep nothing between calls: what must survive from round to round goes in and out as named arrays and
+is stored beside the model; a vector per device goes into the method's table. numpy is imported where it is used: the
+round machine asks ``accept`` and ``weight`` in processes that never aggregate.
 """
 
 from __future__ import annotations
@@ -10,38 +10,103 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
-    from edge_runtime.compression import Update
-    from edge_runtime.messages import UpdateMeta
+    from edge_runtime.compression import Layout, Update
+    from edge_runtime.messages import Role, UpdateId, UpdateMeta
 
 Vector: TypeAlias = "npt.NDArray[np.float32]"
-Totals: TypeAlias = "dict[str, npt.NDArray[np.float64]]"
+Sums: TypeAlias = "npt.NDArray[np.float64]"
 State: TypeAlias = "dict[str, npt.NDArray[Any]]"
 
 
+class Contribution(Protocol):
+    """One update that goes into the next model. ``weight`` is what the method's own ``weight`` said of it."""
+
+    update: UpdateId
+    meta: UpdateMeta
+    weight: float
+    staleness: int
+    role: Role
+
+    def decode(self) -> Mapping[str, Update]:
+        """Its vectors by channel; may be called again, and decodes again."""
+        ...
+
+
+class Table(Protocol):
+    """One float32 vector ``[layout.size]`` per device, on disk and compressed; changes are kept with the new model."""
+
+    def get(self, device: str) -> Vector | None:
+        """The row of a device of this round, exactly as it was put; None: it has none (taken for zeros)."""
+        ...
+
+    def put(self, device: str, row: Vector) -> None:
+        """Replaces the row of a device."""
+        ...
+
+
+class Round(Protocol):
+    """What a method has to work with.
+
+    Attributes:
+        contributions: in update id order, at least one.
+        layout: of every channel.
+        base: the model that the next one is made from, float32 ``[layout.size]``.
+        members: devices that have a row in the table or may get one.
+        table: rows of the devices in ``contributions``.
+        seed: of this round, for methods that draw.
+    """
+
+    contributions: Sequence[Contribution]
+    layout: Layout
+    base: Vector
+    members: int
+    table: Table
+    seed: int
+
+    def total(self, channel: str, weight: Callable[[Contribution], float]) -> Sums:
+        """``sum(weight(c) * c[channel])`` in float64, of those with a weight other than 0 that hold the channel.
+
+        Constant memory, and the same bits wherever it runs.
+        """
+        ...
+
+    def matrix(self, channel: str) -> npt.NDArray[np.float32]:
+        """All contributions that hold the channel as rows, ``[n, layout.size]``, on disk if they are many."""
+        ...
+
+    def columns(self, width: int) -> Iterator[slice]:
+        """Slices that cover the layout, for work on a matrix a part at a time."""
+        ...
+
+
 class ServerMethod(Protocol):
-    """One method; one instance serves one run.
+    """Makes one change of the model out of the updates of a round; one instance serves one run.
 
     Attributes:
         name: the name plans use.
-        channels: the vectors of an update that this method wants; devices must send exactly these.
+        channels: the vectors of a trainer's update; devices must send exactly these.
+        roles: channels of the roles that it knows beside trainers.
+        table: whether it keeps a vector per device.
     """
 
     name: ClassVar[str]
     channels: ClassVar[tuple[str, ...]]
+    roles: ClassVar[Mapping[Role, tuple[str, ...]]]
+    table: ClassVar[bool]
 
     def init(self, size: int) -> State:
         """State before round 0 for a model of ``size`` elements; empty for stateless methods."""
         ...
 
     def down(self, model: Vector, state: State) -> dict[str, Vector]:
-        """What devices receive, float32 ``[size]`` by channel: ``{"model": model}``, the model itself.
+        """What devices receive, float32 ``[size]`` by channel: ``{"model": model}``, the model itself, and more.
 
-        Devices take nothing else yet: a plan whose method sends more is refused.
+        Only a lossless downlink carries more than the model.
         """
         ...
 
@@ -53,13 +118,23 @@ class ServerMethod(Protocol):
         """Weight > 0 of an update that is ``staleness`` versions old."""
         ...
 
-    def aggregate(self, totals: Totals, update: Mapping[str, Update], weight: float) -> None:
-        """Adds one update to ``totals`` (float64 ``[size]`` by channel, zeros at the start); in update id order.
+    def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
+        """The change of the model, float64 ``[size]``, and the state for the next round.
 
-        Updates may be sparse: :meth:`~edge_runtime.compression.Update.add_to` touches no more than they hold.
+        What it says of buffers (running statistics) is added to the model as it is, past the optimiser.
         """
         ...
 
-    def apply(self, base: Vector, totals: Totals, weight_sum: float, state: State) -> tuple[Vector, State]:
-        """The next model, float32 ``[size]``, and the state for the next round."""
+
+class ServerOptimizer(Protocol):
+    """Applies changes to the model, as an optimiser applies (negative) gradients."""
+
+    name: ClassVar[str]
+
+    def init(self, size: int) -> State:
+        """State before round 0."""
+        ...
+
+    def apply(self, base: Vector, change: Sums, state: State) -> tuple[Vector, State, dict[str, float]]:
+        """The next model, float32 ``[size]``, the next state, and hyper-parameters for the devices' next jobs."""
         ...

@@ -1,7 +1,8 @@
-"""The selector seam: who is asked, for how much work, until when.
+"""The selector seam: who is asked, for how much work, in which role, until when, and why.
 
-A selector is pure: no clock, no I/O, no randomness but ``request.random``. What it learns comes through ``observe``;
-after a restart the outcomes still stored (those of the last ``max_staleness`` versions) are observed again in order.
+A selector is pure: no clock, no I/O, no randomness but ``request.random``, and nothing kept in the object. What a run
+knows of a device is its :class:`~coordinator.events.HistoryRow`, which the round machine writes; what else a selector
+must remember goes into ``request.memory``. Both are stored with the run, so a restarted coordinator chooses alike.
 """
 
 from __future__ import annotations
@@ -11,23 +12,66 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import msgspec
 
 from coordinator.events import AssignmentRow
-from edge_runtime.messages import UpdateMeta
+from edge_runtime.messages import Role, UpdateMeta
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from random import Random
 
+    from coordinator.events import HistoryRow
     from coordinator.fleet import FleetView
     from coordinator.plan import Plan
 
 
 class RoundRequest:
-    """What is wanted: up to ``count`` of ``candidates`` (sorted names; eligible, idle, not yet asked)."""
+    """What is wanted, and what is known.
 
-    __slots__ = ("attempt", "candidates", "count", "plan", "random", "round", "run")
+    Attributes:
+        run, round, attempt: of the selection.
+        count: so many devices are wanted; fewer may be chosen.
+        candidates: sorted names; eligible, idle, not yet asked, and not kept waiting (``not_before_unix_s``).
+        plan: of the run.
+        random: seeded for this selection.
+        history: by device; a device that was never asked has none.
+        memory: the selector's own numbers, kept with the run; may be changed.
+        bundle: first 4 bytes of its SHA-256, as heartbeats name it.
+        up_bytes: about the bytes of one update.
+        down_bytes: about the bytes that bring a device to the newest model.
+        expected_late: updates of earlier versions that are still on their way.
+    """
+
+    __slots__ = (
+        "attempt",
+        "bundle",
+        "candidates",
+        "count",
+        "down_bytes",
+        "expected_late",
+        "history",
+        "memory",
+        "plan",
+        "random",
+        "round",
+        "run",
+        "up_bytes",
+    )
 
     def __init__(
-        self, *, run: str, round_: int, attempt: int, count: int, candidates: Sequence[str], plan: Plan, random: Random
+        self,
+        *,
+        run: str,
+        round_: int,
+        attempt: int,
+        count: int,
+        candidates: Sequence[str],
+        plan: Plan,
+        random: Random,
+        history: Mapping[str, HistoryRow] | None = None,
+        memory: dict[str, float] | None = None,
+        bundle: bytes = b"",
+        up_bytes: int = 0,
+        down_bytes: int = 0,
+        expected_late: int = 0,
     ) -> None:
         self.run = run
         self.round = round_
@@ -36,6 +80,12 @@ class RoundRequest:
         self.candidates = candidates
         self.plan = plan
         self.random = random
+        self.history = {} if history is None else history
+        self.memory = {} if memory is None else memory
+        self.bundle = bundle
+        self.up_bytes = up_bytes
+        self.down_bytes = down_bytes
+        self.expected_late = expected_late
 
     def choice(self, device: str) -> Choice:
         """The plan's own work for a device; selectors that tailor work replace fields of it."""
@@ -59,6 +109,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     epochs: int | None = None
     steps: int | None = None
+    role: Role = "trainer"
     variant: str | None = None
     cut: str | None = None
     codec: str = "raw"
@@ -66,14 +117,32 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float
 
 
+class Note(msgspec.Struct, frozen=True, array_like=True):
+    """Why a candidate was chosen or not, in a few words, and what the selector computed of it, by name."""
+
+    reason: str
+    figures: dict[str, float] = {}
+
+
+class Selection(msgspec.Struct, kw_only=True):
+    """Who was chosen, and a note for every candidate about which there is something to say."""
+
+    choices: list[Choice]
+    notes: dict[str, Note] = {}
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How an assignment ended: ``meta`` of the update taken in, or None and the reason of the failure."""
+    """How an assignment ended: ``meta`` of the update taken in, or None and the reason of the failure.
+
+    ``declined``: the device did not begin because of its owner's limits.
+    """
 
     assignment: AssignmentRow
     meta: UpdateMeta | None = None
     elapsed_s: float = 0.0
     staleness: int = 0
     reason: str = ""
+    declined: bool = False
 
 
 class Selector(Protocol):
@@ -81,10 +150,23 @@ class Selector(Protocol):
 
     name: ClassVar[str]
 
-    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> list[Choice]:
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:
         """At most ``request.count`` choices among ``request.candidates``, no device twice; fewer is allowed."""
         ...
 
-    def observe(self, device: str, outcome: Outcome) -> None:
-        """Learns how an assignment of ``device`` ended."""
+    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:
+        """Learns how an assignment of ``device`` ended; may change ``memory``."""
+        ...
+
+    def round_closed(
+        self,
+        round_: int,
+        outcomes: Sequence[Outcome],
+        histories: Mapping[str, HistoryRow],
+        memory: dict[str, float],
+    ) -> list[str]:
+        """Learns which updates a round took, in update id order; may change ``memory`` and ``queue_j`` of histories.
+
+        Gives the devices whose history it changed.
+        """
         ...

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from coordinator.plugins import check_options
+from coordinator.scheduling.base import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from coordinator.events import HistoryRow
     from coordinator.fleet import FleetView
-    from coordinator.scheduling.base import Choice, Outcome, RoundRequest
+    from coordinator.scheduling.base import Outcome, RoundRequest
 
 
 class RandomSelector:
@@ -23,9 +25,21 @@ class RandomSelector:
         check_options(options, {})
         return cls()
 
-    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> list[Choice]:  # noqa: ARG002
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:  # noqa: ARG002
         count = min(request.count, len(request.candidates))
-        return [request.choice(device) for device in request.random.sample(request.candidates, count)]
+        return Selection(
+            choices=[request.choice(device) for device in request.random.sample(request.candidates, count)]
+        )
 
-    def observe(self, device: str, outcome: Outcome) -> None:
+    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:
         """Learns nothing."""
+
+    def round_closed(
+        self,
+        round_: int,  # noqa: ARG002
+        outcomes: Sequence[Outcome],  # noqa: ARG002
+        histories: Mapping[str, HistoryRow],  # noqa: ARG002
+        memory: dict[str, float],  # noqa: ARG002
+    ) -> list[str]:
+        """Learns nothing."""
+        return []

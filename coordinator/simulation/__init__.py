@@ -1,0 +1,1 @@
+"""Discrete-event simulation of fleets: the coordinator's own code on a virtual clock."""

@@ -94,7 +94,7 @@ class LinkTrace(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unk
         period, total = self.period_s, delivered[-1]
         if size_bytes <= 0.0:
             return self.round_trip_s
-        if total <= 0.0:
+        if size_bytes * period >= total * CAP_S:
             return CAP_S
         phase = start_s % period
         at = bisect_right(self.times_s, phase) - 1

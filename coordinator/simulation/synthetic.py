@@ -8,14 +8,11 @@ comes and goes all day and charges some hours at night; the clock starts at eigh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from coordinator.simulation.traces import DeviceTrace, LinkTrace, PresenceTrace, Traces
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 TRAINING_WATTS = (6.33, 5.44, 2.98)
 BATTERY_WH = (25.0, 20.0, 15.0)
@@ -106,7 +103,7 @@ def _presences(random: np.random.Generator, count: int, *, charging: bool) -> li
     found = []
     for number in range(count):
         share, cycle = random.uniform(0.3, 0.95), random.uniform(1800.0, 5400.0)
-        online = _spells(random, share * cycle, (1 - share) * cycle)
+        online = spells(random, share * cycle, (1 - share) * cycle, _DAY_S)
         nights: list[tuple[float, float]] = []
         if charging:
             begin = random.uniform(13.0, 17.0) * 3600.0  # plugged in between nine in the evening and one at night
@@ -115,19 +112,14 @@ def _presences(random: np.random.Generator, count: int, *, charging: bool) -> li
     return found
 
 
-def _spells(random: np.random.Generator, on_s: float, off_s: float) -> list[tuple[float, float]]:
-    """Spans of a day, alternately on and off for exponential times of these means, at least a minute each."""
+def spells(random: np.random.Generator, on_s: float, off_s: float, period_s: float) -> list[tuple[float, float]]:
+    """Spans of whole seconds, on and off by turns for exponential times of these means, at least a minute each."""
     at = -float(random.uniform(0.0, on_s + off_s))
     spans: list[tuple[float, float]] = []
-    while at < _DAY_S:
+    while at < period_s:
         end = at + max(float(random.exponential(on_s)), 60.0)
-        if end > 0.0:
-            spans.append((max(at, 0.0), min(end, _DAY_S)))
+        begin, until = float(round(max(at, 0.0))), float(round(min(end, period_s)))
+        if until > begin:
+            spans.append((begin, until))
         at = end + max(float(random.exponential(off_s)), 60.0)
-    return _whole(spans)
-
-
-def _whole(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans in whole seconds; those that vanish are left out."""
-    times: NDArray[Any] = np.round(np.array(spans).reshape(-1, 2))
-    return [(begin, end) for begin, end in times.tolist() if end > begin]
+    return spans

@@ -27,7 +27,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def from_device(device: str, leaf: str) -> str:
-    """Topic that ``device`` writes: ``state`` (retained), ``message``, ``chunk``."""
+    """Topic that ``device`` writes: ``state`` and ``heartbeat`` (both retained), ``message``, ``chunk``."""
     return f"{ROOT}/d/{device}/{leaf}"
 
 

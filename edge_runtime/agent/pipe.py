@@ -59,6 +59,7 @@ class StopEarly(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="s
 
     run: str
     assignment: str
+    sequence: int
     reason: str
 
 

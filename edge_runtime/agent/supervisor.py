@@ -63,7 +63,7 @@ class Supervisor:
         self._fault = False  # the process was killed for what it sent
         self._timer: Timer | None = None
         self._grace: Timer | None = None
-        self._job = ("", "")
+        self._job = ("", "", 0)
 
     @property
     def pid(self) -> int | None:
@@ -80,7 +80,7 @@ class Supervisor:
         if self._process is not None and (self._kill_reason is not None or self._process.poll() is not None):
             self._reap()  # it lingered and is dying or dead: no fault of this request
         self._busy = True
-        self._job = request.job.run, request.job.assignment
+        self._job = request.job.run, request.job.assignment, request.job.sequence
         try:
             if self._process is None:
                 self._start()
@@ -96,9 +96,10 @@ class Supervisor:
         """Asks the worker to end its training after this step and to send what it has; kills it if it goes on."""
         if self._process is None or not self._busy or self._kill_reason is not None:
             return
-        run, assignment = self._job
+        run, assignment, sequence = self._job
+        word = pipe.StopEarly(run=run, assignment=assignment, sequence=sequence, reason=reason)
         with contextlib.suppress(OSError):  # it is dying: its end is still to be read
-            self._write(pipe.encode(pipe.StopEarly(run=run, assignment=assignment, reason=reason)))
+            self._write(pipe.encode(word))
         self._end_grace()
         late = f"{reason}; the step that ran then did not end within {self._stop_grace_s:g} s"
         self._grace = self._loop.call_later(self._stop_grace_s, lambda: self.kill(late))

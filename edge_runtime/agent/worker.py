@@ -91,7 +91,8 @@ class _Requests:
         if not self._ended and self._poll.poll(0):
             self._read()
         asked = self._stop
-        if asked is None or (asked.run, asked.assignment) != (job.run, job.assignment):
+        meant = None if asked is None else (asked.run, asked.assignment, asked.sequence)
+        if asked is None or meant != (job.run, job.assignment, job.sequence):
             return ""
         return asked.reason
 

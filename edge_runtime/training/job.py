@@ -200,7 +200,7 @@ class _Training:
             batch_size=job.batch_size,
             last_batch=job.last_batch,
             hyper=job.hyper,
-            seed=job_seed(job.seed, request.device, job.assignment),
+            seed=job_seed(job.seed, request.device, job.assignment, job.sequence),
         )
         self._personal = method.personal(loaded.layout)
         unknown = self._personal - set(loaded.layout.names)

@@ -72,9 +72,9 @@ def write_update(
         layouts,
         state.codec,
         budget_bytes=job.byte_budget,
-        seed=job_seed(job.seed, request.device, job.assignment),
+        seed=job_seed(job.seed, request.device, job.assignment, job.sequence),
         base_version=job.model_version,
-        tag=update_tag(UpdateId(job.run, request.device, job.assignment, 0)),
+        tag=update_tag(UpdateId(job.run, request.device, job.assignment, job.sequence)),
         reference=received.vector,
     )
     encode_cpu_s = time.process_time() - began_s

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from edge_runtime.training.base import Sampler, TrainSettings
 
 
-def job_seed(seed: int, device: str, assignment: str) -> int:
-    """128-bit seed of one job: the same on every machine, different for every device and assignment."""
-    return int.from_bytes(blake2b(f"{seed}/{device}/{assignment}".encode(), digest_size=16).digest(), "little")
+def job_seed(seed: int, device: str, assignment: str, sequence: int = 0) -> int:
+    """128-bit seed of one job: the same on every machine, different for every device, assignment and sequence."""
+    name = f"{seed}/{device}/{assignment}" + (f"/{sequence}" if sequence else "")
+    return int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "little")
 
 
 @dataclass(frozen=True)

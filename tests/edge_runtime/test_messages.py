@@ -78,6 +78,17 @@ DEVICE_SAYS = {
             stopped="joules",
         ),
     ),
+    "state-with-abilities": m.DeviceState(
+        device="pi-7", online=True, session="s", instance="i", abilities=["anchor", "standing"], battery_wh=18.5
+    ),
+    "status-declined": m.JobStatus(
+        run="run-1", assignment="a3", status="rejected", reason="battery at 12 %", declined_s=900.0
+    ),
+    "offer-with-loss": m.UpdateOffer(
+        update=m.UpdateId("run-1", "pi-7", "a3", 12),
+        meta=m.UpdateMeta(round=3, model_version=2, samples=100, steps=8, loss=0.5, loss_rms=0.75),
+    ),
+    "pull": m.Pull(run="run-1", assignment="a3", sequence=12, steps=40),
     "need": m.Need(sha256=SHA, ranges=[(0, 2), (5, 1)]),
     "gone": m.Gone(sha256=SHA),
 }
@@ -123,6 +134,30 @@ COORDINATOR_SAYS = {
         epochs=1,
         joule_limit=12.5,
     ),
+    "job-anchor": m.Job(
+        run="run-1",
+        assignment="a6",
+        round=3,
+        model_version=2,
+        bundle=BLOB,
+        model=m.ModelRef(blobs=[BLOB]),
+        dataset="digits",
+        deadline_s=60.0,
+        epochs=1,
+        role="anchor",
+        sequence=7,
+    ),
+    "standing": m.Standing(run="run-1", assignment="a3", dataset="digits", bundle=BLOB, max_steps=40),
+    "standing-again": m.Standing(
+        run="run-1",
+        assignment="a3",
+        sequence=13,
+        dataset="digits",
+        bundle=BLOB,
+        min_steps=5,
+        max_steps=40,
+        interval_s=600.0,
+    ),
     "cancel": m.Cancel(run="run-1", assignment="a3", reason="late"),
     "need": m.Need(sha256=SHA, ranges=[(0, 2)]),
     "gone": m.Gone(sha256=SHA),
@@ -141,11 +176,15 @@ def changed(message: m.Message, **fields: object) -> bytes:
 
 
 @pytest.mark.parametrize(("side", "name", "message"), ALL)
-def test_golden_bytes_decode_and_encode_equal(side, name, message):
-    """Yesterday's bytes of every message type still decode to the same message, and it encodes to the same bytes."""
+def test_golden_bytes_decode_and_encode_alike(side, name, message):
+    """Yesterday's bytes of every message type still decode to the same message, and it encodes to the same map.
+
+    Not to the same bytes: the header of a map with over 15 possible fields is longer, also where few are sent.
+    """
     golden = bytes.fromhex(json.loads(GOLDEN.read_text(encoding="ascii"))[f"{side}/{name}"])
     assert DECODE[side](golden) == message
-    assert m.encode(message) == golden
+    ours, theirs = (msgspec.msgpack.decode(data) for data in (m.encode(message), golden))
+    assert list(ours.items()) == list(theirs.items())
 
 
 def test_golden_file_holds_every_message_type():

@@ -155,10 +155,10 @@ def test_training_ends_early_with_what_it_reached(worker, jobs):
     """
     worker.receive()
     slow = DatasetConfig(name="d", factory="noisy:make", options={"path": str(jobs.data), "pause_s": 0.02})
-    worker.send(pipe.StopEarly(run="r", assignment="other", reason="stale"))
+    worker.send(pipe.StopEarly(run="r", assignment="other", sequence=0, reason="stale"))
     worker.send(jobs.request(dataset=slow, epochs=None, steps=100, batch_size=8))
     assert worker.receive() == pipe.PhaseBegun(phase="train")
-    worker.send(pipe.StopEarly(run="r", assignment="a", reason="drew 12 J"))
+    worker.send(pipe.StopEarly(run="r", assignment="a", sequence=0, reason="drew 12 J"))
     while isinstance(reply := worker.receive(), pipe.Progress):
         pass
     assert reply == pipe.PhaseBegun(phase="compress")
@@ -167,7 +167,7 @@ def test_training_ends_early_with_what_it_reached(worker, jobs):
     assert 0 < done.meta.steps < 100
     assert done.meta.samples == min(60, 8 * done.meta.steps)
     assert jobs.delta(done).any()
-    again = worker.answer(jobs.request(assignment="b"))
+    again = worker.answer(jobs.request(sequence=1))  # the next of a standing assignment has the same name
     assert (again.meta.stopped, again.meta.steps) == ("", 8)
 
 

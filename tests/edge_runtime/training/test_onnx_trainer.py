@@ -82,6 +82,7 @@ def test_seeds_decide_the_order(tmp_path):
     first = trainer.train(start, view, settings()).vector.copy()
     assert (trainer.train(start, view, settings(seed=8)).vector != first).any()
     assert len({job_seed(1, "a", "b"), job_seed(1, "b", "b"), job_seed(1, "a", "c"), job_seed(2, "a", "b")}) == 4
+    assert job_seed(1, "a", "b", 0) == job_seed(1, "a", "b") != job_seed(1, "a", "b", 1)
 
 
 def test_hyper_parameters_reach_the_optimiser(tmp_path):

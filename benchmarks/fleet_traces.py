@@ -4,13 +4,13 @@
 
 Speed: the CPU floating-point scores of AI-Benchmark's phones with at least 1 GB, turned into training times by the two
 of them whose training FLASH measured layer by layer (Redmi Note 8, which is the reference device, and Galaxy Note 10):
-time falls with a power of the score. Power, batteries and first charges are EAFL's three classes, by terciles of speed,
-so joules are those of a device model. Links: throughput logs of 3G in trams, trains, buses, cars and on ferries (their
-uplink, which was not logged, is the share of the downlink that one of FLASH's distributions has), and as many that draw
-a rate per half minute from FLASH's nineteen distributions of up- and downlinks, taken as kbit/s. Charging: FLASH's
-half-hourly record of when phones were idle, charging and on Wi-Fi, from its third day on; unknown counts as not. Presence: nobody logged when
-phones with the screen off can be reached, so that is synthetic (on for 30 to 95 % of the day in spells) beside the
-recorded spans. Devices train on battery whenever they are online.
+time falls with a power of the score. Power, batteries and first charges are EAFL's three classes, by terciles of
+speed, so joules are those of a device model. Links: throughput logs of 3G in trams, trains, buses, cars and on ferries
+(their uplink, which was not logged, is the share of the downlink that one of FLASH's distributions has), and as many
+that draw a rate per half minute from FLASH's nineteen distributions of up- and downlinks, taken as kbit/s. Charging:
+FLASH's half-hourly record of when phones were idle, charging and on Wi-Fi, from its third day on; unknown counts as
+not. Presence: nobody logged when phones with the screen off can be reached, so that is synthetic (on for 30 to 95 % of
+the day in spells) beside the recorded spans. Devices train on battery whenever they are online.
 """
 
 from __future__ import annotations

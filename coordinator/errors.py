@@ -23,3 +23,7 @@ class StoreError(CoordinatorError):
 
 class ModelError(CoordinatorError):
     """A stored model cannot be read, evaluated or written in the wanted format."""
+
+
+class ExecutorError(CoordinatorError):
+    """The process that ran a task died, or its result cannot be sent."""

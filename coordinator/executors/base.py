@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -23,9 +24,17 @@ class Shared(Protocol):
         """The bytes, in the process of a task."""
         ...
 
+    def path(self) -> Path:
+        """A file with the bytes, on the machine of a task; not to be written."""
+        ...
+
 
 class Executor(Protocol):
-    """Runs tasks. Its methods are called in one thread."""
+    """Runs tasks. Its methods are called in one thread.
+
+    Attributes:
+        workers: how many tasks run at a time.
+    """
 
     workers: int
 

@@ -25,7 +25,7 @@ from edge_runtime.messages import (
 )
 
 RunStatus: TypeAlias = Literal["running", "finished", "failed", "stopped"]
-AssignmentStatus: TypeAlias = Literal["open", "received", "failed", "cancelled"]
+AssignmentStatus: TypeAlias = Literal["open", "received", "failed", "declined", "cancelled"]
 
 
 # Rows: what the store keeps, one table each.
@@ -39,7 +39,9 @@ class RunRow(msgspec.Struct, kw_only=True):
     devices were there. ``elements`` are the model's numbers; ``bytes_up`` and ``bytes_down`` are packets after the last
     closed round. ``bytes_complete`` is false if the run was taken up again since then: what was counted before is lost.
     ``selector_memory`` is what the selector remembers beside the histories of devices. ``hyper`` are hyper-parameters
-    that the server optimiser sets for the jobs of this version, over those of the plan.
+    that the server optimiser sets for the jobs of this version, over those of the plan. ``places`` are the devices that
+    the round wants at work (0: none asked yet), fewer than usual where the selector chose fewer; then it is not asked
+    again before ``select_after_unix_s``. ``next_selection`` numbers the selections of the run.
     """
 
     run: str
@@ -70,6 +72,9 @@ class RunRow(msgspec.Struct, kw_only=True):
     short_since_unix_s: float | None = None
     selector_memory: dict[str, float] = {}
     hyper: dict[str, float] = {}
+    places: int = 0
+    select_after_unix_s: float = 0.0
+    next_selection: int = 0
 
 
 class AssignmentRow(msgspec.Struct, kw_only=True):
@@ -80,7 +85,7 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     ``away``: the device went offline while it was open, or its deadline passed in a run without rounds, so another one
     may be asked in its place; its update still counts. A ``standing`` assignment stays open until the run ends:
     ``sequence`` is the number of the update that its device pulled last (-1: none yet), ``version``, ``model``,
-    ``steps`` and the times are those of that pull.
+    ``steps`` and the times are those of that pull, and ``pulled`` says whether its update is still to come.
     """
 
     run: str
@@ -106,6 +111,7 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     role: Role = "trainer"
     standing: bool = False
     sequence: int = 0
+    pulled: bool = False
 
 
 class UpdateRow(msgspec.Struct, kw_only=True):

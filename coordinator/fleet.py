@@ -17,11 +17,12 @@ from coordinator.ledger import LONGEST_TEXT
 from edge_runtime.messages import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
     from coordinator.plan import Plan
-    from edge_runtime.messages import DatasetInfo, DeviceState, EnergySource, Telemetry
+    from edge_runtime.messages import DatasetInfo, DeviceState, EnergySource, Heartbeat
 
+EARLY_KEPT = 20_000  # heartbeats of devices that never announced themselves; the broker gives them in any order
 SOURCES_KEPT = 16  # of joules, per device: it has a sensor or two, and a model
 CONFLICT_S = 600.0  # two agents with one name take turns within seconds; a replaced SD card does not come back
 
@@ -33,12 +34,19 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
     codecs: tuple[str, ...]
     method: str
     blob_bytes: int = 0
+    abilities: tuple[str, ...] = ()
 
 
 def requirement(plan: Plan, blob_bytes: int = 0) -> Requirement:
     """What a plan asks of a device."""
     codecs = tuple(sorted({plan.uplink.codec, plan.downlink.codec}))
-    return Requirement(dataset=plan.dataset, codecs=codecs, method=plan.method, blob_bytes=blob_bytes)
+    return Requirement(
+        dataset=plan.dataset,
+        codecs=codecs,
+        method=plan.method,
+        blob_bytes=blob_bytes,
+        abilities=("standing",) if plan.participation.mode == "anarchic" else (),
+    )
 
 
 @dataclass
@@ -52,8 +60,8 @@ class Device:
     name: str
     state: DeviceState
     last_contact_unix_s: float
-    telemetry: Telemetry | None = None
-    telemetry_unix_s: float | None = None
+    heartbeat: Heartbeat | None = None
+    heartbeat_unix_s: float | None = None
     conflict: str = ""
     instances: dict[str, float] = field(default_factory=dict)  # installation -> when it was last seen
     switched_unix_s: float = 0.0
@@ -87,7 +95,7 @@ class Device:
             last_contact_unix_s=self.last_contact_unix_s,
             conflict=self.conflict,
             state=self.state,
-            telemetry=self.telemetry,
+            heartbeat=self.heartbeat,
         )
 
 
@@ -102,13 +110,22 @@ class FleetView(Protocol):
         """Names of the devices that are online, not in conflict, and announced all that is needed."""
         ...
 
+    def unfit_reasons(self, need: Requirement) -> Mapping[str, str]:
+        """Why each other device cannot take part."""
+        ...
+
+    def arrivals(self, need: Requirement) -> int:
+        """How often a device became eligible; where that has not changed, nobody new is there."""
+        ...
+
 
 class Fleet:
     """Registry of the devices."""
 
     def __init__(self) -> None:
         self._devices: dict[str, Device] = {}
-        self._eligible: dict[Requirement, set[str]] = {}
+        self._sorted: dict[Requirement, _Sorted] = {}
+        self._early: dict[str, tuple[Heartbeat, float]] = {}  # retained, and here before the announcement
 
     def get(self, name: str) -> Device | None:
         return self._devices.get(name)
@@ -118,15 +135,25 @@ class Fleet:
         return self._devices.values()
 
     def eligible(self, need: Requirement) -> Collection[str]:
-        known = self._eligible.get(need)
-        if known is None:
-            known = {name for name, device in self._devices.items() if not unfit(device, need)}
-            self._eligible[need] = known
-        return known
+        return self._by(need).fit
+
+    def unfit_reasons(self, need: Requirement) -> Mapping[str, str]:
+        return self._by(need).unfit
+
+    def arrivals(self, need: Requirement) -> int:
+        return self._by(need).arrivals
 
     def forget(self, need: Requirement) -> None:
-        """Stops keeping the set for a requirement; called when the last run with it has ended."""
-        self._eligible.pop(need, None)
+        """Stops keeping the sets for a requirement; called when the last run with it has ended."""
+        self._sorted.pop(need, None)
+
+    def _by(self, need: Requirement) -> _Sorted:
+        known = self._sorted.get(need)
+        if known is None:
+            known = self._sorted[need] = _Sorted()
+            for device in self._devices.values():
+                known.put(device, need)
+        return known
 
     def announce(self, now: float, state: DeviceState) -> bool:
         """Takes in a device's state; True if the device has just joined, so that it must be told its work.
@@ -137,6 +164,7 @@ class Fleet:
         device = self._devices.get(state.device)
         if device is None:
             device = Device(state.device, state, now, instances={state.instance: now})
+            device.heartbeat, device.heartbeat_unix_s = self._early.pop(state.device, (None, None))
             device.note_source()
             self._devices[state.device] = device
             self._sort(device)
@@ -151,12 +179,17 @@ class Fleet:
         self._sort(device)
         return joined
 
-    def measured(self, now: float, name: str, telemetry: Telemetry) -> None:
-        """Takes in what a device measured about itself."""
+    def measured(self, now: float, name: str, heartbeat: Heartbeat) -> None:
+        """Takes in what a device says of itself; that of a device which has not announced itself waits for that."""
         device = self._devices.get(name)
-        if device is not None:
-            device.telemetry, device.telemetry_unix_s = telemetry, now
-            self.contact(now, name)
+        if device is None:
+            self._early.pop(name, None)
+            while len(self._early) >= EARLY_KEPT:
+                del self._early[next(iter(self._early))]
+            self._early[name] = (heartbeat, now)
+            return
+        device.heartbeat, device.heartbeat_unix_s = heartbeat, now
+        self.contact(now, name)
 
     def contact(self, now: float, name: str) -> None:
         """Notes that a message came from the device."""
@@ -195,11 +228,29 @@ class Fleet:
         device.instances[state.instance] = now
 
     def _sort(self, device: Device) -> None:
-        for need, names in self._eligible.items():
-            if unfit(device, need):
-                names.discard(device.name)
-            else:
-                names.add(device.name)
+        for need, known in self._sorted.items():
+            known.put(device, need)
+
+
+class _Sorted:
+    """All devices for one requirement: who is fit, and why the others are not."""
+
+    __slots__ = ("arrivals", "fit", "unfit")
+
+    def __init__(self) -> None:
+        self.fit: set[str] = set()
+        self.unfit: dict[str, str] = {}
+        self.arrivals = 0
+
+    def put(self, device: Device, need: Requirement) -> None:
+        reason = unfit(device, need)
+        if reason:
+            self.fit.discard(device.name)
+            self.unfit[device.name] = reason
+        elif device.name not in self.fit:
+            self.unfit.pop(device.name, None)
+            self.fit.add(device.name)
+            self.arrivals += 1
 
 
 def unfit(device: Device, need: Requirement) -> str:
@@ -227,6 +278,9 @@ def _unfit(state: DeviceState, conflict: str, need: Requirement) -> str:  # noqa
         return f"lacks codec {missing[0]!r}"
     if need.method not in state.methods:
         return f"lacks method {need.method!r}"
+    lacking = [ability for ability in need.abilities if ability not in state.abilities]
+    if lacking:
+        return f"lacks ability {lacking[0]!r}; update its agent"
     if state.limits is not None and state.limits.blob_bytes < need.blob_bytes:
         return f"takes blobs of at most {state.limits.blob_bytes} bytes, {need.blob_bytes} are needed"
     return ""

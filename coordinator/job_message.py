@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from coordinator.plan import is_lossless
+from coordinator.plan import is_lossless, step_bounds
 from coordinator.transfers import with_chunk_size
 from edge_runtime import messages
 
@@ -50,7 +50,7 @@ def make_job(
         steps=assignment.steps,
         batch_size=training.batch_size,
         last_batch=training.last_batch,
-        hyper=training.hyper,
+        hyper={**training.hyper, **run.hyper},
         method=plan.method,
         options=plan.options,
         variant=assignment.variant,
@@ -65,6 +65,26 @@ def make_job(
         max_age_s=training.max_age_s,
         priority=plan.priority,
         seed=plan.seed,
+        role=assignment.role,
+        sequence=assignment.sequence,
+    )
+
+
+def make_standing(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, *, chunk_bytes: int) -> messages.Standing:
+    """The message that tells a device its standing assignment.
+
+    Its next update has the number that it pulled and has not answered yet, else the one after the last.
+    """
+    least, most = step_bounds(plan)
+    return messages.Standing(
+        run=run.run,
+        assignment=assignment.assignment,
+        sequence=assignment.sequence + (not assignment.pulled),
+        dataset=plan.dataset,
+        bundle=with_chunk_size(run.bundle, chunk_bytes),
+        min_steps=least,
+        max_steps=most,
+        interval_s=plan.participation.interval_s,
     )
 
 

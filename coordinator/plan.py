@@ -140,6 +140,7 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError(f"{path}: participation.minimum is above participation.target")
     try:
         check_finite(plan)
+        check_mode(plan)
         check_codecs(plan)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -149,6 +150,29 @@ def load_plan(path: Path) -> Plan:
         bundle=str(folder / plan.bundle),
         test_set=None if plan.test_set is None else str(folder / plan.test_set),
     )
+
+
+def check_mode(plan: Plan) -> None:
+    """Whether the keys of the mode of participation fit one another.
+
+    Raises:
+        ConfigError: they do not; the message names them.
+    """
+    rules, training = plan.participation, plan.training
+    if rules.mode == "synchronous" and rules.concurrency is not None:
+        raise ConfigError('participation.concurrency is for mode "buffered" and "anarchic"; leave it out')
+    if rules.mode != "anarchic" and rules.interval_s:
+        raise ConfigError('participation.interval_s is for mode "anarchic"; leave it out')
+    if rules.mode == "anarchic" and training.steps is None:
+        raise ConfigError('mode "anarchic" needs training.steps, the most that a device may take; give it, not epochs')
+    if training.steps is not None and training.min_steps > training.steps:
+        raise ConfigError("training.min_steps is above training.steps")
+
+
+def step_bounds(plan: Plan) -> tuple[int, int]:
+    """The least and the most steps of a job in an anarchic run."""
+    most = plan.training.steps or 1
+    return min(plan.training.min_steps, most), most
 
 
 def check_finite(plan: Plan) -> None:

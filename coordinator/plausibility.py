@@ -1,29 +1,85 @@
-"""What a device says about its update, before it may reach a model or the database."""
+"""What a device says about its update: what cannot be true refuses it, or is taken as unknown, and is said once."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from coordinator.ledger import LARGEST_WATTS
+from coordinator.wording import counted
 
 if TYPE_CHECKING:
     from edge_runtime.messages import UpdateMeta
 
-LARGEST_NUMBER = 1 << 53  # of samples or a sequence: what a float64 weight and every database still hold exactly
+LARGEST_NUMBER = 1 << 53  # of a sequence: what a float64 and every database still hold exactly
+LARGEST_SAMPLES = 1_000_000_000  # of one update; nothing that trains on a device has more
 LARGEST_LOSS = 1e100
+LARGEST_LOSS_RMS = 1e6  # above it a model has diverged; what a selector makes of it would say nothing
 LARGEST_COST = 1 << 45  # milliseconds or bytes of one update; sums of many fit a database
+FASTEST_STEPS_PER_S = 1e6
+SLOWEST_STEP_S = 86_400.0
 
 
-def implausible(meta: UpdateMeta) -> str:
-    """Why what a device says about its update cannot be true; empty if it can."""
-    if meta.samples > LARGEST_NUMBER:
+class Believed(NamedTuple):
+    """What is believed of an update's training; None: not said, or not believed. ``doubts`` tells that in words."""
+
+    samples: int | None
+    loss_rms: float | None
+    step_s: float | None
+    step_j: float | None
+    doubts: tuple[str, ...]
+
+
+def implausible(meta: UpdateMeta, steps: int | None = None) -> str:
+    """Why what a device says about its update cannot be true, so that it cannot count; empty if it can.
+
+    ``steps`` are those that it was asked for; None: it was given epochs, whose steps only the device can count.
+    """
+    if meta.samples > LARGEST_SAMPLES:
         return f"claims {meta.samples} samples"
+    if steps is not None and meta.steps > steps:
+        return f"claims {counted(meta.steps, 'step')} where {steps} were asked for"
     evaluation = meta.evaluation
     losses = [meta.loss] + ([] if evaluation is None else [evaluation.loss_sum])
     wrong = [value for value in losses if value is not None and not abs(value) <= LARGEST_LOSS]
     if wrong:
         return f"reports a loss of {wrong[0]}"
-    costs = max(meta.train_ms, meta.encode_cpu_ms, meta.written_bytes)
+    costs = max(meta.steps, meta.train_ms, meta.encode_cpu_ms, meta.written_bytes)
     if costs > LARGEST_COST:
-        return f"reports {costs} milliseconds or written bytes"
-    if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_NUMBER:
-        return f"claims an evaluation of {evaluation.samples} samples"
+        return f"reports {costs} steps, milliseconds or written bytes"
+    if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_SAMPLES:
+        return f"claims an evaluation of {max(evaluation.samples, evaluation.correct or 0)} samples"
     return ""
+
+
+def believed(meta: UpdateMeta, *, steps: int | None, elapsed_s: float) -> Believed:
+    """What a selector may hear of an update: figures that cannot be true are unknown, never numbers.
+
+    ``steps`` are those asked for, None for epochs; ``elapsed_s`` is the longest that the job can have taken.
+    """
+    doubts = []
+    samples: int | None = meta.samples
+    if meta.samples > LARGEST_SAMPLES:
+        samples = None
+        doubts.append(f"{meta.samples} samples")
+    loss_rms = meta.loss_rms
+    if loss_rms is not None and not 0 <= loss_rms <= LARGEST_LOSS_RMS:
+        loss_rms = None
+        doubts.append(f"a root mean squared loss of {meta.loss_rms:g}")
+    count = meta.steps
+    if steps is not None and count > steps:
+        doubts.append(f"{counted(count, 'step')} of {steps}")
+        count = 0
+    step_s = step_j = None
+    if count and meta.train_ms:
+        step_s = meta.train_ms / 1000 / count
+        if not 1 / FASTEST_STEPS_PER_S <= step_s <= SLOWEST_STEP_S:
+            doubts.append(f"{counted(count, 'step')} in {meta.train_ms / 1000:g} s")
+            step_s = None
+    drawn_mj = None if meta.energy is None else meta.energy.train_mj
+    if count and drawn_mj is not None:
+        step_j = drawn_mj / 1000 / count
+        if not (math.isfinite(step_j) and drawn_mj / 1000 <= LARGEST_WATTS * elapsed_s):
+            doubts.append(f"{drawn_mj / 1000:.3g} J in {elapsed_s:.0f} s")
+            step_j = None
+    return Believed(samples, loss_rms, step_s, step_j, tuple(doubts))

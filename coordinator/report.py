@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from coordinator.store import Store
     from coordinator.store.store import StoredRun
 
+_HEARTBEAT = (  # what is shown of it
+    "battery_percent",
+    "reserve_percent",
+    "on_external_power",
+    "temperature_c",
+    "temperature_margin_c",
+    "link_metered",
+    "up_kbit_s",
+    "down_kbit_s",
+    "availability_percent",
+    "data_left_mb",
+    "joules_left",
+)
 _SOURCE = ("sensor", "scope", "quality", "covers")
 
 
@@ -114,15 +127,14 @@ def device_report(store: Store, stored: StoredRun | None = None) -> list[dict[st
 
 
 def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:
-    telemetry, source = row.telemetry, row.state.energy
+    heartbeat, source = row.heartbeat, row.state.energy
     return {
         "device": row.device,
         "online": row.online,
         "last_contact_unix_s": row.last_contact_unix_s,
         "platform": row.state.platform,
         "datasets": {entry.name: entry.samples for entry in row.state.datasets},
-        "temperature_c": None if telemetry is None else telemetry.temperature_c,
-        "battery_percent": None if telemetry is None else telemetry.battery_percent,
+        "heartbeat": None if heartbeat is None else {name: getattr(heartbeat, name) for name in _HEARTBEAT},
         "energy_source": None if source is None else {name: getattr(source, name) for name in _SOURCE},
         "conflict": row.conflict,
         "unfit": unfit,

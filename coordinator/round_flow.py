@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from random import Random
 from typing import TYPE_CHECKING
 
 from coordinator import events as e
-from coordinator.budget import update_budget
-from coordinator.ledger import ledger_row
-from coordinator.scheduling import RoundRequest
+from coordinator.asking import ask, candidates, outcome, repeat_jobs
 from coordinator.wording import counted
 from edge_runtime.messages import Evaluation
 
@@ -19,40 +16,7 @@ if TYPE_CHECKING:
 
     from coordinator.fleet import FleetView
     from coordinator.run_state import RunState
-    from coordinator.scheduling import Choice
-    from edge_runtime.messages import EnergyUse
-
-
-class Work:
-    """What one step collects: rows to save, in one transaction, and what is said after that."""
-
-    __slots__ = ("_rows", "fleet", "now", "out")
-
-    def __init__(self, now: float, fleet: FleetView) -> None:
-        self.now = now
-        self.fleet = fleet
-        self.out: list[e.Effect] = []
-        self._rows: dict[int, e.Row] = {}
-
-    def save(self, *rows: e.Row) -> None:
-        """Rows of the state that changed; their content at the end of the step is saved, each once."""
-        for row in rows:
-            self._rows[id(row)] = row
-
-    def note_energy(
-        self, state: RunState, assignment: e.AssignmentRow, energy: EnergyUse | None, update: e.UpdateRow | None = None
-    ) -> None:
-        """Saves the ledger's row of a job that ended, with ``update`` or without one."""
-        device = self.fleet.get(assignment.device)
-        sources = {} if device is None else device.energy_sources
-        elapsed_s = max(self.now - assignment.assigned_unix_s, state.plan.participation.deadline_s)
-        self.save(ledger_row(assignment, energy, sources, elapsed_s=elapsed_s, update=update))
-
-    def effects(self) -> list[e.Effect]:
-        """Save first, with copies: the shell may write them while the state goes on."""
-        if not self._rows:
-            return self.out
-        return [e.Save([copy.copy(row) for row in self._rows.values()]), *self.out]
+    from coordinator.work import Work
 
 
 def progress(state: RunState, work: Work, fleet: FleetView) -> None:
@@ -66,10 +30,14 @@ def progress(state: RunState, work: Work, fleet: FleetView) -> None:
 
 def _start(state: RunState, work: Work, fleet: FleetView) -> None:
     run, rules = state.run, state.plan.participation
-    if len(fleet.eligible(state.need)) < rules.minimum:
-        return  # the usual case before a fleet is there, and a cheap one
-    candidates = _candidates(state, fleet)
-    there = len(candidates) + len(state.pending)
+    most = len(fleet.eligible(state.need)) + len(state.pending)  # cheap, and mostly enough
+    if most < rules.minimum:
+        return  # the usual case before a fleet is there
+    patient = run.short_since_unix_s is not None and work.now < run.short_since_unix_s + state.patience_s
+    if (most < rules.target and patient and not state.busy) or work.now < run.select_after_unix_s:
+        return
+    free = candidates(state, work, fleet)
+    there = len(free) + len(state.pending)
     if there >= rules.target:
         if run.short_since_unix_s is not None:
             run.short_since_unix_s = None
@@ -81,28 +49,29 @@ def _start(state: RunState, work: Work, fleet: FleetView) -> None:
         if state.busy and work.now >= run.deadline_unix_s:  # the jobs of those who are missing may have been lost
             run.deadline_unix_s = work.now + rules.deadline_s
             work.save(run)
-            _repeat_jobs(state, work)
+            repeat_jobs(state, work)
         if there < rules.minimum or work.now < run.short_since_unix_s + state.patience_s:
             return
-    asked = _ask(state, work, fleet, candidates, math.ceil(rules.target * rules.over_commit))
-    if asked or (not candidates and state.late >= rules.minimum):  # late updates alone make a round, too
+    asked, sought = ask(state, work, fleet, free, state.places)
+    if asked or (not free and state.late >= rules.minimum):  # late updates alone make a round, too
         run.phase = "open"
         run.deadline_unix_s = work.now + rules.deadline_s
+        run.places = max(asked, rules.minimum) if asked < sought else state.places
         work.save(run)
 
 
 def _watch(state: RunState, work: Work, fleet: FleetView) -> None:
     run, rules = state.run, state.plan.participation
-    if state.fresh >= rules.target:
-        _close(state, work)
+    if state.fresh >= state.goal:
+        close(state, work)
         return
-    wanted = math.ceil(rules.target * rules.over_commit) - state.fresh - state.open_attempt
-    if wanted > 0:
-        _ask(state, work, fleet, _candidates(state, fleet), wanted)
+    wanted = state.places - state.fresh - state.open_attempt
+    if wanted > 0 and work.now >= run.select_after_unix_s:
+        ask(state, work, fleet, candidates(state, work, fleet), wanted)
     enough = state.fresh + state.late >= rules.minimum
     if not state.open_round:
         if enough:
-            _close(state, work)
+            close(state, work)
             return
         soon = work.now + state.patience_s  # all who were asked have failed: no use in waiting for long
         if soon < run.deadline_unix_s:
@@ -111,120 +80,37 @@ def _watch(state: RunState, work: Work, fleet: FleetView) -> None:
     if work.now < run.deadline_unix_s:
         return
     if enough:
-        _close(state, work)
+        close(state, work)
+    elif not state.open_round and not _was_tried(state):
+        run.deadline_unix_s = work.now + state.patience_s  # all declined or are kept waiting: that is no failure
+        work.save(run)
     elif run.attempt + 1 < rules.attempts:
         _ask_again(state, work, fleet)
     else:
         finish(state, work, "failed", _too_few(state))
 
 
+def _was_tried(state: RunState) -> bool:
+    """Whether a device was asked in this attempt that did not decline."""
+    run = state.run
+    return any(
+        row.round == run.round and row.attempt == run.attempt and row.status != "declined"
+        for row in state.assignments.values()
+    )
+
+
 def _ask_again(state: RunState, work: Work, fleet: FleetView) -> None:
     run, rules = state.run, state.plan.participation
     run.attempt += 1
     run.deadline_unix_s = work.now + rules.deadline_s
+    run.select_after_unix_s = 0.0
     work.save(run)
     state.recount()
-    _repeat_jobs(state, work)
-    wanted = math.ceil(rules.target * rules.over_commit) - state.fresh
-    _ask(state, work, fleet, _candidates(state, fleet), wanted)
+    repeat_jobs(state, work)
+    ask(state, work, fleet, candidates(state, work, fleet), state.places - state.fresh)
 
 
-def _repeat_jobs(state: RunState, work: Work) -> None:
-    for row in state.assignments.values():
-        if row.status == "open":
-            work.out.append(e.SendJob(copy.copy(row)))
-
-
-def _candidates(state: RunState, fleet: FleetView) -> list[str]:
-    """Eligible devices with nothing to do in this run that were not asked in this attempt, sorted.
-
-    A device whose update waits for its verdict is left out: it starts no other job of the run before that (what it did
-    not send is known only then), and its update counts in this round.
-    """
-    waiting = {update.device for update in state.pending}
-    return sorted(set(fleet.eligible(state.need)).difference(state.busy, state.asked, waiting))
-
-
-def _ask(state: RunState, work: Work, fleet: FleetView, candidates: list[str], count: int) -> int:
-    """Asks up to ``count`` candidates; returns how many."""
-    run = state.run
-    if not candidates or count <= 0:
-        return 0
-    request = RoundRequest(
-        run=run.run,
-        round_=run.round,
-        attempt=run.attempt,
-        count=min(count, len(candidates)),
-        candidates=candidates,
-        plan=state.plan,
-        random=Random(f"{state.plan.seed}/{run.run}/{run.round}/{run.attempt}/{run.next_assignment}"),
-    )
-    free = set(candidates)
-    asked = 0
-    mean = _mean_samples(state, fleet)
-    for choice in state.selector.select(work.now, fleet, request)[: request.count]:
-        if choice.device not in free:
-            continue  # a selector cannot ask a device twice, nor one that is not eligible
-        free.discard(choice.device)
-        row = e.AssignmentRow(
-            run=run.run,
-            assignment=f"r{run.round}-{run.next_assignment}",
-            device=choice.device,
-            round=run.round,
-            attempt=run.attempt,
-            version=run.version,
-            model=run.down or run.model,
-            vector_sha256=run.vector_sha256,
-            base_version=state.base_for(choice.device),
-            epochs=choice.epochs,
-            steps=choice.steps,
-            variant=choice.variant,
-            cut=choice.cut,
-            codec=choice.codec,
-            byte_budget=_budget(state, fleet, choice, mean),
-            assigned_unix_s=work.now,
-            deadline_unix_s=work.now + choice.deadline_s,
-        )
-        run.next_assignment += 1
-        state.add_assignment(row)
-        work.save(run, row)
-        work.out.append(e.SendJob(copy.copy(row)))
-        asked += 1
-    return asked
-
-
-def _budget(state: RunState, fleet: FleetView, choice: Choice, mean_samples: float | None) -> int | None:
-    """The selector's own budget, else the plan's; none for a codec that the plan knows nothing of."""
-    uplink = state.plan.uplink
-    if choice.byte_budget is not None or choice.codec != uplink.codec:
-        return choice.byte_budget
-    elements = state.run.elements * len(state.method.channels)
-    samples = _samples(state, fleet, choice.device) if uplink.by_samples else None
-    return update_budget(uplink, state.run.round, elements, samples, mean_samples)
-
-
-def _mean_samples(state: RunState, fleet: FleetView) -> float | None:
-    if not state.plan.uplink.by_samples:
-        return None
-    known = [_samples(state, fleet, device) for device in sorted(fleet.eligible(state.need))]
-    counts = [count for count in known if count is not None]
-    return sum(counts) / len(counts) if counts else None
-
-
-def _samples(state: RunState, fleet: FleetView, device: str) -> int | None:
-    """What the device announced of the dataset, else what its last update in this run was trained on."""
-    found = fleet.get(device)
-    dataset = None if found is None else found.dataset(state.plan.dataset)
-    if dataset is not None and dataset.samples is not None:
-        return dataset.samples
-    for assignment in reversed(state.by_device.get(device, ())):
-        taken = state.taken(assignment)
-        if taken is not None:
-            return taken.meta.samples
-    return None
-
-
-def _close(state: RunState, work: Work) -> None:
+def close(state: RunState, work: Work) -> None:
     state.run.phase = "aggregating"
     work.save(state.run)
     work.out.append(aggregate_effect(state))
@@ -233,19 +119,34 @@ def _close(state: RunState, work: Work) -> None:
 def aggregate_effect(state: RunState) -> e.Aggregate:
     """The aggregation of the current round; the same after a restart."""
     run = state.run
-    chosen = [row for row in state.pending.values() if row.counted_round == run.round]
-    chosen.sort(key=lambda row: row.update)
+    chosen = _chosen(state)
     assignments = [state.assignments[row.update.assignment] for row in chosen]
-    held = {run.version: run.down or run.model, **{row.version: row.model for row in assignments}}
-    rows = [copy.copy(row) for row in chosen]
-    return e.Aggregate(run.run, run.round, run.version, run.model, rows, held, run.method_state)
+    devices = {row.device for row in assignments}
+    return e.Aggregate(
+        run=run.run,
+        round=run.round,
+        version=run.version,
+        base=run.model,
+        updates=[copy.copy(row) for row in chosen],
+        held={run.version: run.down or run.model, **{row.version: row.model for row in assignments}},
+        method_state=run.method_state,
+        roles={row.assignment: row.role for row in assignments if row.role != "trainer"},
+        table={device: state.table[device].blob for device in sorted(devices & state.table.keys())},
+        members=len(state.histories),
+    )
+
+
+def _chosen(state: RunState) -> list[e.UpdateRow]:
+    """The updates of the current round, in update id order."""
+    return sorted(
+        (row for row in state.pending.values() if row.counted_round == state.run.round), key=lambda row: row.update
+    )
 
 
 def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
     """The new model is there: verdicts, the round's record, and on to the next version."""
     run = state.run
-    chosen = [row for row in state.pending.values() if row.counted_round == run.round]
-    chosen.sort(key=lambda row: row.update)
+    chosen = _chosen(state)
     fresh = [row for row in chosen if state.assignments[row.update.assignment].version == run.version]
     for row in chosen:
         row.verdict = "counted"
@@ -274,9 +175,15 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
         train_loss=_train_loss(chosen),
         devices=_combine(row.meta.evaluation for row in fresh),
     )
+    _tell_selector(state, work, chosen)
+    for device, blob in event.table.items():
+        state.table[device] = e.TableRow(run=run.run, device=device, blob=blob, round=run.round)
+        work.save(state.table[device])
     run.version += 1
     run.round += 1
-    run.attempt = 0
+    run.attempt = run.places = 0
+    run.select_after_unix_s = 0.0
+    run.hyper = event.hyper
     run.bytes_complete = True
     run.model, run.down, run.method_state = event.model, event.down, event.method_state
     run.vector_sha256 = event.vector_sha256
@@ -294,6 +201,24 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
         _cancel_open(state, work, "the run's last round is closed")
         if not state.evaluations_due():
             finish(state, work, "finished", "")
+
+
+def _tell_selector(state: RunState, work: Work, chosen: list[e.UpdateRow]) -> None:
+    """The selector learns which updates the round took; it may change energy queues of devices."""
+    run = state.run
+    outcomes = [
+        outcome(
+            state.assignments[row.update.assignment],
+            row.meta,
+            received_unix_s=row.received_unix_s,
+            counted_round=run.round,
+        )
+        for row in chosen
+    ]
+    memory = dict(run.selector_memory)
+    changed = state.selector.round_closed(run.round, outcomes, state.histories, memory)
+    run.selector_memory = memory
+    work.save(*(state.histories[device] for device in changed if device in state.histories))
 
 
 def _drop_stale(state: RunState, work: Work) -> None:

@@ -20,9 +20,13 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from coordinator import events as e
-from coordinator.round_flow import Work, advance, aggregate_effect, finish, note_holding, progress, start_evaluations
+from coordinator.asking import due, observe, outcome
+from coordinator.histories import note_declined, note_failed, note_taken
+from coordinator.plausibility import implausible
+from coordinator.round_flow import advance, aggregate_effect, finish, note_holding, progress, start_evaluations
 from coordinator.scheduling import Outcome
 from coordinator.wording import counted
+from coordinator.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +46,9 @@ def step(state: RunState, event: e.Event, fleet: FleetView) -> list[e.Effect]:
     Events of any order, repeated, or about things unknown are fine; none raises.
     """
     work = Work(event.now, fleet)
+    if event.now < state.clock.now - state.plan.participation.deadline_s:  # the clock was set back
+        work.save(*state.bound_times(event.now))
+    state.clock.now = event.now
     _HANDLERS[type(event)](state, work, event)
     progress(state, work, fleet)
     return work.effects()
@@ -61,7 +68,7 @@ def resume(state: RunState) -> list[e.Effect]:
             out.append(_verdict(row))
     for assignment in state.assignments.values():
         if assignment.status == "open":
-            out.append(e.SendJob(copy.copy(assignment)))
+            out += due(assignment)
         elif assignment.status == "cancelled":
             out.append(e.SendCancel(assignment.device, assignment.assignment, assignment.reason))
     if state.ended:
@@ -149,7 +156,7 @@ def _unwanted(state: RunState, assignment: e.AssignmentRow, name: UpdateId, meta
     limit = state.plan.participation.max_staleness
     if staleness > limit:
         return f"stale: {counted(staleness, 'version')} late, at most {limit} may be"
-    return state.method.accept(meta, staleness)
+    return implausible(meta, assignment.steps) or state.method.accept(meta, staleness)
 
 
 def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
@@ -165,11 +172,15 @@ def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
     )
     state.close_assignment(assignment, "received")
     state.add_update(row)
-    work.save(row, assignment)
+    ended = outcome(assignment, row.meta, received_unix_s=work.now, counted_round=round_)
+    history = state.history(assignment.device)
+    deadline_s = state.plan.participation.deadline_s
+    note_taken(history, assignment, row.meta, elapsed_s=ended.elapsed_s, deadline_s=deadline_s)
+    work.save(row, assignment, history)
     work.note_energy(state, assignment, row.meta.energy, row)
     note_holding(state, work, assignment, assignment.version)
     work.out.append(e.SendDone(event.update))
-    state.selector.observe(assignment.device, state.outcome(assignment, row))
+    observe(state, work, assignment.device, ended)
 
 
 def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, reason: str) -> None:
@@ -198,6 +209,9 @@ def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
         return
     if event.energy is not None or (assignment.status == "open" and not event.rejected):  # rejected: never begun
         work.note_energy(state, assignment, event.energy)
+    if event.rejected and event.declined_s is not None:
+        _declined(state, work, assignment, event)
+        return
     if event.rejected and assignment.status == "open" and assignment.base_version:
         # Most likely it no longer holds what the coordinator thought: it gets the same job without that, once.
         note_holding(state, work, assignment, None)
@@ -208,13 +222,26 @@ def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
     _failed(state, work, assignment, event.reason)
 
 
+def _declined(state: RunState, work: Work, assignment: e.AssignmentRow, event: e.JobReported) -> None:
+    """The device may not, or cannot afford it: its place is free, and it is left alone for a while."""
+    if assignment.status != "open":
+        return
+    state.close_assignment(assignment, "declined", event.reason)
+    history = state.history(assignment.device)
+    note_declined(history, work.now, event.declined_s or 0.0)
+    work.save(assignment, history)
+    observe(state, work, assignment.device, Outcome(assignment=assignment, reason=event.reason, declined=True))
+
+
 def _failed(state: RunState, work: Work, assignment: e.AssignmentRow, reason: str) -> None:
     """Frees the place of an assignment that will not bring an update."""
     if assignment.status == "open":
         state.close_assignment(assignment, "failed", reason)
-        work.save(assignment)
+        history = state.history(assignment.device)
+        note_failed(history, work.now, state.patience_s)
+        work.save(assignment, history)
         note_holding(state, work, assignment, None)
-        state.selector.observe(assignment.device, Outcome(assignment=assignment, reason=reason))
+        observe(state, work, assignment.device, Outcome(assignment=assignment, reason=reason))
 
 
 def _tell_again(state: RunState, work: Work, event: e.DeviceJoined) -> None:
@@ -226,7 +253,7 @@ def _tell_again(state: RunState, work: Work, event: e.DeviceJoined) -> None:
             work.out.append(e.SendDone(update) if row.verdict == "pending" else _verdict(row))
         if assignment.status == "open":
             _set_away(state, work, assignment, away=False)
-            work.out.append(e.SendJob(copy.copy(assignment)))
+            work.out += due(assignment)
         elif assignment.status == "cancelled":
             work.out.append(e.SendCancel(device, name, assignment.reason))
 

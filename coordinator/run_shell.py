@@ -11,8 +11,8 @@ from coordinator import events as e
 from coordinator.background import DISK_RETRY_S, Background
 from coordinator.errors import StoreError
 from coordinator.evaluation_numbers import accuracy
-from coordinator.job_message import inline_bytes, make_job
-from coordinator.ledger import LedgerRow
+from coordinator.job_message import inline_bytes, make_job, make_standing
+from coordinator.ledger import LONGEST_TEXT, LedgerRow
 from coordinator.plausibility import LARGEST_NUMBER, implausible
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
@@ -88,7 +88,7 @@ class RunShell:
         match message:
             case messages.UpdateOffer(update=update):
                 run: str | None = update.run
-            case messages.JobStatus(run=run):
+            case messages.JobStatus(run=run) | messages.Pull(run=run):
                 pass
             case messages.Need(sha256=sha256):
                 run = self._run_that_sent(device, sha256)
@@ -98,11 +98,31 @@ class RunShell:
             self.traffic.up(run, topics.from_device(device, "message"), payload_bytes)
 
     def on_job_failed(self, now: float, device: str, status: messages.JobStatus) -> None:
-        """A device rejected a job, or failed at it."""
+        """A device rejected a job, declined it because of its owner's limits, or failed at it."""
         self.downlink.unexpect(device)
-        log.warning("%s: job %s/%s %s: %s", device, status.run, status.assignment, status.status, status.reason)
+        reason = status.reason[:LONGEST_TEXT]
         rejected = status.status == "rejected"
-        self._step(status.run, e.JobReported(now, device, status.assignment, status.reason, rejected, status.energy))
+        declined_s = status.declined_s if rejected else None
+        if declined_s is None:
+            log.warning("%s: job %s/%s %s: %s", device, status.run, status.assignment, status.status, reason)
+        else:
+            log.info("%s declined job %s/%s: %s", device, status.run, status.assignment, reason)
+        event = e.JobReported(now, device, status.assignment, reason, rejected, status.energy, declined_s)
+        self._step(status.run, event)
+
+    def on_pull(self, now: float, device: str, pull: messages.Pull) -> None:
+        """A device wants to train its standing assignment now.
+
+        Raises:
+            MessageError: the message cannot be meant.
+        """
+        if pull.sequence > LARGEST_NUMBER:
+            raise MessageError(f"device {device!r} wants update {pull.sequence} of a standing assignment, ignored")
+        if pull.run in self.runs:
+            self._step(pull.run, e.Pulled(now, device, pull.assignment, pull.sequence, pull.steps))
+        elif pull.run not in self._set_aside and not self.store.is_active(pull.run):
+            reason = "the run has ended, or was never here"
+            self._send(pull.run, device, messages.Cancel(run=pull.run, assignment=pull.assignment, reason=reason))
 
     def on_offer(self, now: float, device: str, offer: messages.UpdateOffer) -> None:
         """A device offers an update.
@@ -174,8 +194,7 @@ class RunShell:
             ended = msgspec.structs.replace(stored.row, status="failed", phase="done", reason=str(error))
             self.store.save([ended])
             return
-        longest = self.clock() + plan.participation.deadline_s  # the clock may have been set back since
-        state.run.deadline_unix_s = min(state.run.deadline_unix_s, longest)
+        state.bound_times(self.clock())  # the clock may have been set back since; what changes is saved in time
         self.runs[run], self.files[run] = state, files
         log.info("run %s: round %d of %d, %s", run, state.run.round + 1, plan.rounds, state.run.phase)
         for effect in resume(state):
@@ -231,6 +250,8 @@ class RunShell:
                 self._log_rows(run, rows)
             case e.SendJob(assignment):
                 self._send_job(run, assignment)
+            case e.SendStanding(assignment):
+                self._send_standing(run, assignment)
             case e.SendCancel(device, assignment, reason):
                 self._send(run, device, messages.Cancel(run=run, assignment=assignment, reason=reason))
             case e.Fetch(update, blob, meta):
@@ -281,8 +302,7 @@ class RunShell:
         )
 
     def _send_job(self, run: str, assignment: e.AssignmentRow) -> None:
-        device = self.fleet.get(assignment.device)
-        if device is None or not device.online or not self.link.is_up:
+        if not self._reaches(assignment.device):
             return  # DeviceJoined repeats it
         state = self.runs[run]
         model, chunk_bytes = state.model_of(assignment), self.link.chunk_bytes
@@ -294,6 +314,18 @@ class RunShell:
         wanted = job.model.blobs[:-1] if inline else job.model.blobs
         self.downlink.expect(assignment.device, job.bundle, *wanted)
         self._send(run, assignment.device, job)
+
+    def _send_standing(self, run: str, assignment: e.AssignmentRow) -> None:
+        if not self._reaches(assignment.device):
+            return  # DeviceJoined repeats it
+        state = self.runs[run]
+        standing = make_standing(state.plan, state.run, assignment, chunk_bytes=self.link.chunk_bytes)
+        self.downlink.expect(assignment.device, standing.bundle)
+        self._send(run, assignment.device, standing)
+
+    def _reaches(self, name: str) -> bool:
+        device = self.fleet.get(name)
+        return device is not None and device.online and self.link.is_up
 
     def _fetch(self, run: str, offer: messages.UpdateOffer) -> None:
         files = self.files[run]

@@ -1,20 +1,23 @@
 """What the round machine remembers of one run: its recent rows, and counters over them that make every step O(1).
 
 Everything but the rows is derived, so a state rebuilt from stored rows equals the live one. Assignments and updates
-stay in memory for ``max_staleness + 1`` versions; older ones are answered from the store.
+stay in memory for ``max_staleness + 1`` versions; older ones are answered from the store. A standing assignment stays
+as long as it is open, with the update of its last pull. Histories of devices stay for the whole run.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation import create_method
 from coordinator.chain import cheapest_base
-from coordinator.events import AssignmentRow, HoldingRow, RoundRow, RunRow, UpdateRow
+from coordinator.events import AssignmentRow, HistoryRow, HoldingRow, RoundRow, RunRow, TableRow, UpdateRow
 from coordinator.fleet import requirement
-from coordinator.scheduling import SELECTORS, Outcome
+from coordinator.histories import LONGEST_DECLINE_S
+from coordinator.scheduling import SELECTORS
 from edge_runtime.messages import ModelRef
 
 if TYPE_CHECKING:
@@ -26,6 +29,26 @@ if TYPE_CHECKING:
     from coordinator.plan import Plan
     from coordinator.scheduling import Selector
     from edge_runtime.messages import BlobRef, UpdateId
+
+
+NO_LIMIT = 1 << 30  # of devices
+
+
+class Clock:
+    """What a state noticed on its way: the time of the last event, and when there is something to look for again.
+
+    ``freed`` counts how often an assignment ended or devices became free otherwise. ``nobody`` is what was there when
+    no device could be asked: arrivals in the fleet, ``freed``, and when the first device that is kept waiting comes
+    back. ``next_expiry_s``: no assignment has its deadline before that.
+    """
+
+    __slots__ = ("freed", "next_expiry_s", "nobody", "now")
+
+    def __init__(self) -> None:
+        self.now = -math.inf
+        self.freed = 0
+        self.nobody: tuple[int, int, float] | None = None
+        self.next_expiry_s = -math.inf
 
 
 @dataclass
@@ -42,6 +65,8 @@ class RunState:
     unevaluated: dict[int, RoundRow] = field(default_factory=dict)  # by version, those that are to be evaluated
     changes: dict[int, BlobRef] = field(default_factory=dict)  # of the shared model, by the version that they make
     held: dict[str, int] = field(default_factory=dict)  # version of the shared model, by device that has one
+    histories: dict[str, HistoryRow] = field(default_factory=dict)  # by device that was ever asked
+    table: dict[str, TableRow] = field(default_factory=dict)  # by device that has a row
     # Derived from the rows:
     by_device: dict[str, list[str]] = field(default_factory=dict)  # assignments, oldest first
     by_assignment: dict[str, list[UpdateId]] = field(default_factory=dict)  # sorted
@@ -52,6 +77,9 @@ class RunState:
     late: int = 0  # updates of earlier versions for this round
     open_round: int = 0  # open assignments of this round
     open_attempt: int = 0  # those of them that this attempt made, of devices that are not away
+    at_work: int = 0  # open assignments of any round, of devices that are not away
+    # What makes a step cheap, and may be forgotten at any time:
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     @classmethod
     def start(
@@ -106,23 +134,85 @@ class RunState:
             method=create_method(plan),
             selector=SELECTORS.create(plan.participation.selector, plan.participation.selector_options),
         )
-        assignments = [row for row in rows if isinstance(row, AssignmentRow) and row.version >= state.oldest_version]
+        assignments = [row for row in rows if isinstance(row, AssignmentRow) and state.remembers(row)]
         for assignment in sorted(assignments, key=lambda row: _number(row.assignment)):
             state.add_assignment(assignment)
         for update in rows:
-            if isinstance(update, UpdateRow) and update.update.assignment in state.assignments:
+            if isinstance(update, UpdateRow) and state.is_known(update.update):
                 state.add_update(update)
         for row in rows:
             if isinstance(row, RoundRow):
-                if row.test is None and state.is_evaluated(row.version):
-                    state.unevaluated[row.version] = row
-                if row.change is not None and row.version > state.oldest_change:
-                    state.changes[row.version] = row.change
+                state.add_round(row)
             elif isinstance(row, HoldingRow) and row.version is not None:
                 state.held[row.device] = row.version
-        for outcome in state.outcomes():
-            state.selector.observe(outcome.assignment.device, outcome)
+            elif isinstance(row, HistoryRow):
+                state.histories[row.device] = row
+            elif isinstance(row, TableRow):
+                state.table[row.device] = row
         return state
+
+    @property
+    def mode(self) -> str:
+        """The plan's mode of participation."""
+        return self.plan.participation.mode
+
+    @property
+    def places(self) -> int:
+        """How many devices a round wants at work, or how many are to be at work at any time in a run without rounds.
+
+        In an anarchic run without ``concurrency`` all there are.
+        """
+        rules = self.plan.participation
+        if self.mode == "synchronous":
+            return self.run.places or math.ceil(rules.target * rules.over_commit)
+        if self.mode == "anarchic":
+            return rules.concurrency or NO_LIMIT
+        return rules.concurrency or math.ceil(rules.target * rules.over_commit)
+
+    @property
+    def goal(self) -> int:
+        """So many updates of the current version close a round: fewer than the target where fewer were chosen."""
+        return min(self.plan.participation.target, self.run.places or self.plan.participation.target)
+
+    def remembers(self, row: AssignmentRow) -> bool:
+        """Whether an assignment is recent enough, or still open."""
+        return row.version >= self.oldest_version or row.status == "open"
+
+    def is_known(self, update: UpdateId) -> bool:
+        """Whether an update belongs to the rows that are remembered: of a standing assignment, only its last."""
+        row = self.assignments.get(update.assignment)
+        return row is not None and (not row.standing or update.sequence == row.sequence)
+
+    def history(self, device: str) -> HistoryRow:
+        """The history of a device, made if it has none yet."""
+        row = self.histories.get(device)
+        if row is None:
+            row = self.histories[device] = HistoryRow(run=self.run.run, device=device)
+        return row
+
+    def bound_times(self, now: float) -> list[Row]:
+        """After the clock was set back: no time of a row may lie further ahead than it could; the rows that changed."""
+        rules = self.plan.participation
+        run = self.run
+        changed: list[Row] = []
+        bounds = {"deadline_unix_s": now + rules.deadline_s, "opened_unix_s": now, "short_since_unix_s": now}
+        bounds["select_after_unix_s"] = now + self.patience_s
+        for name, limit in bounds.items():
+            value = getattr(run, name)
+            if value is not None and value > limit:
+                setattr(run, name, limit)
+                changed = [run]
+        for row in self.assignments.values():
+            if row.status == "open" and row.deadline_unix_s > now + rules.deadline_s:
+                row.deadline_unix_s = now + rules.deadline_s
+                row.assigned_unix_s = min(row.assigned_unix_s, now)
+                changed.append(row)
+        for history in self.histories.values():
+            if history.not_before_unix_s > now + LONGEST_DECLINE_S:
+                history.not_before_unix_s = now + LONGEST_DECLINE_S
+                changed.append(history)
+        self.clock = Clock()
+        return changed
 
     @property
     def oldest_version(self) -> int:
@@ -185,7 +275,10 @@ class RunState:
         if version > self.run.version - self.plan.downlink.chain:
             return not self.ended
         return any(
-            row.status == "open" and row.base_version is not None and row.base_version < version <= row.version
+            row.status == "open"
+            and (row.pulled or not row.standing)
+            and row.base_version is not None
+            and row.base_version < version <= row.version
             for row in self.assignments.values()
         )
 
@@ -204,15 +297,6 @@ class RunState:
             self.held[row.device] = version
         return HoldingRow(run=row.run, device=row.device, version=version)
 
-    def outcomes(self) -> Iterable[Outcome]:
-        """What the selector would have observed, in the order of assignment."""
-        for row in self.assignments.values():
-            good = self.taken(row.assignment)
-            if good is not None:
-                yield self.outcome(row, good)
-            elif row.status == "failed":
-                yield Outcome(assignment=row, reason=row.reason)
-
     def taken(self, assignment: str) -> UpdateRow | None:
         """The one update of an assignment that was taken in, if there is one."""
         for name in self.by_assignment.get(assignment, ()):
@@ -220,14 +304,12 @@ class RunState:
                 return self.updates[name]
         return None
 
-    def outcome(self, row: AssignmentRow, update: UpdateRow) -> Outcome:
-        """The outcome of an assignment whose update was taken in."""
-        return Outcome(
-            assignment=row,
-            meta=update.meta,
-            elapsed_s=update.received_unix_s - row.assigned_unix_s,
-            staleness=(update.counted_round or 0) - row.version,
-        )
+    def add_round(self, row: RoundRow) -> None:
+        """Remembers of a closed round what is still needed."""
+        if row.test is None and self.is_evaluated(row.version):
+            self.unevaluated[row.version] = row
+        if row.change is not None and row.version > self.oldest_change:
+            self.changes[row.version] = row.change
 
     def add_assignment(self, row: AssignmentRow) -> None:
         """Remembers an assignment and counts it."""
@@ -235,12 +317,13 @@ class RunState:
         self.by_device.setdefault(row.device, []).append(row.assignment)
         current = row.round == self.run.round
         this_attempt = current and row.attempt == self.run.attempt
-        if this_attempt or (current and row.status == "received"):
+        if (this_attempt and row.status != "declined") or (current and row.status == "received"):
             self.asked.add(row.device)
         if row.status == "open":
             self.busy[row.device] = self.busy.get(row.device, 0) + 1
             self.open_round += current
             self.open_attempt += this_attempt and not row.away
+            self.at_work += not row.away
 
     def close_assignment(self, row: AssignmentRow, status: str, reason: str = "") -> None:
         """Gives an assignment its end and frees its device."""
@@ -248,16 +331,22 @@ class RunState:
             current = row.round == self.run.round
             self.open_round -= current
             self.open_attempt -= self._holds_place(row)
+            self.at_work -= not row.away
             self.busy[row.device] -= 1
             if not self.busy[row.device]:
                 del self.busy[row.device]
-        if status == "received" and row.round == self.run.round:
-            self.asked.add(row.device)
+            self.clock.freed += 1
+        if row.round == self.run.round:
+            if status == "received":
+                self.asked.add(row.device)
+            elif status == "declined":  # it is kept waiting instead, and may be asked again in this attempt
+                self.asked.discard(row.device)
         row.status, row.reason = status, reason  # type: ignore[assignment]
 
     def set_away(self, row: AssignmentRow, away: bool) -> None:
-        """Notes of an open assignment that its device went offline, or is back."""
+        """Notes of an open assignment whether its place may be given on."""
         self.open_attempt -= self._holds_place(row)
+        self.at_work += row.away - away
         row.away = away
         self.open_attempt += self._holds_place(row)
 
@@ -280,10 +369,11 @@ class RunState:
         run = self.run
         self.asked = set()
         self.fresh = self.late = self.open_round = self.open_attempt = 0
+        self.clock.freed += 1
         for row in self.assignments.values():
             if row.round == run.round:
                 this_attempt = row.attempt == run.attempt
-                if this_attempt or row.status == "received":
+                if (this_attempt and row.status != "declined") or row.status == "received":
                     self.asked.add(row.device)
                 if row.status == "open":
                     self.open_round += 1
@@ -295,18 +385,21 @@ class RunState:
                 self.late += not fresh
 
     def prune(self) -> None:
-        """Forgets assignments, and their updates, that are too old to matter. All of them are closed."""
-        limit = self.oldest_version
-        for name in [name for name, row in self.assignments.items() if row.version < limit]:
+        """Forgets closed assignments, and their updates, that are too old to matter."""
+        for name in [name for name, row in self.assignments.items() if not self.remembers(row)]:
             row = self.assignments.pop(name)
-            for update in self.by_assignment.pop(name, ()):
-                del self.updates[update]
+            self.forget_updates(name)
             names = self.by_device[row.device]
             names.remove(name)
             if not names:
                 del self.by_device[row.device]
         for version in [version for version in self.changes if version <= self.oldest_change]:
             del self.changes[version]
+
+    def forget_updates(self, assignment: str) -> None:
+        """Forgets the updates of an assignment, all with a verdict; they are answered from the store."""
+        for update in self.by_assignment.pop(assignment, ()):
+            del self.updates[update]
 
 
 def _number(assignment: str) -> int:

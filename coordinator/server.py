@@ -7,7 +7,6 @@ meanwhile. Command line and server share nothing but the database: a submitted r
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
@@ -29,6 +28,7 @@ from coordinator.submission import submit
 from edge_runtime import messages, topics
 from edge_runtime.errors import MessageError, StorageError
 from edge_runtime.files import lock_folder, write_durably
+from edge_runtime.heartbeat import from_telemetry
 from edge_runtime.transport.link import Link
 from edge_runtime.transport.loop import Loop
 
@@ -86,7 +86,7 @@ class Coordinator:
         return Link(
             self.connection.link,
             self.loop,
-            topics=[f"{topics.ROOT}/d/+/state", f"{topics.ROOT}/d/+/message", f"{topics.ROOT}/d/+/chunk"],
+            topics=[f"{topics.ROOT}/d/+/{leaf}" for leaf in ("state", "heartbeat", "message", "chunk")],
             on_message=self._on_message,
             on_up=self._on_up,
             on_down=self._on_down,
@@ -189,7 +189,9 @@ class Coordinator:
         try:
             if leaf == "chunk":
                 self.shell.uplink.on_chunk(device, payload)
-            elif payload:  # an empty retained state only clears the topic
+            elif leaf == "heartbeat" and payload:
+                self._heard_heartbeat(device, messages.decode_heartbeat(payload))
+            elif payload:  # an empty retained message only clears its topic
                 message = messages.decode_from_device(payload)
                 self.shell.heard(device, message, len(payload))
                 self._handle(device, message)
@@ -206,13 +208,12 @@ class Coordinator:
                 if message.device != device:
                     raise MessageError(f"device {device!r} announces itself as {message.device!r}, ignored")
                 self._announced(now, message)
-            case messages.Telemetry():
-                if not _all_finite(message):
-                    raise MessageError(f"telemetry of {device!r} holds NaN or infinite values, ignored")
-                self.fleet.measured(now, device, message)
-                self._dirty_devices.add(device)
+            case messages.Telemetry():  # of an agent that knows no heartbeats yet
+                self._heard_heartbeat(device, from_telemetry(message))
             case messages.JobStatus():
                 self.shell.on_job_failed(now, device, message)
+            case messages.Pull():
+                self.shell.on_pull(now, device, message)
             case messages.UpdateOffer():
                 self.shell.on_offer(now, device, message)
             case messages.Need():
@@ -220,13 +221,20 @@ class Coordinator:
             case messages.Gone():
                 return  # the device will offer what it still has
 
+    def _heard_heartbeat(self, device: str, heartbeat: messages.Heartbeat) -> None:
+        self.fleet.measured(self.clock(), device, heartbeat)
+        self._dirty_devices.add(device)
+
     def _announced(self, now: float, state: messages.DeviceState) -> None:
         before = self.fleet.get(state.device)
         conflict = "" if before is None else before.conflict
+        was_online = before is not None and before.online
         joined = self.fleet.announce(now, state)
         self._dirty_devices.add(state.device)
         known = self.fleet.get(state.device)
         if known is not None and not known.online:  # not so for the last will of a connection already replaced
+            if was_online:
+                log.info("device %s left", state.device)
             self.shell.on_left(now, state.device)
         if joined:
             log.info("device %s joined", state.device)
@@ -249,11 +257,6 @@ class Coordinator:
             self.loop.call_later(DISK_RETRY_S, self._save_devices)
             return
         self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
-
-
-def _all_finite(message: messages.Telemetry) -> bool:
-    values = msgspec.structs.astuple(message)
-    return all(math.isfinite(value) for value in values if isinstance(value, float))
 
 
 def steady_unix_clock() -> Callable[[], float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coordinator.aggregation import create_method
 from coordinator.aggregation.making import make_initial
 from coordinator.budget import FLOAT_BYTES, LEAST_BYTES, change_budget, smallest_budget
-from coordinator.plan import check_codecs, check_finite
+from coordinator.plan import check_codecs, check_finite, check_mode
 from coordinator.run_state import RunState
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.pipeline import MODEL_CHANNEL, CodecSpec, encode
@@ -96,6 +96,7 @@ def check_fit(plan: Plan, bundle: Bundle) -> None:
     """
     try:
         check_finite(plan)
+        check_mode(plan)
     except ConfigError as error:
         raise ConfigError(f"plan {plan.name!r}: {error}") from error
     server = create_method(plan)

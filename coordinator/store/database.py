@@ -93,15 +93,30 @@ def _check_schema(engine: sa.Engine, where: str) -> None:
 
 
 def _extend(engine: sa.Engine) -> int:
-    """Adds the tables that an older version lacks; the version that is there afterwards."""
+    """Adds the tables and columns that an older version lacks; the version that is there afterwards."""
     with engine.begin() as connection:
         _one_at_a_time(connection)
         found = int(connection.execute(sa.select(tables.schema.c.version)).scalar_one())
         if found in tables.EXTENDED_VERSIONS:  # still, and not extended by another process meanwhile
+            _add_columns(connection)
             tables.metadata.create_all(connection)
             connection.execute(sa.update(tables.schema).values(version=tables.SCHEMA_VERSION))
             found = tables.SCHEMA_VERSION
     return found
+
+
+def _add_columns(connection: sa.Connection) -> None:
+    quote = connection.dialect.identifier_preparer.quote
+    for name, added in tables.ADDED.items():
+        table = tables.metadata.tables[name]
+        for column, value in added.items():
+            kind = table.c[column].type.compile(connection.dialect)
+            text = f"ALTER TABLE {quote(name)} ADD COLUMN {quote(column)} {kind}"
+            if not table.c[column].nullable:  # only with a default, which all rows written from now on bring themselves
+                literal = sa.literal(value, table.c[column].type)
+                default = literal.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+                text += f" DEFAULT {default} NOT NULL"
+            connection.exec_driver_sql(text)
 
 
 def _switch_to_wal(connection: Any) -> None:

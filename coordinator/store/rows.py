@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 import msgspec
 
 from coordinator import events
-from coordinator.events import AssignmentRow, DeviceRow, HoldingRow, RoundRow, RunRow, UpdateRow
+from coordinator.events import (
+    AssignmentRow,
+    DeviceRow,
+    HistoryRow,
+    HoldingRow,
+    RoundRow,
+    RunRow,
+    SelectionRow,
+    TableRow,
+    UpdateRow,
+)
 from coordinator.ledger import LedgerRow
 from coordinator.store import tables
 from edge_runtime.messages import UpdateId
@@ -45,8 +55,9 @@ class Converter(Generic[R]):
                 device=update.device,
                 assignment=update.assignment,
                 sequence=update.sequence,
-                sha256=row.blob.sha256,
             )
+        if isinstance(row, UpdateRow | TableRow):
+            values["sha256"] = row.blob.sha256
         return values
 
     def row(self, columns: Mapping[str, Any]) -> R:
@@ -68,6 +79,7 @@ def _is_plain(hint: Any) -> bool:
         msgspec.inspect.IntType,
         msgspec.inspect.FloatType,
         msgspec.inspect.BoolType,
+        msgspec.inspect.BytesType,
         msgspec.inspect.LiteralType,
         msgspec.inspect.NoneType,
     )
@@ -79,8 +91,23 @@ ASSIGNMENTS = Converter(AssignmentRow, tables.assignments)
 UPDATES = Converter(UpdateRow, tables.updates)
 LEDGER = Converter(LedgerRow, tables.ledger)
 HOLDINGS = Converter(HoldingRow, tables.holdings)
+HISTORIES = Converter(HistoryRow, tables.histories)
+SELECTIONS = Converter(SelectionRow, tables.selections)
+TABLE = Converter(TableRow, tables.method_table)
 ROUNDS = Converter(RoundRow, tables.rounds)
 DEVICES = Converter(DeviceRow, tables.devices)
 BY_KIND: dict[type, Converter[Any]] = {
-    entry.kind: entry for entry in (RUNS, ASSIGNMENTS, UPDATES, LEDGER, HOLDINGS, ROUNDS, DEVICES)
+    entry.kind: entry
+    for entry in (
+        RUNS,
+        ASSIGNMENTS,
+        UPDATES,
+        LEDGER,
+        HOLDINGS,
+        HISTORIES,
+        SELECTIONS,
+        TABLE,
+        ROUNDS,
+        DEVICES,
+    )
 }

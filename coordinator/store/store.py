@@ -12,7 +12,7 @@ import msgspec
 import sqlalchemy as sa
 
 from coordinator.errors import StoreError, UnknownRunError
-from coordinator.events import AssignmentRow, DeviceRow, RoundRow, RunRow, UpdateRow
+from coordinator.events import AssignmentRow, DeviceRow, HistoryRow, RoundRow, RunRow, SelectionRow, UpdateRow
 from coordinator.ledger import EnergySums
 from coordinator.plan import Plan
 from coordinator.store import rows as convert
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _DATABASE = "coordinator.db"
 HEARTBEAT_S = 5.0  # how often a server says that it lives
 _SUMMED = ("train_mj", "compress_mj", "other_mj", "radio_mj")
+SELECTION_ROUNDS_KEPT = 100
 _GONE_S = 15.0  # silent for so long, it does not
 
 
@@ -104,6 +105,8 @@ class Store:
             batches.setdefault(kind, []).append(convert.BY_KIND[kind].columns(row))
         with translated(self._where), self._engine.begin() as connection:
             for kind, batch in batches.items():
+                if kind is SelectionRow:
+                    _forget_selections(connection, batch)
                 if kind is not RunRow:
                     connection.execute(self._upserts[kind], batch)
                     continue
@@ -148,8 +151,8 @@ class Store:
         """
         stored = self.run(run)
         oldest = stored.row.version - stored.plan.participation.max_staleness - 1
-        a, u, held = tables.assignments, tables.updates, tables.holdings
-        recent = (a.c.run == run) & (a.c.version >= oldest)
+        a, u, held, t = tables.assignments, tables.updates, tables.holdings, tables.method_table
+        recent = (a.c.run == run) & ((a.c.version >= oldest) | (a.c.status == "open"))
         names = sa.select(a.c.assignment).where(recent)
         assignments = self._select(sa.select(a).where(recent))
         updates = self._select(sa.select(u).where(u.c.run == run, u.c.assignment.in_(names)))
@@ -158,8 +161,16 @@ class Store:
             *(convert.ASSIGNMENTS.row(entry) for entry in assignments),
             *(convert.UPDATES.row(entry) for entry in updates),
             *(convert.HOLDINGS.row(entry) for entry in self._select(sa.select(held).where(held.c.run == run))),
+            *self.histories(run),
+            *(convert.TABLE.row(entry) for entry in self._select(sa.select(t).where(t.c.run == run))),
             *self.rounds(run),
         ]
+
+    def histories(self, run: str) -> list[HistoryRow]:
+        """What a run knows of all devices that it ever asked, by name."""
+        t = tables.histories
+        wanted = sa.select(t).where(t.c.run == run).order_by(t.c.device)
+        return [convert.HISTORIES.row(entry) for entry in self._select(wanted)]
 
     def stored_verdict(self, update: UpdateId) -> UpdateRow | None:
         """The stored row of an update, however old; None if it never came."""
@@ -286,6 +297,12 @@ class Store:
             for entry in self._select(sa.select(t).where(t.c.run == run, t.c.round >= first).order_by(t.c.round))
         ]
 
+    def selections(self, run: str, round_: int) -> list[SelectionRow]:
+        """The selections of a round in order; none of a round that is more than ``SELECTION_ROUNDS_KEPT`` back."""
+        t = tables.selections
+        wanted = sa.select(t).where(t.c.run == run, t.c.round == round_).order_by(t.c.number)
+        return [convert.SELECTIONS.row(entry) for entry in self._select(wanted)]
+
     def counted_updates(self, run: str, round_: int) -> list[UpdateRow]:
         """The updates that a closed round's model was made of, in update id order."""
         u = tables.updates
@@ -380,6 +397,13 @@ class Store:
         with translated(self._where), self._engine.connect() as connection:
             driver: Any = connection.connection.driver_connection
             return int(driver.execute("PRAGMA data_version").fetchone()[0])
+
+
+def _forget_selections(connection: sa.Connection, batch: list[dict[str, Any]]) -> None:
+    """Reports of selections are large: only those of the last rounds are kept."""
+    t = tables.selections
+    for run, round_ in {(values["run"], values["round"]) for values in batch}:
+        connection.execute(sa.delete(t).where(t.c.run == run, t.c.round <= round_ - SELECTION_ROUNDS_KEPT))
 
 
 def _energy_sums(columns: Any) -> EnergySums:

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     String,
@@ -18,8 +19,8 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 4
-EXTENDED_VERSIONS = (3,)  # of which this one differs by whole tables only, so that they are taken over
+SCHEMA_VERSION = 5
+EXTENDED_VERSIONS = (3, 4)  # which are taken over: what they lack are tables, and the columns of ADDED
 
 metadata = MetaData()
 
@@ -36,8 +37,12 @@ def _time(column: str, *, nullable: bool = False) -> Column[Any]:
     return Column(column, Float(53), nullable=nullable)
 
 
-def _count(column: str, *, nullable: bool = False) -> Column[Any]:
-    return Column(column, BigInteger, nullable=nullable)
+def _real(column: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(column, Float(53), nullable=nullable)
+
+
+def _count(column: str, *, key: bool = False, nullable: bool = False) -> Column[Any]:
+    return Column(column, BigInteger, primary_key=key, autoincrement=False, nullable=nullable)
 
 
 def _text(column: str, *, nullable: bool = False) -> Column[Any]:
@@ -77,6 +82,11 @@ runs = Table(
     _time("opened_unix_s"),
     _time("ended_unix_s", nullable=True),
     _time("short_since_unix_s", nullable=True),
+    _text("selector_memory"),
+    _text("hyper"),
+    _count("places"),
+    _time("select_after_unix_s"),
+    _count("next_selection"),
 )
 
 assignments = Table(
@@ -102,6 +112,10 @@ assignments = Table(
     _name("status"),
     _text("reason"),
     Column("away", Boolean, nullable=False),
+    _name("role"),
+    Column("standing", Boolean, nullable=False),
+    _count("sequence"),
+    Column("pulled", Boolean, nullable=False),
     Index("assignments_by_version", "run", "version"),
 )
 
@@ -111,7 +125,7 @@ updates = Table(
     _name("run", key=True),
     _name("device", key=True),
     _name("assignment", key=True),
-    Column("sequence", BigInteger, primary_key=True, autoincrement=False, nullable=False),
+    _count("sequence", key=True),
     Column("sha256", String(64), nullable=False),
     _text("blob"),
     _text("meta"),
@@ -119,7 +133,7 @@ updates = Table(
     _name("verdict"),
     _text("reason"),
     _integer("counted_round", nullable=True),
-    Column("weight", Float(53), nullable=True),
+    _real("weight", nullable=True),
     Index("updates_by_assignment", "run", "assignment"),
     Index("updates_by_round", "run", "counted_round"),
     Index("updates_by_sha256", "sha256"),
@@ -131,7 +145,7 @@ ledger = Table(  # what jobs drew
     _name("run", key=True),
     _name("device", key=True),
     _name("assignment", key=True),
-    Column("sequence", BigInteger, primary_key=True, autoincrement=False, nullable=False),
+    _count("sequence", key=True),
     _integer("round"),
     _text("sensor", nullable=True),
     _text("scope", nullable=True),
@@ -157,6 +171,47 @@ holdings = Table(  # which version of the shared model a device holds
     _integer("version", nullable=True),
 )
 
+histories = Table(  # what a run knows of a device from its earlier jobs
+    "histories",
+    metadata,
+    _name("run", key=True),
+    _name("device", key=True),
+    _integer("asked"),
+    _integer("counted"),
+    _integer("failures"),
+    _integer("last_round"),
+    _real("loss_rms", nullable=True),
+    _count("samples", nullable=True),
+    _real("elapsed_s", nullable=True),
+    _real("step_s", nullable=True),
+    _real("step_j", nullable=True),
+    _real("queue_j"),
+    _time("not_before_unix_s"),
+)
+
+selections = Table(  # why devices were chosen or not
+    "selections",
+    metadata,
+    _name("run", key=True),
+    _count("number", key=True),
+    _integer("round"),
+    _integer("attempt"),
+    _time("at_unix_s"),
+    Column("report", LargeBinary, nullable=False),
+    Index("selections_by_round", "run", "round"),
+)
+
+method_table = Table(  # the vectors per device of server methods that keep such
+    "method_table",
+    metadata,
+    _name("run", key=True),
+    _name("device", key=True),
+    Column("sha256", String(64), nullable=False),
+    _text("blob"),
+    _integer("round"),
+    Index("method_table_by_sha256", "sha256"),
+)
+
 rounds = Table(
     "rounds",
     metadata,
@@ -179,7 +234,7 @@ rounds = Table(
     Column("bytes_complete", Boolean, nullable=False),
     _count("encode_cpu_ms"),
     _count("written_bytes"),
-    Column("train_loss", Float(53), nullable=True),
+    _real("train_loss", nullable=True),
     _text("test", nullable=True),
     _text("devices", nullable=True),
 )
@@ -192,7 +247,7 @@ devices = Table(
     _time("last_contact_unix_s"),
     _text("conflict"),
     _text("state"),
-    _text("telemetry", nullable=True),
+    _text("heartbeat", nullable=True),
 )
 
 servers = Table(  # who takes care of the runs at the moment, for other processes to look at
@@ -201,3 +256,10 @@ servers = Table(  # who takes care of the runs at the moment, for other processe
     _name("server", key=True),
     _time("last_seen_unix_s"),
 )
+
+# Columns that older versions lack, and what their rows get there.
+ADDED: dict[str, dict[str, Any]] = {
+    "runs": {"selector_memory": "{}", "hyper": "{}", "places": 0, "select_after_unix_s": 0.0, "next_selection": 0},
+    "assignments": {"role": "trainer", "standing": False, "sequence": 0, "pulled": False},
+    "devices": {"heartbeat": None},
+}

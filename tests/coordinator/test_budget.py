@@ -12,6 +12,7 @@ from coordinator import events as e
 from coordinator.budget import change_budget, smallest_budget, update_budget, warmed_up
 from coordinator.plan import Downlink, Uplink, check_codecs, check_finite
 from coordinator.rounds import step
+from coordinator.scheduling import Selection
 from coordinator.scheduling.random import RandomSelector
 from coordinator.submission import check_budgets
 from edge_runtime.compression import Layout
@@ -78,7 +79,8 @@ def test_a_selector_may_decide_itself(monkeypatch):
     changes = {"a": {"byte_budget": 99}, "b": {"codec": "raw"}, "c": {}}
 
     def select(_self, _now, _fleet, request):
-        return [msgspec.structs.replace(request.choice(name), **changes[name]) for name in request.candidates]
+        chosen = [msgspec.structs.replace(request.choice(name), **changes[name]) for name in request.candidates]
+        return Selection(choices=chosen)
 
     monkeypatch.setattr(RandomSelector, "select", select)
     rows = h.jobs(step(state, e.Tick(0.0), fleet(a=1, b=1, c=1)))

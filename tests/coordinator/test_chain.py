@@ -48,10 +48,10 @@ def lossy(**changes):
     return h.start(h.plan(rounds=20, **changes), vector_sha256="0" * 64, elements=1000), h.fleet("a", "b")
 
 
-def close(state, fleet, number, *, change=900, snapshot=4000):
+def close(state, fleet, number, *, change=900, snapshot=4000, now=2.0):
     """The next model is there; the jobs of the next round by device."""
     event = e.Aggregated(
-        2.0,
+        now,
         state.run.round,
         h.blob(100 + number),
         down=h.blob(200 + number, snapshot),
@@ -136,12 +136,12 @@ def test_after_a_failure_nothing_is_taken_for_granted():
     step(state, e.JobReported(3.0, "a", jobs["a"].assignment, "too hot"), fleet)
     step(state, h.arrived(jobs["b"]), fleet)
     assert state.held == {"b": 2}
-    assert close(state, fleet, 3)["a"].base_version == 0
+    assert close(state, fleet, 3, now=99.0)["a"].base_version == 0  # a while after its failure
     state, fleet = lossy(minimum=1)
     jobs = play(state, fleet, 2, change=3000)
     step(state, e.JobReported(3.0, "a", jobs["a"].assignment, "too hot"), fleet)
     step(state, h.arrived(jobs["b"]), fleet)
-    jobs = close(state, fleet, 3, change=3000)
+    jobs = close(state, fleet, 3, change=3000, now=99.0)
     assert (jobs["a"].base_version, jobs["b"].base_version) == (None, 2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.fleet import CONFLICT_S, Fleet, requirement, unfit
-from edge_runtime.messages import DatasetInfo, Limits, Telemetry
+from edge_runtime.messages import DatasetInfo, Heartbeat, Limits
 from tests.coordinator import helpers as h
 
 
@@ -87,11 +87,33 @@ def test_conflict_is_seen_through_the_last_wills_between(fleet):
     assert fleet.get("a").conflict
 
 
-def test_telemetry_and_contact_are_kept(fleet):
-    """The latest measurement and the time of the last message stand in the device's row."""
+def test_heartbeat_and_contact_are_kept(fleet):
+    """The latest heartbeat and the time of the last message stand in the device's row."""
     fleet.announce(0.0, h.device("a"))
-    telemetry = Telemetry(uptime_s=5.0, clock_unix_s=0.0, temperature_c=61.0)
-    fleet.measured(7.0, "a", telemetry)
-    fleet.measured(8.0, "unknown", telemetry)
+    heartbeat = Heartbeat(uptime_s=5, temperature_c=61)
+    fleet.measured(7.0, "a", heartbeat)
     row = fleet.get("a").row()
-    assert (row.telemetry, row.last_contact_unix_s) == (telemetry, 7.0)
+    assert (row.heartbeat, row.last_contact_unix_s) == (heartbeat, 7.0)
+    assert fleet.get("a").heartbeat_unix_s == 7.0
+
+
+def test_a_heartbeat_that_comes_before_its_device_is_not_lost(fleet):
+    """Both are retained, and a broker gives them to a new coordinator in any order."""
+    fleet.measured(1.0, "a", Heartbeat(battery_percent=20))
+    fleet.measured(2.0, "a", Heartbeat(battery_percent=30))
+    fleet.announce(3.0, h.device("a"))
+    assert fleet.get("a").heartbeat.battery_percent == 30
+
+
+def test_reasons_are_kept_up_to_date(fleet):
+    """Who cannot take part is there with the reason; who becomes eligible is counted as an arrival."""
+    fleet.announce(0.0, h.device("a"))
+    fleet.announce(0.0, h.device("b", methods=[]))
+    assert dict(fleet.unfit_reasons(NEED)) == {"b": "lacks method 'fedavg'"}
+    arrivals = fleet.arrivals(NEED)
+    fleet.announce(1.0, h.device("a"))
+    assert fleet.arrivals(NEED) == arrivals
+    fleet.announce(2.0, h.device("b"))
+    fleet.gone(3.0, "a")
+    assert dict(fleet.unfit_reasons(NEED)) == {"a": "offline"}
+    assert fleet.arrivals(NEED) == arrivals + 1

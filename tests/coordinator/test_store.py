@@ -19,7 +19,7 @@ from coordinator.plan import Downlink
 from coordinator.rounds import step
 from coordinator.run_state import RunState
 from coordinator.store import Store, tables
-from edge_runtime.messages import Evaluation, Telemetry
+from edge_runtime.messages import Evaluation, Heartbeat
 from tests.coordinator import helpers as h
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -128,7 +128,7 @@ def test_verdicts_are_found_however_old(store):
 
 def test_devices_come_back(store):
     """What the fleet knows is there for other processes."""
-    device = Device("a", h.device("a"), 5.0, telemetry=Telemetry(uptime_s=1.0, clock_unix_s=2.0))
+    device = Device("a", h.device("a"), 5.0, heartbeat=Heartbeat(uptime_s=1, battery_percent=40))
     store.save([device.row()])
     device.last_contact_unix_s = 6.0
     store.save([device.row()])
@@ -251,7 +251,7 @@ def test_newer_schema_is_refused(tmp_path):
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "coordinator.db") as connection:
         connection.execute("UPDATE schema_version SET version = 99")
-    with pytest.raises(StoreError, match="schema version 99, this software knows up to 4; update"):
+    with pytest.raises(StoreError, match="schema version 99, this software knows up to 5; update"):
         Store(tmp_path)
 
 
@@ -264,21 +264,43 @@ def test_an_older_schema_is_refused(tmp_path):
         Store(tmp_path)
 
 
-def test_the_schema_before_is_taken_over(tmp_path):
-    """Only the ledger is new: runs of version 3 stay, and their energy is unknown."""
+@pytest.mark.parametrize("version", [3, 4])
+def test_older_schemas_are_taken_over(tmp_path, version):
+    """Runs of older versions stay and go on: their rows get the new columns' defaults, and what is new is unknown."""
     database = tmp_path / "coordinator.db"
     with sqlite3.connect(database) as connection:
-        connection.executescript((GOLDEN / "schema-3-sqlite.sql").read_text())
-        connection.execute("INSERT INTO schema_version VALUES (3)")
+        connection.executescript((GOLDEN / f"schema-{version}-sqlite.sql").read_text())
+        connection.execute("INSERT INTO schema_version VALUES (?)", (version,))
         connection.execute("INSERT INTO servers VALUES ('old', 7.0)")
+        connection.executescript((GOLDEN / "rows-4-sqlite.sql").read_text())
     store = Store(tmp_path, create=False)
     assert store.server_running(8.0)
+    state = RunState.from_rows(store.run("old-1").plan, store.load_run("old-1"))
+    assert [(row.assignment, row.role, row.sequence, row.standing) for row in state.assignments.values()] == [
+        ("r0-0", "trainer", 0, False)
+    ]
+    assert (state.run.hyper, state.run.selector_memory, state.run.places) == ({}, {}, 0)
+    assert store.ledger("old-1") == store.histories("old-1") == store.selections("old-1", 0) == []
+    assert [row.heartbeat for row in store.devices()] == [None]
+    fleet = h.fleet("a", "b")
+    store.save(h.one(e.Save, step(state, e.DeviceJoined(20.0, "a"), fleet)).rows)
     name = submitted(store, h.plan()).run.run
-    assert store.ledger(name) == []
+    assert store.histories(name) == []
     store.close()
     with sqlite3.connect(database) as connection:
-        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(4,)]
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(5,)]
     Store(tmp_path).close()
+
+
+def test_reports_of_selections_are_kept_for_a_hundred_rounds(store):
+    """Older ones go with the next selection of their run; those of other runs stay."""
+    first, second = submitted(store, h.plan()).run.run, submitted(store, h.plan()).run.run
+    for number, (run, round_) in enumerate([(first, 0), (second, 0), (first, 1), (first, 1), (first, 100)]):
+        row = e.SelectionRow(run=run, number=number, round=round_, attempt=0, at_unix_s=1.0, report=b"\x00report")
+        store.save([row])
+    assert store.selections(first, 0) == []
+    assert [row.number for row in store.selections(first, 1)] == [2, 3]
+    assert store.selections(second, 0)[0].report == b"\x00report"
 
 
 def test_looking_makes_no_state(tmp_path):
@@ -297,7 +319,7 @@ def test_damaged_database_is_told(tmp_path):
 
 @pytest.mark.parametrize(("name", "dialect"), [("sqlite", sqlite.dialect()), ("postgresql", postgresql.dialect())])
 def test_schema_is_golden(name, dialect):
-    """The tables of schema version 4; a change needs a new version."""
+    """The tables of schema version 5; a change needs a new version."""
     parts = []
     for table in tables.metadata.sorted_tables:
         parts.append(str(CreateTable(table).compile(dialect=dialect)).strip())

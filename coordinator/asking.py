@@ -1,0 +1,251 @@
+"""Who is asked next, and for what: candidates, the selector's choices, assignments. Part of the round machine."""
+
+from __future__ import annotations
+
+import copy
+import math
+from random import Random
+from typing import TYPE_CHECKING
+
+from coordinator import events as e
+from coordinator.budget import FLOAT_BYTES, update_budget
+from coordinator.histories import note_asked
+from coordinator.scheduling import Outcome, RoundRequest
+from coordinator.wording import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from coordinator.fleet import FleetView
+    from coordinator.run_state import RunState
+    from coordinator.scheduling import Choice
+    from coordinator.work import Work
+    from edge_runtime.messages import Role, UpdateMeta
+
+PAUSES = 10  # in the patience of a round: how often a selector is asked again that chose fewer than wanted
+
+
+def candidates(state: RunState, work: Work, fleet: FleetView) -> list[str]:
+    """Eligible devices with nothing to do in this run that may be asked now, sorted.
+
+    In a run with rounds each is asked once per attempt. A device whose update waits for its verdict is left out: it
+    starts no other job of the run before that (what it did not send is known only then), and its update counts in this
+    round. Devices that declined or failed are left out until they are to be asked again. O(1) where nothing changed
+    since nobody was there.
+    """
+    clock = state.clock
+    there = (fleet.arrivals(state.need), clock.freed)
+    if clock.nobody is not None and clock.nobody[:2] == there and work.now < clock.nobody[2]:
+        return []
+    waiting = {update.device for update in state.pending}
+    asked = state.asked if state.mode == "synchronous" else ()
+    free = set(fleet.eligible(state.need)).difference(state.busy, asked, waiting)
+    found, first = [], math.inf
+    for device in free:
+        row = state.histories.get(device)
+        if row is None or row.not_before_unix_s <= work.now:
+            found.append(device)
+        else:
+            first = min(first, row.not_before_unix_s)
+    clock.nobody = None if found else (*there, first)
+    found.sort()
+    return found
+
+
+def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: int) -> tuple[int, int]:
+    """Asks up to ``count`` of the devices that are free; returns how many, and for how many the selector was asked."""
+    from coordinator.scheduling.explaining import Report, pack  # numpy: only where runs are run
+
+    run = state.run
+    if not free or count <= 0:
+        return 0, 0
+    memory = dict(run.selector_memory)
+    request = _request(state, free, min(count, len(free)), memory)
+    selection = state.selector.select(work.now, fleet, request)
+    run.selector_memory = memory
+    busy = why_busy(state, work.now, set(fleet.eligible(state.need)).difference(free))
+    chosen: dict[str, Choice] = {}
+    there = set(free)
+    for choice in selection.choices[: request.count]:
+        if choice.device in there:  # a selector cannot ask a device twice, nor one that is not free
+            there.discard(choice.device)
+            chosen[choice.device] = choice
+    mean = _mean_samples(state, fleet)
+    for choice in chosen.values():
+        _assign(state, work, fleet, choice, mean)
+    if len(chosen) < request.count:
+        run.select_after_unix_s = work.now + state.patience_s / PAUSES
+    report = pack(Report(chosen=chosen, notes=selection.notes, unfit=dict(fleet.unfit_reasons(state.need)), busy=busy))
+    row = e.SelectionRow(
+        run=run.run,
+        number=run.next_selection,
+        round=run.round,
+        attempt=run.attempt,
+        at_unix_s=work.now,
+        report=report,
+    )
+    run.next_selection += 1
+    work.save(run, row)
+    return len(chosen), request.count
+
+
+def why_busy(state: RunState, now: float, devices: Iterable[str]) -> dict[str, str]:
+    """Why eligible devices are no candidates, by device."""
+    waiting = {update.device for update in state.pending}
+    reasons = {}
+    for device in sorted(devices):
+        history = state.histories.get(device)
+        if device in state.busy:
+            row = state.assignments[state.by_device[device][-1]]
+            reasons[device] = f"at work on {row.assignment}" if not row.standing else "holds a standing assignment"
+        elif device in waiting:
+            reasons[device] = "its update waits for the next model"
+        elif history is not None and history.not_before_unix_s > now:
+            why = f"failed {counted(history.failures, 'time')} in a row" if history.failures else "declined"
+            reasons[device] = f"{why}, left alone for another {history.not_before_unix_s - now:.0f} s"
+        else:
+            reasons[device] = "was asked in this attempt already"
+    return reasons
+
+
+def observe(state: RunState, work: Work, device: str, outcome: Outcome) -> None:
+    """Tells the selector how an assignment ended."""
+    memory = dict(state.run.selector_memory)
+    state.selector.observe(device, outcome, memory)
+    if memory != state.run.selector_memory:
+        state.run.selector_memory = memory
+        work.save(state.run)
+
+
+def due(row: e.AssignmentRow) -> list[e.Effect]:
+    """What tells a device its open assignment, or tells it again."""
+    standing: list[e.Effect] = [e.SendStanding(copy.copy(row))] if row.standing else []
+    return [*standing, e.SendJob(copy.copy(row))] if row.pulled or not row.standing else standing
+
+
+def repeat_jobs(state: RunState, work: Work) -> None:
+    """Tells all devices again what they are to do: their jobs may have been lost."""
+    for row in state.assignments.values():
+        if row.status == "open":
+            work.out += due(row)
+
+
+def _request(state: RunState, free: list[str], count: int, memory: dict[str, float]) -> RoundRequest:
+    run = state.run
+    late = sum(
+        row.status == "open" and not row.away and row.version < run.version for row in state.assignments.values()
+    )
+    return RoundRequest(
+        run=run.run,
+        round_=run.round,
+        attempt=run.attempt,
+        count=count,
+        candidates=free,
+        plan=state.plan,
+        random=Random(f"{state.plan.seed}/{run.run}/{run.round}/{run.attempt}/{run.next_selection}"),
+        history=state.histories,
+        memory=memory,
+        bundle=bytes.fromhex(run.bundle.sha256[:8]),
+        up_bytes=_up_bytes(state),
+        down_bytes=_down_bytes(state),
+        expected_late=late,
+    )
+
+
+def _assign(state: RunState, work: Work, fleet: FleetView, choice: Choice, mean_samples: float | None) -> None:
+    run, rules = state.run, state.plan.participation
+    standing = state.mode == "anarchic"
+    most_s = rules.deadline_s
+    role = _role(state, fleet, choice)
+    row = e.AssignmentRow(
+        run=run.run,
+        assignment=f"r{run.round}-{run.next_assignment}",
+        device=choice.device,
+        round=run.round,
+        attempt=run.attempt,
+        version=run.version,
+        model=run.down or run.model,
+        vector_sha256=run.vector_sha256,
+        base_version=state.base_for(choice.device),
+        epochs=choice.epochs if choice.steps is None and not standing else None,
+        steps=choice.steps,
+        variant=choice.variant,
+        cut=choice.cut,
+        codec=choice.codec,
+        byte_budget=_budget(state, fleet, choice, role, mean_samples),
+        assigned_unix_s=work.now,
+        deadline_unix_s=work.now + (choice.deadline_s if 0 < choice.deadline_s <= most_s else most_s),
+        role=role,
+        standing=standing,
+        sequence=-1 if standing else 0,
+    )
+    run.next_assignment += 1
+    history = state.history(choice.device)
+    if not standing:
+        note_asked(history, run.round)
+    state.add_assignment(row)
+    work.save(run, row, history)
+    work.out += due(row)
+
+
+def _role(state: RunState, fleet: FleetView, choice: Choice) -> Role:
+    """The selector's, where server method and device know it."""
+    if choice.role == "trainer":
+        return "trainer"
+    device = fleet.get(choice.device)
+    known = choice.role in state.method.roles and device is not None and choice.role in device.state.abilities
+    return choice.role if known else "trainer"
+
+
+def _budget(state: RunState, fleet: FleetView, choice: Choice, role: Role, mean_samples: float | None) -> int | None:
+    """The selector's own budget, else the plan's; none for a codec that the plan knows nothing of."""
+    uplink = state.plan.uplink
+    if choice.byte_budget is not None or choice.codec != uplink.codec:
+        return choice.byte_budget
+    channels = state.method.channels if role == "trainer" else state.method.roles[role]
+    samples = _samples(state, fleet, choice.device) if uplink.by_samples else None
+    return update_budget(uplink, state.run.round, state.run.elements * len(channels), samples, mean_samples)
+
+
+def _up_bytes(state: RunState) -> int:
+    """About the bytes of one update: the budget, else the mean of those that came, else as float32."""
+    elements = state.run.elements * len(state.method.channels)
+    budget = update_budget(state.plan.uplink, state.run.round, elements)
+    if budget is not None:
+        return budget
+    sizes = [row.blob.size_bytes for row in state.updates.values() if row.counted_round is not None]
+    return sum(sizes) // len(sizes) if sizes else FLOAT_BYTES * elements
+
+
+def _down_bytes(state: RunState) -> int:
+    run = state.run
+    change = state.changes.get(run.version) if run.vector_sha256 is not None else None
+    return (change or run.down or run.model).size_bytes
+
+
+def _mean_samples(state: RunState, fleet: FleetView) -> float | None:
+    if not state.plan.uplink.by_samples:
+        return None
+    known = [_samples(state, fleet, device) for device in sorted(fleet.eligible(state.need))]
+    counts = [count for count in known if count is not None]
+    return sum(counts) / len(counts) if counts else None
+
+
+def _samples(state: RunState, fleet: FleetView, device: str) -> int | None:
+    """What the device announced of the dataset, else what its last update in this run was trained on."""
+    found = fleet.get(device)
+    dataset = None if found is None else found.dataset(state.plan.dataset)
+    if dataset is not None and dataset.samples is not None:
+        return dataset.samples
+    row = state.histories.get(device)
+    return None if row is None else row.samples
+
+
+def outcome(row: e.AssignmentRow, meta: UpdateMeta, *, received_unix_s: float, counted_round: int) -> Outcome:
+    """The outcome of an assignment whose update was taken in."""
+    return Outcome(
+        assignment=row,
+        meta=meta,
+        elapsed_s=received_unix_s - row.assigned_unix_s,
+        staleness=counted_round - row.version,
+    )

@@ -7,6 +7,7 @@ must remember goes into ``request.memory``. Both are stored with the run, so a r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import msgspec
@@ -15,7 +16,7 @@ from coordinator.events import AssignmentRow
 from edge_runtime.messages import Role, UpdateMeta
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from random import Random
 
     from coordinator.events import HistoryRow
@@ -87,6 +88,15 @@ class RoundRequest:
         self.down_bytes = down_bytes
         self.expected_late = expected_late
 
+    @property
+    def opens_round(self) -> bool:
+        """Whether nobody was chosen for this round before, as far as :meth:`note_opened` was told."""
+        return self.attempt == 0 and self.memory.get("opened_round") != self.round
+
+    def note_opened(self) -> None:
+        """Remembers that somebody was chosen for this round."""
+        self.memory["opened_round"] = float(self.round)
+
     def choice(self, device: str) -> Choice:
         """The plan's own work for a device; selectors that tailor work replace fields of it."""
         training = self.plan.training
@@ -125,10 +135,13 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Selection(msgspec.Struct, kw_only=True):
-    """Who was chosen, and a note for every candidate about which there is something to say."""
+    """Who was chosen, and a note for every candidate about which there is something to say.
+
+    Notes are a plain dictionary, or the columns of a :class:`~coordinator.scheduling.notes.NoteTable`.
+    """
 
     choices: list[Choice]
-    notes: dict[str, Note] = {}
+    notes: Mapping[str, Note] = {}
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

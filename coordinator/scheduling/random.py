@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from coordinator.plugins import check_options
+import numpy as np
+
+from coordinator.aggregation.options import take_options
 from coordinator.scheduling.base import Selection
+from coordinator.scheduling.notes import Marks
+from coordinator.scheduling.roles import draw_anchors
+from coordinator.scheduling.table import Table, willing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,20 +21,35 @@ if TYPE_CHECKING:
 
 
 class RandomSelector:
-    """McMahan et al. 2017, algorithm 1: a uniformly random subset without replacement."""
+    """McMahan et al. 2017, algorithm 1: a uniformly random subset without replacement, of those who do not decline.
+
+    Options:
+        anchor_probability: 0 to 1; each chosen device that can be an anchor is one with this probability. For server
+            methods that know the role (FedAMD).
+    """
 
     name: ClassVar[str] = "random"
 
+    def __init__(self, *, anchor_probability: float = 0.0) -> None:
+        self.anchor_probability = anchor_probability
+
     @classmethod
     def from_options(cls, options: Mapping[str, float]) -> RandomSelector:
-        check_options(options, {})
-        return cls()
+        return cls(**take_options(options, {"anchor_probability": 0.0}, {"anchor_probability": (0.0, 1.0)}))
 
     def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:  # noqa: ARG002
-        count = min(request.count, len(request.candidates))
-        return Selection(
-            choices=[request.choice(device) for device in request.random.sample(request.candidates, count)]
-        )
+        table, marks = Table(fleet, request), Marks(request.candidates)
+        ready = np.flatnonzero(willing(table, marks))
+        count = max(0, min(request.count, len(ready)))
+        rows = np.array(request.random.sample(ready.tolist(), count), np.intp)
+        if len(ready):
+            marks.mark(ready, "lost the draw (p={chance:.2g})")
+            marks.figure("chance", np.full(len(ready), count / len(ready)), ready)
+            marks.mark(rows, "drawn uniformly (p={chance:.2g})")
+        choices = [request.choice(request.candidates[row]) for row in rows.tolist()]
+        able = table.has("anchor") if self.anchor_probability else np.zeros(table.count, bool)
+        choices = draw_anchors(request.random, choices, able, rows, self.anchor_probability)
+        return Selection(choices=choices, notes=marks.table())
 
     def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:
         """Learns nothing."""

@@ -1,0 +1,172 @@
+"""The product's own selector: least energy to accuracy, with no battery emptied and nobody left out for long."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+import numpy as np
+
+from coordinator.aggregation.options import take_options
+from coordinator.scheduling import energy_queue
+from coordinator.scheduling.base import Selection
+from coordinator.scheduling.draws import Rows, chances, draw
+from coordinator.scheduling.energy_score import even_weights, factors
+from coordinator.scheduling.energy_work import LEAST_UPDATE, Work, fit_work
+from coordinator.scheduling.notes import Marks
+from coordinator.scheduling.roles import as_anchor, draw_anchors
+from coordinator.scheduling.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from coordinator.events import HistoryRow
+    from coordinator.fleet import FleetView
+    from coordinator.scheduling.base import Choice, Outcome, RoundRequest
+
+_SUCCESS_AT_FIRST = 0.77  # as many as an over-commitment of 1.3 reckons with
+_SUCCESS_RATE = 0.05  # of the moving average
+_MOST_OVER_COMMIT = 1.5
+
+
+class EnergyAware:
+    """Gates and work by :mod:`energy_work`, then half of the places by score and half by even participation.
+
+    The score (:mod:`energy_score`) is utility x speed x thrift x battery headroom x age, over ``(1 + n)^0.5``, the
+    virtual energy queue (:mod:`energy_queue`) and failures; only devices whose loss is known have one. The other places
+    are drawn from everybody left with weight ``thrift / (1 + n)``. Both are draws, so nobody is certain, and nobody is
+    never chosen. Of what the plan's ``over_commit`` asks for, only as many are taken as recent failures call for.
+
+    Options:
+        exploit_share: of the places that go by score.
+        energy_exponent, speed_exponent, speed_quantile: of the factors.
+        headroom: share of the battery above the reserve from which on more of it is worth no more.
+        reserve_percent: where a device's owner does not say.
+        margin_percent: that must be left above the reserve: idling and heartbeats draw on it, too.
+        least_availability: 0 to 1; least_temperature_margin_c, least_free_memory_mb: for the gates.
+        mains_weight: 1: joules from mains count as those of batteries, 0: they are free.
+        queue_jobs: jobs beyond its share that halve a device's score.
+        round_joules: of one device in a round that put nothing into its queue; 0: its share of what the round drew.
+        upload_share: of the deadline that an update may take before it is made smaller.
+        anchors: 1: who cannot do the least work may be an anchor.
+        anchor_probability: as of ``random``.
+        adaptive_target: 1: late updates on their way are asked for no second time; at least half the target is.
+    """
+
+    name: ClassVar[str] = "energy_aware"
+    least_update_share: ClassVar[float] = LEAST_UPDATE
+    defaults: ClassVar[Mapping[str, float]] = {
+        "exploit_share": 0.5,
+        "energy_exponent": 0.5,
+        "speed_exponent": 2.0,
+        "speed_quantile": 0.5,
+        "headroom": 0.25,
+        "reserve_percent": 20.0,
+        "margin_percent": 5.0,
+        "least_availability": 0.1,
+        "least_temperature_margin_c": 2.0,
+        "least_free_memory_mb": 64.0,
+        "mains_weight": 1.0,
+        "queue_jobs": 10.0,
+        "round_joules": 0.0,
+        "upload_share": 0.25,
+        "anchors": 0.0,
+        "anchor_probability": 0.0,
+        "adaptive_target": 1.0,
+    }
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **dict.fromkeys(("exploit_share", "speed_quantile", "least_availability", "mains_weight"), (0.0, 1.0)),
+        **dict.fromkeys(("anchors", "anchor_probability", "adaptive_target"), (0.0, 1.0)),
+        **dict.fromkeys(("energy_exponent", "speed_exponent"), (0.0, 8.0)),
+        **dict.fromkeys(("reserve_percent", "margin_percent"), (0.0, 100.0)),
+        **dict.fromkeys(("headroom", "upload_share"), (1e-3, 1.0)),
+        "least_temperature_margin_c": (0.0, 100.0),
+        "least_free_memory_mb": (0.0, 1e6),
+        "queue_jobs": (1e-3, 1e9),
+        "round_joules": (0.0, 1e12),
+    }
+
+    def __init__(self, options: Mapping[str, float] | None = None) -> None:
+        self.options = take_options(options, self.defaults, self.ranges)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, float]) -> EnergyAware:
+        return cls(options)
+
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:  # noqa: ARG002
+        table, marks = Table(fleet, request), Marks(request.candidates)
+        work = fit_work(table, self.options, marks)
+        rows = self._draw(table, work, self.places(request), marks)
+        choices = [_choice(request, table, work, row) for row in rows.tolist()]
+        if self.options["anchor_probability"]:
+            probability = self.options["anchor_probability"]
+            choices = draw_anchors(request.random, choices, table.has("anchor"), rows, probability)
+        if choices:
+            request.note_opened()
+        return Selection(choices=choices, notes=marks.table())
+
+    def places(self, request: RoundRequest) -> int:
+        """How many to choose: over-committed as failures call for, less the late updates that are expected."""
+        rules = request.plan.participation
+        if not request.opens_round or rules.mode != "synchronous":
+            return max(0, request.count)
+        over_commit = min(
+            max(1.0 / max(request.memory.get("success", _SUCCESS_AT_FIRST), 1e-9), 1.0), _MOST_OVER_COMMIT
+        )
+        places = math.ceil(rules.target * over_commit - 1e-9)
+        if self.options["adaptive_target"]:
+            places = max(math.ceil(rules.target / 2), places - request.expected_late)
+        return max(0, min(places, request.count))
+
+    def _draw(self, table: Table, work: Work, places: int, marks: Marks) -> Rows:
+        """The chosen rows: by score, then evenly."""
+        random = table.request.random
+        ready = np.flatnonzero(work.ready)
+        marks.figure("seconds", table.seconds(work.steps, work.up_bytes))
+        marks.figure("joules", table.joules(work.steps, work.up_bytes))
+        marks.figure("charge_after", table.charge_after(table.joules(work.steps, work.up_bytes)))
+        marks.figure("steps", work.steps)
+        known = ready[~np.isnan(table.loss_rms[ready])]
+        by_score = min(int(places * self.options["exploit_share"] + random.random()), len(known), places)
+        parts = factors(table, work, known, self.options)
+        for name, values in parts.items():
+            marks.figure(name, values, known)
+        first = draw(random, known, parts["score"], by_score)
+        rest = np.setdiff1d(ready, first, assume_unique=True)
+        weights = even_weights(table, work, rest, self.options)
+        second = draw(random, rest, weights, places - len(first))
+        marks.figure("chance", chances(weights, places - len(first)), rest)
+        marks.figure("chance", chances(parts["score"], by_score)[np.isin(known, first)], np.sort(first))
+        marks.mark(rest, "lost the draw (p={chance:.2g})")
+        marks.mark(second, "drawn evenly (p={chance:.2g})")
+        marks.mark(first, "drawn by score {score:.3g} (p={chance:.2g})")
+        return np.concatenate([first, second])
+
+    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:  # noqa: ARG002
+        """Follows the share of jobs that end in time; a declined one cost nothing and says nothing."""
+        if not outcome.declined:
+            success = memory.get("success", _SUCCESS_AT_FIRST)
+            in_time = float(outcome.meta is not None and outcome.staleness == 0)
+            memory["success"] = success + _SUCCESS_RATE * (in_time - success)
+
+    def round_closed(
+        self,
+        round_: int,  # noqa: ARG002
+        outcomes: Sequence[Outcome],
+        histories: Mapping[str, HistoryRow],
+        memory: dict[str, float],
+    ) -> list[str]:
+        """Moves the energy queues."""
+        return energy_queue.close_round(outcomes, histories, memory, self.options["round_joules"])
+
+
+def _choice(request: RoundRequest, table: Table, work: Work, row: int) -> Choice:
+    choice = request.choice(request.candidates[row])
+    if work.anchor[row]:
+        choice = as_anchor(choice)
+    elif work.steps[row] < table.steps[row]:
+        choice = msgspec.structs.replace(choice, epochs=None, steps=int(work.steps[row]))
+    if work.up_bytes[row] < request.up_bytes:
+        choice = msgspec.structs.replace(choice, byte_budget=int(work.up_bytes[row]))
+    return choice

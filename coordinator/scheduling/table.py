@@ -1,0 +1,274 @@
+"""The candidates of a selection as columns: what heartbeats, announcements and histories say, float64 ``[n]`` each.
+
+A column is made when it is first asked for. NaN: unknown. What cannot be true (a step in no time or of a day, a loss
+that is negative or not finite) is unknown, too. The one rule for what is unknown is ``filled``: the median of what is
+known of the other candidates, and if nothing is known at all, the constant that stands here.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coordinator.scheduling.draws import Column, Mask, filled, median
+from edge_runtime.agent.radio import RADIOS
+from edge_runtime.messages import DECLINES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coordinator.fleet import Device, FleetView
+    from coordinator.scheduling.base import RoundRequest
+    from coordinator.scheduling.notes import Marks
+
+UNKNOWN_STEP_S = 0.1
+UNKNOWN_WATTS = 4.0  # while training: a Raspberry Pi 4 at work, above idle
+UNKNOWN_BYTES_PER_S = 1e6
+UNKNOWN_SAMPLES = 512.0
+UNKNOWN_BATTERY_WH = 10.0
+UNKNOWN_CHARGE = 0.5
+STEP_S_BOUNDS = (1e-5, 3600.0)
+STEP_J_BOUNDS = (1e-6, 1e6)
+LARGEST_LOSS = 1e6
+LARGEST_SAMPLES = 1e9
+_WIFI_J, _LTE_J = (  # per 10^6 bytes, up and down
+    (RADIOS[name].joules_per_mb_up or 0.0, RADIOS[name].joules_per_mb_down or 0.0) for name in ("wifi", "lte")
+)
+FASTEST = 64.0  # times the median: what is said beyond is taken for that
+
+
+class _Facts:
+    """Attributes of many objects, some of which are missing."""
+
+    def __init__(self, objects: Sequence[Any]) -> None:
+        self.count = len(objects)
+        self.there = [number for number, entry in enumerate(objects) if entry is not None]
+        self.objects = objects if len(self.there) == self.count else [objects[number] for number in self.there]
+
+    def column(self, name: str, missing: float = np.nan) -> Column:
+        return self.spread(list(map(attrgetter(name), self.objects)), missing)
+
+    def spread(self, values: list[Any], missing: float = np.nan) -> Column:
+        known = np.array(values, dtype=np.float64)  # None becomes NaN
+        if len(self.there) == self.count:
+            return known
+        column = np.full(self.count, missing)
+        column[self.there] = known
+        return column
+
+
+class Table:
+    """Candidates in the order of ``request.candidates``.
+
+    Args:
+        fleet: where heartbeats and announcements come from; a device that it does not know has neither.
+        request: of the selection.
+    """
+
+    def __init__(self, fleet: FleetView, request: RoundRequest) -> None:
+        self.request = request
+        self.names = request.candidates
+        self.count = len(self.names)
+        self._devices: list[Device | None] = list(map(fleet.get, self.names))
+        self._said = _Facts([None if device is None else device.heartbeat for device in self._devices])
+        self._past = _Facts(list(map(request.history.get, self.names)))
+
+    # What devices say of themselves.
+    @cached_property
+    def declines(self) -> Column:
+        """Index into ``DECLINES`` of the owner's limit for which a device would decline now; 0: none."""
+        return self._said.column("declines", 0.0)
+
+    @cached_property
+    def charge(self) -> Column:
+        """Share of the battery that is full, 0 to 1."""
+        return self._said.column("battery_percent") / 100.0
+
+    @cached_property
+    def reserve(self) -> Column:
+        """Share of the battery that the owner wants left."""
+        return self._said.column("reserve_percent") / 100.0
+
+    @cached_property
+    def on_battery(self) -> Mask:
+        """Whether a job would draw on a battery: it says so, or it has one and does not say that it is plugged in."""
+        plugged = self._said.column("on_external_power")
+        return np.asarray((plugged == 0.0) | (np.isnan(plugged) & ~np.isnan(self.charge)))
+
+    @cached_property
+    def capacity_j(self) -> Column:
+        """Of the full battery; announced."""
+        wh = np.array([None if entry is None else entry.state.battery_wh for entry in self._devices], dtype=float)
+        return filled(_within(wh, 1e-2, 1e6), UNKNOWN_BATTERY_WH) * 3600.0
+
+    @cached_property
+    def temperature_margin_c(self) -> Column:
+        """Kelvins below the device's thermal cap."""
+        return self._said.column("temperature_margin_c")
+
+    @cached_property
+    def free_memory_mb(self) -> Column:
+        """In 10^6 bytes."""
+        return self._said.column("free_memory_mb")
+
+    @cached_property
+    def availability(self) -> Column:
+        """How likely a device thinks it could train during the next hour, 0 to 1."""
+        return self._said.column("availability_percent") / 100.0
+
+    @cached_property
+    def data_left_bytes(self) -> Column:
+        """Of this month's cap; infinite for the largest value that a heartbeat holds."""
+        left = self._said.column("data_left_mb")
+        return np.where(left >= 0xFFFF, np.inf, left * 1e6)
+
+    @cached_property
+    def joules_left(self) -> Column:
+        """Of this day."""
+        return self._said.column("joules_left")
+
+    # What jobs take.
+    @cached_property
+    def _ours(self) -> Mask:
+        """Whether the heartbeat's seconds and joules per step are of this run's bundle."""
+        tag = self.request.bundle
+        ours = [bool(tag) and entry.bundle == tag for entry in self._said.objects]
+        return np.asarray(self._said.spread(ours, 0.0) == 1.0)
+
+    @cached_property
+    def step_s(self) -> Column:
+        """Seconds per training step: the heartbeat's if it is of this run's bundle, else the history's, else filled."""
+        said = np.where(self._ours, self._said.column("step_us") / 1e6, np.nan)
+        known = _first(_within(said, *STEP_S_BOUNDS), _within(self._past.column("step_s"), *STEP_S_BOUNDS))
+        known = filled(known, UNKNOWN_STEP_S)
+        return np.maximum(known, median(known, UNKNOWN_STEP_S) / FASTEST)
+
+    @cached_property
+    def step_j(self) -> Column:
+        """Joules per training step, from where the seconds come; unknown: the median watts times the seconds."""
+        said = np.where(self._ours, self._said.column("step_uj") / 1e6, np.nan)
+        known = _first(_within(said, *STEP_J_BOUNDS), _within(self._past.column("step_j"), *STEP_J_BOUNDS))
+        watts = filled(known / self.step_s, UNKNOWN_WATTS)
+        return np.maximum(watts, median(watts, UNKNOWN_WATTS) / FASTEST) * self.step_s
+
+    @cached_property
+    def up_bytes_per_s(self) -> Column:
+        """Of the link, as measured by the device."""
+        return filled(_within(self._said.column("up_kbit_s") * 125.0, 1.0, np.inf), UNKNOWN_BYTES_PER_S)
+
+    @cached_property
+    def down_bytes_per_s(self) -> Column:
+        """Of the link, as measured by the device."""
+        return filled(_within(self._said.column("down_kbit_s") * 125.0, 1.0, np.inf), UNKNOWN_BYTES_PER_S)
+
+    @cached_property
+    def samples(self) -> Column:
+        """Announced for the plan's dataset, else those of the last update; filled."""
+        wanted = self.request.plan.dataset
+        said: list[int | None] = []
+        for device in self._devices:
+            found = None
+            for entry in device.state.datasets if device is not None else ():
+                if entry.name == wanted:
+                    found = entry.samples
+            said.append(found)
+        known = np.array(said, dtype=float)
+        if np.isnan(known).any():
+            known = _first(known, self._past.column("samples"))
+        return filled(_within(known, 1.0, LARGEST_SAMPLES), UNKNOWN_SAMPLES)
+
+    @cached_property
+    def steps(self) -> Column:
+        """Steps of the plan's whole job, whole numbers of 1 or more."""
+        training = self.request.plan.training
+        if training.steps is not None:
+            return np.full(self.count, float(training.steps))
+        return (training.epochs or 1) * self.pass_steps
+
+    @cached_property
+    def pass_steps(self) -> Column:
+        """Batches in one pass over the data."""
+        training = self.request.plan.training
+        used = self.samples * (1.0 - training.holdout_fraction)
+        if training.max_samples is not None:
+            used = np.minimum(used, training.max_samples)
+        return np.maximum(1.0, np.ceil(used / training.batch_size))
+
+    def seconds(self, steps: Column, up_bytes: Column | float | None = None) -> Column:
+        """Of a job: model down, steps, update up."""
+        up = self.request.up_bytes if up_bytes is None else up_bytes
+        transfers = self.request.down_bytes / self.down_bytes_per_s + up / self.up_bytes_per_s
+        return transfers + steps * self.step_s
+
+    def joules(self, steps: Column, up_bytes: Column | float | None = None) -> Column:
+        """Of a job: steps, and the radio from bytes by the constants of Wi-Fi, or of LTE on a metered link."""
+        up = self.request.up_bytes if up_bytes is None else up_bytes
+        metered = self._said.column("link_metered") == 1.0
+        up_j, down_j = (np.where(metered, lte, wifi) for wifi, lte in zip(_WIFI_J, _LTE_J, strict=True))
+        return np.asarray(steps * self.step_j + (up * up_j + self.request.down_bytes * down_j) / 1e6)
+
+    def charge_after(self, joules: Column) -> Column:
+        """Share of the battery left after a job, not under 0; 1 for devices that do not draw on one."""
+        left = np.maximum(filled(self.charge, UNKNOWN_CHARGE) - joules / self.capacity_j, 0.0)
+        return np.where(self.on_battery, left, 1.0)
+
+    # What the run knows of them.
+    @cached_property
+    def asked(self) -> Column:
+        """Jobs that a device was given."""
+        return self._past.column("asked", 0.0)
+
+    @cached_property
+    def counted(self) -> Column:
+        """Updates that were taken in."""
+        return self._past.column("counted", 0.0)
+
+    @cached_property
+    def failures(self) -> Column:
+        """Of the last jobs, in a row."""
+        return np.maximum(self._past.column("failures", 0.0), 0.0)
+
+    @cached_property
+    def last_round(self) -> Column:
+        """When a device was asked last; -1: never."""
+        return self._past.column("last_round", -1.0)
+
+    @cached_property
+    def loss_rms(self) -> Column:
+        """Root of the mean squared loss of the last update; NaN: none yet, or it did not say."""
+        return _within(self._past.column("loss_rms"), 0.0, LARGEST_LOSS)
+
+    @cached_property
+    def elapsed_s(self) -> Column:
+        """From job to update, by the coordinator's clock; NaN before the first."""
+        return _within(self._past.column("elapsed_s"), 1e-3, np.inf)
+
+    @cached_property
+    def queue_j(self) -> Column:
+        """As stored; see :mod:`coordinator.scheduling.energy_queue`."""
+        return np.nan_to_num(self._past.column("queue_j", 0.0), posinf=0.0, neginf=0.0)
+
+    def has(self, ability: str) -> Mask:
+        """Whether devices announced an ability."""
+        return np.array([entry is not None and ability in entry.state.abilities for entry in self._devices], bool)
+
+
+def willing(table: Table, marks: Marks) -> Mask:
+    """Devices that would not decline every job now; notes the limit of the others."""
+    declines = table.declines.astype(np.int64)
+    for code in np.unique(declines[declines != 0]).tolist():
+        limit = DECLINES[code] if code < len(DECLINES) else "a limit this version does not know"
+        marks.mark(declines == code, f"its owner's limits forbid it now: {limit}")
+    return np.asarray(declines == 0)
+
+
+def _within(values: Column, least: float, most: float) -> Column:
+    """NaN for what lies outside."""
+    return np.where((values >= least) & (values <= most), values, np.nan)
+
+
+def _first(values: Column, others: Column) -> Column:
+    return np.where(np.isnan(values), others, values)

@@ -1,6 +1,7 @@
 """The round machine: pure decisions of one run. ``effects = step(state, event, fleet)``.
 
-A round goes through three phases. *Selecting*: as soon as ``target`` devices are eligible and idle, the selector picks
+Runs without rounds ("buffered", "anarchic") are in :mod:`coordinator.free_flow`; all else is the same for them. A round
+goes through three phases. *Selecting*: as soon as ``target`` devices are eligible and idle, the selector picks
 ``ceil(target * over_commit)`` of them; with fewer, but at least ``minimum``, the round waits a tenth of the deadline
 once per shortage, then starts with those that are there and asks others as they appear. *Open*: closes when ``target``
 updates of the current version arrived, when all who were asked have answered and nobody else can be asked, or at the
@@ -20,10 +21,12 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from coordinator import events as e
+from coordinator import free_flow, round_flow
 from coordinator.asking import due, observe, outcome
+from coordinator.closing import advance, aggregate_effect, finish, note_holding, start_evaluations
+from coordinator.free_flow import note_arrival, pulled
 from coordinator.histories import note_declined, note_failed, note_taken
 from coordinator.plausibility import implausible
-from coordinator.round_flow import advance, aggregate_effect, finish, note_holding, progress, start_evaluations
 from coordinator.scheduling import Outcome
 from coordinator.wording import counted
 from coordinator.work import Work
@@ -50,7 +53,7 @@ def step(state: RunState, event: e.Event, fleet: FleetView) -> list[e.Effect]:
         work.save(*state.bound_times(event.now))
     state.clock.now = event.now
     _HANDLERS[type(event)](state, work, event)
-    progress(state, work, fleet)
+    (round_flow if state.mode == "synchronous" else free_flow).flow(state, work, fleet)
     return work.effects()
 
 
@@ -127,6 +130,12 @@ def _answered(state: RunState, work: Work, name: UpdateId, blob: BlobRef, meta: 
     if assignment.device != name.device:  # not stored: the reason never changes, and strangers fill no table
         work.out.append(e.SendVerdict(name, counted=False, reason="this assignment belongs to another device"))
         return True
+    if assignment.standing and name.sequence != assignment.sequence:
+        if name.sequence < assignment.sequence:
+            work.out.append(e.AnswerFromStore(name))
+        else:  # not stored, for the same reason
+            work.out.append(e.SendVerdict(name, counted=False, reason=f"update {name.sequence} was never pulled"))
+        return True
     reason = _unwanted(state, assignment, name, meta)
     if reason:
         row = e.UpdateRow(update=name, blob=blob, meta=meta, received_unix_s=work.now)
@@ -170,8 +179,12 @@ def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
         counted_round=round_,
         weight=state.method.weight(event.meta, round_ - assignment.version),
     )
-    state.close_assignment(assignment, "received")
+    if assignment.standing:
+        state.end_pull(assignment)
+    else:
+        state.close_assignment(assignment, "received")
     state.add_update(row)
+    note_arrival(state, work)
     ended = outcome(assignment, row.meta, received_unix_s=work.now, counted_round=round_)
     history = state.history(assignment.device)
     deadline_s = state.plan.participation.deadline_s
@@ -212,7 +225,7 @@ def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
     if event.rejected and event.declined_s is not None:
         _declined(state, work, assignment, event)
         return
-    if event.rejected and assignment.status == "open" and assignment.base_version:
+    if event.rejected and assignment.status == "open" and assignment.base_version and _owes(assignment):
         # Most likely it no longer holds what the coordinator thought: it gets the same job without that, once.
         note_holding(state, work, assignment, None)
         assignment.base_version = state.base_without_held(assignment)
@@ -226,22 +239,40 @@ def _declined(state: RunState, work: Work, assignment: e.AssignmentRow, event: e
     """The device may not, or cannot afford it: its place is free, and it is left alone for a while."""
     if assignment.status != "open":
         return
-    state.close_assignment(assignment, "declined", event.reason)
+    _end(state, work, assignment, "declined", event.reason)
     history = state.history(assignment.device)
     note_declined(history, work.now, event.declined_s or 0.0)
-    work.save(assignment, history)
+    work.save(history)
     observe(state, work, assignment.device, Outcome(assignment=assignment, reason=event.reason, declined=True))
 
 
 def _failed(state: RunState, work: Work, assignment: e.AssignmentRow, reason: str) -> None:
     """Frees the place of an assignment that will not bring an update."""
-    if assignment.status == "open":
-        state.close_assignment(assignment, "failed", reason)
-        history = state.history(assignment.device)
-        note_failed(history, work.now, state.patience_s)
-        work.save(assignment, history)
-        note_holding(state, work, assignment, None)
-        observe(state, work, assignment.device, Outcome(assignment=assignment, reason=reason))
+    if assignment.status != "open" or not (_owes(assignment) or assignment.sequence < 0):
+        return
+    _end(state, work, assignment, "failed", reason)
+    history = state.history(assignment.device)
+    note_failed(history, work.now, state.patience_s)
+    work.save(history)
+    note_holding(state, work, assignment, None)
+    observe(state, work, assignment.device, Outcome(assignment=assignment, reason=reason))
+
+
+def _owes(assignment: e.AssignmentRow) -> bool:
+    """Whether an update is still to come of an open assignment: of a standing one, once it was pulled."""
+    return assignment.pulled or not assignment.standing
+
+
+def _end(state: RunState, work: Work, assignment: e.AssignmentRow, status: e.AssignmentStatus, reason: str) -> None:
+    """Ends an open assignment; of a standing one that was ever pulled only that pull."""
+    if assignment.standing and assignment.sequence >= 0:
+        state.end_pull(assignment, reason)
+    else:
+        state.close_assignment(assignment, status, reason)
+        if assignment.standing:  # nothing was ever trained for it
+            work.out.append(e.SendCancel(assignment.device, assignment.assignment, reason))
+            state.prune()
+    work.save(assignment)
 
 
 def _tell_again(state: RunState, work: Work, event: e.DeviceJoined) -> None:
@@ -294,6 +325,7 @@ _HANDLERS: dict[type, Callable[[RunState, Work, Any], None]] = {
     e.UpdateArrived: _arrived,
     e.UpdateDamaged: _damaged,
     e.JobReported: _job_failed,
+    e.Pulled: pulled,
     e.Aggregated: _aggregated,
     e.Evaluated: _evaluated,
     e.StopRequested: _stop,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from coordinator.aggregation import ServerMethod
-    from coordinator.events import Row
+    from coordinator.events import AssignmentStatus, Row
     from coordinator.fleet import Requirement
     from coordinator.plan import Plan
     from coordinator.scheduling import Selector
@@ -71,7 +71,7 @@ class RunState:
     by_device: dict[str, list[str]] = field(default_factory=dict)  # assignments, oldest first
     by_assignment: dict[str, list[UpdateId]] = field(default_factory=dict)  # sorted
     busy: dict[str, int] = field(default_factory=dict)  # open assignments of a device
-    asked: set[str] = field(default_factory=set)  # devices asked in this attempt, or with an update in this round
+    asked: set[str] = field(default_factory=set)  # asked in this attempt of a round, or with an update in it
     pending: dict[UpdateId, UpdateRow] = field(default_factory=dict)
     fresh: int = 0  # updates of the current version for this round
     late: int = 0  # updates of earlier versions for this round
@@ -287,7 +287,7 @@ class RunState:
 
         An assignment that was followed by another one of this device says nothing any more.
         """
-        if row.vector_sha256 is None or self.by_device[row.device][-1] != row.assignment:
+        if row.vector_sha256 is None or self.by_device.get(row.device, [""])[-1] != row.assignment:
             return None
         if self.held.get(row.device) == version:
             return None
@@ -315,43 +315,63 @@ class RunState:
         """Remembers an assignment and counts it."""
         self.assignments[row.assignment] = row
         self.by_device.setdefault(row.device, []).append(row.assignment)
-        current = row.round == self.run.round
-        this_attempt = current and row.attempt == self.run.attempt
-        if (this_attempt and row.status != "declined") or (current and row.status == "received"):
+        if self._was_asked(row):
             self.asked.add(row.device)
         if row.status == "open":
             self.busy[row.device] = self.busy.get(row.device, 0) + 1
-            self.open_round += current
-            self.open_attempt += this_attempt and not row.away
-            self.at_work += not row.away
+            self._count_open(row, 1)
 
-    def close_assignment(self, row: AssignmentRow, status: str, reason: str = "") -> None:
+    def close_assignment(self, row: AssignmentRow, status: AssignmentStatus, reason: str = "") -> None:
         """Gives an assignment its end and frees its device."""
         if row.status == "open":
-            current = row.round == self.run.round
-            self.open_round -= current
-            self.open_attempt -= self._holds_place(row)
-            self.at_work -= not row.away
+            self._count_open(row, -1)
             self.busy[row.device] -= 1
             if not self.busy[row.device]:
                 del self.busy[row.device]
             self.clock.freed += 1
-        if row.round == self.run.round:
+        row.status, row.reason, row.pulled = status, reason, False
+        if self.mode == "synchronous" and row.round == self.run.round:
             if status == "received":
                 self.asked.add(row.device)
             elif status == "declined":  # it is kept waiting instead, and may be asked again in this attempt
                 self.asked.discard(row.device)
-        row.status, row.reason = status, reason  # type: ignore[assignment]
+
+    def pull(
+        self, row: AssignmentRow, *, sequence: int, steps: int, assigned_unix_s: float, deadline_unix_s: float
+    ) -> None:
+        """Begins a new update of a standing assignment, from the newest model."""
+        run = self.run
+        self._count_open(row, -1)
+        row.round, row.attempt, row.version = run.round, run.attempt, run.version
+        row.model, row.vector_sha256 = run.down or run.model, run.vector_sha256
+        row.base_version = self.base_for(row.device)
+        row.sequence, row.steps, row.pulled, row.reason, row.away = sequence, steps, True, "", False
+        row.assigned_unix_s, row.deadline_unix_s = assigned_unix_s, deadline_unix_s
+        self._count_open(row, 1)
+
+    def end_pull(self, row: AssignmentRow, reason: str = "") -> None:
+        """The last pull of a standing assignment brought its update, or will bring none for this reason."""
+        row.pulled, row.reason = False, reason
 
     def set_away(self, row: AssignmentRow, away: bool) -> None:
         """Notes of an open assignment whether its place may be given on."""
-        self.open_attempt -= self._holds_place(row)
-        self.at_work += row.away - away
+        self._count_open(row, -1)
         row.away = away
-        self.open_attempt += self._holds_place(row)
+        self._count_open(row, 1)
 
-    def _holds_place(self, row: AssignmentRow) -> bool:
-        return row.round == self.run.round and row.attempt == self.run.attempt and not row.away
+    def _count_open(self, row: AssignmentRow, sign: int) -> None:
+        current = self.mode == "synchronous" and row.round == self.run.round
+        self.open_round += sign * current
+        self.open_attempt += sign * (current and row.attempt == self.run.attempt and not row.away)
+        self.at_work += sign * (not row.away)
+        if sign > 0 and not row.away and not row.standing:
+            self.clock.next_expiry_s = min(self.clock.next_expiry_s, row.deadline_unix_s)
+
+    def _was_asked(self, row: AssignmentRow) -> bool:
+        """Whether the device of an assignment is not asked again in this attempt of a round."""
+        if self.mode != "synchronous" or row.round != self.run.round:
+            return False
+        return row.status == "received" or (row.attempt == self.run.attempt and row.status != "declined")
 
     def add_update(self, row: UpdateRow) -> None:
         """Remembers an update and counts it."""
@@ -368,16 +388,13 @@ class RunState:
         """Counts again after the round or the attempt changed."""
         run = self.run
         self.asked = set()
-        self.fresh = self.late = self.open_round = self.open_attempt = 0
+        self.fresh = self.late = self.open_round = self.open_attempt = self.at_work = 0
         self.clock.freed += 1
         for row in self.assignments.values():
-            if row.round == run.round:
-                this_attempt = row.attempt == run.attempt
-                if (this_attempt and row.status != "declined") or row.status == "received":
-                    self.asked.add(row.device)
-                if row.status == "open":
-                    self.open_round += 1
-                    self.open_attempt += this_attempt and not row.away
+            if self._was_asked(row):
+                self.asked.add(row.device)
+            if row.status == "open":
+                self._count_open(row, 1)
         for update in self.pending.values():
             if update.counted_round == run.round:
                 fresh = self.assignments[update.update.assignment].version == run.version

@@ -5,13 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.plan import Downlink
+from coordinator.plan import Downlink, Training
 from tests.coordinator import helpers as h
 from tests.coordinator.conftest import MACHINE
 from tests.coordinator.world import World
 
 PLANS = st.builds(
-    lambda target, short, over, staleness, attempts, tested, rounds, chain: h.plan(
+    lambda mode, target, short, over, staleness, attempts, tested, rounds, chain: h.plan(
+        mode=mode,
+        training=Training(steps=10),
         target=target,
         minimum=max(1, target - short),
         over_commit=over,
@@ -22,6 +24,7 @@ PLANS = st.builds(
         evaluate_every=2,
         downlink=Downlink(codec="raw", chain=chain),
     ),
+    st.sampled_from(["synchronous", "buffered", "anarchic"]),
     st.integers(1, 3),
     st.integers(0, 2),
     st.sampled_from([1.0, 1.5, 2.0]),

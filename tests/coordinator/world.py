@@ -26,15 +26,19 @@ class CrashError(Exception):
 
 @dataclass
 class Device:
-    """``holds`` is the shared model that it has: version and hash; ``lost``: it had another one, and forgot it."""
+    """``holds`` is the shared model that it has: version and hash; ``lost``: it had another one, and forgot it.
+
+    ``standing`` has the number of the next update of each standing assignment.
+    """
 
     name: str
     online: bool = True
     session: int = 0
     holds: tuple[int, str] | None = None
     lost: bool = False
-    jobs: dict[str, tuple[e.AssignmentRow, ModelRef]] = field(default_factory=dict)
-    finished: set[str] = field(default_factory=set)  # assignments trained, failed or cancelled
+    jobs: dict[tuple[str, int], tuple[e.AssignmentRow, ModelRef]] = field(default_factory=dict)
+    finished: set[tuple[str, int]] = field(default_factory=set)  # assignments trained, failed or cancelled
+    standing: dict[str, int] = field(default_factory=dict)
     spool: dict[UpdateId, tuple[BlobRef, UpdateMeta]] = field(default_factory=dict)
 
 
@@ -73,7 +77,7 @@ class World:
         self.carry_out(resume(self.state))
 
     def announcement(self, device):
-        return h.device(device.name, online=device.online, session=str(device.session))
+        return h.device(device.name, online=device.online, session=str(device.session), abilities=["standing"])
 
     # The server
     def event(self, event: e.Event) -> None:
@@ -154,17 +158,32 @@ class World:
         assert not self.deleted & {blob.sha256 for blob in model.blobs}, "a job names a change that was deleted"
         if not self.reaches(row.device):
             return
-        device = self.devices[row.device]
-        if row.assignment in device.finished:
+        device, name = self.devices[row.device], (row.assignment, row.sequence)
+        if name in device.finished:
             return
-        if model.base and not device.lost and row.assignment not in device.jobs:
+        if model.base and not device.lost and name not in device.jobs:
             assert device.holds is not None, "the coordinator thought that a device holds what it never had"
             assert device.holds[0] == model.base
         if self.vector_of(device, model) is None:
-            device.jobs.pop(row.assignment, None)
+            device.jobs.pop(name, None)
             self.wire.append(e.JobReported(self.now, row.device, row.assignment, "lacks the base", rejected=True))
         else:
-            device.jobs[row.assignment] = (row, model)
+            device.jobs[name] = (row, model)
+
+    def on_SendStanding(self, effect):  # noqa: N802
+        row = effect.assignment
+        assert self.rows[e.AssignmentRow, row.run, row.assignment].standing
+        if self.reaches(row.device):
+            standing = self.devices[row.device].standing
+            standing[row.assignment] = max(standing.get(row.assignment, 0), row.sequence + (not row.pulled))
+
+    def pull(self, device, flavour: int) -> None:
+        """The device chooses its moment, and how many steps it takes; some ask for what they may not have."""
+        if device.standing and not device.spool and device.online:
+            assignment, sequence = next(iter(device.standing.items()))
+            sequence = max(0, sequence + {3: 1, 4: -1}.get(flavour % 9, 0))
+            steps = (1, 7, 1000)[flavour % 3]
+            self.wire.append(e.Pulled(self.now, device.name, assignment, sequence, steps))
 
     def vector_of(self, device, model):
         """What comes out on the device (checked against what must); None if it lacks the version to start from."""
@@ -186,7 +205,9 @@ class World:
 
     def on_SendCancel(self, effect):  # noqa: N802
         if self.reaches(effect.device):
-            self.devices[effect.device].jobs.pop(effect.assignment, None)
+            device = self.devices[effect.device]
+            device.standing.pop(effect.assignment, None)
+            device.jobs = {name: job for name, job in device.jobs.items() if name[0] != effect.assignment}
 
     def on_Fetch(self, effect):  # noqa: N802
         assert (e.UpdateRow, effect.update) not in self.rows
@@ -258,24 +279,34 @@ class World:
 
     def train(self, device, flavour: int) -> None:
         """Finishes the oldest job: mostly well, sometimes not. It waits for the verdict on the update before."""
+        if not device.jobs:
+            self.pull(device, flavour)
         if not device.jobs or device.spool:
             return
         name, (row, model) = next(iter(device.jobs.items()))
         del device.jobs[name]
         vector = self.vector_of(device, model)
         if vector is None:  # another job came in between
-            self.wire.append(e.JobReported(self.now, device.name, name, "lacks the base", rejected=True))
+            self.wire.append(e.JobReported(self.now, device.name, name[0], "lacks the base", rejected=True))
             return
         device.finished.add(name)
+        if row.standing:
+            device.standing[name[0]] = max(device.standing.get(name[0], 0), name[1] + 1)
         self.ways.append((model.base, row.version))
         if model.vector_sha256 is not None:
             device.holds, device.lost = (row.version, vector), False
         if flavour % 7 == 5:
-            self.wire.append(e.JobReported(self.now, device.name, name, "too hot"))
+            self.wire.append(e.JobReported(self.now, device.name, name[0], "too hot"))
+            return
+        if flavour % 11 == 6:
+            declined = e.JobReported(
+                self.now, device.name, name[0], "only at night", rejected=True, declined_s=(0.0, 40.0, 1e9)[flavour % 3]
+            )
+            self.wire.append(declined)
             return
         changes = {1: {"samples": 0}, 2: {"loss": 99.0}, 3: {"model_version": 77}}.get(flavour % 17, {})
-        for sequence in range(1 + (flavour % 19 == 4)):
-            blob = h.blob(1000 * int(name.rpartition("-")[2]) + sequence)
+        for sequence in [row.sequence] if row.standing else range(1 + (flavour % 19 == 4)):
+            blob = h.blob(1000 * int(name[0].rpartition("-")[2]) + sequence)
             device.spool[h.update_id(row, sequence)] = (blob, h.meta(row, **changes))
 
     def offer(self, device, pick: int) -> None:
@@ -339,7 +370,7 @@ class World:
             case _:
                 self.drop_next = True
 
-    def run_fairly(self, limit: int = 400) -> None:
+    def run_fairly(self, limit: int = 5000) -> None:
         """From here on everything arrives, devices work, time passes: the run must come to its end."""
         random = Random(1)
         self.drop_next = False
@@ -351,6 +382,7 @@ class World:
                     self.join(device)
                 while device.jobs and not device.spool:
                     self.train(device, 0)
+                self.pull(device, 0)
                 for pick in range(len(device.spool)):
                     self.offer(device, pick)
             while self.wire:
@@ -368,7 +400,9 @@ class World:
         in_models = sorted((round_, update) for round_ in rounds for update, _ in self.aggregates[round_])
         assert counted == in_models
         assert len({update for _, update in counted}) == len(counted)
-        assert len({(update.assignment) for _, update in counted}) == len(counted)
+        standing = {row.assignment for key, row in self.rows.items() if key[0] is e.AssignmentRow and row.standing}
+        single = [update.assignment for _, update in counted if update.assignment not in standing]
+        assert len(set(single)) == len(single)
         assert not [row for row in updates if row.verdict == "pending"]
         assert self.done <= {row.update for row in updates}
         assert not [key for key, row in self.rows.items() if key[0] is e.AssignmentRow and row.status == "open"]
@@ -376,6 +410,6 @@ class World:
         assert len({(end.status, end.reason) for end in self.finished}) == 1
         if self.finished[0].status == "finished":
             assert sorted(rounds) == list(range(self.plan.rounds))
-        for row in rounds.values():
-            staleness = [row.round - int(name.assignment[1:].split("-")[0]) for name, _ in self.aggregates[row.round]]
-            assert max(staleness) <= self.plan.participation.max_staleness
+        for row in updates:
+            if row.verdict == "counted":
+                assert 0 <= row.counted_round - row.meta.model_version <= self.plan.participation.max_staleness

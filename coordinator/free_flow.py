@@ -1,0 +1,164 @@
+"""How a run without rounds moves: "buffered" and "anarchic". Part of the round machine.
+
+*Buffered* (FedBuff; Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022): so many
+devices are at work at any time, each from the model that was newest when it was asked; whoever delivers, fails or
+takes longer than its deadline makes place for another one, and what it sends later still counts. *Anarchic* (Yang et
+al., "Anarchic Federated Learning", ICML 2022): devices hold standing assignments, and each decides itself when it pulls
+the newest model and how many steps it takes. In both every ``target`` updates make the next model.
+
+A device waits for the verdict on its update before it starts anew, so a fleet that is smaller than the target cannot
+fill it: where nobody is at work any more, or nothing came for as long as a deadline, ``minimum`` updates make a model.
+The run fails when jobs are out, or failed, and nothing came for ``attempts`` deadlines.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from coordinator import events as e
+from coordinator.asking import ask, candidates, due, repeat_jobs
+from coordinator.closing import close, finish
+from coordinator.histories import note_asked
+from coordinator.plan import step_bounds
+from coordinator.wording import counted
+
+if TYPE_CHECKING:
+    from coordinator.fleet import FleetView
+    from coordinator.run_state import RunState
+    from coordinator.work import Work
+
+
+def flow(state: RunState, work: Work, fleet: FleetView) -> None:
+    """Moves a run without rounds on as far as it can go now."""
+    run, rules = state.run, state.plan.participation
+    if run.phase == "selecting":
+        if len(fleet.eligible(state.need)) < rules.minimum:
+            return
+        run.phase = "open"
+        run.deadline_unix_s = work.now + rules.deadline_s
+        work.save(run)
+    if run.phase != "open":
+        return
+    _expire(state, work)
+    there = state.fresh + state.late
+    if there >= rules.target:
+        close(state, work)
+        return
+    wanted = state.places - state.at_work
+    if wanted > 0 and work.now >= run.select_after_unix_s:
+        ask(state, work, fleet, candidates(state, work, fleet), wanted)
+    if there >= rules.minimum and not _at_work(state):
+        soon = work.now + state.patience_s
+        if soon < run.deadline_unix_s:
+            run.deadline_unix_s = soon
+            work.save(run)
+    if work.now >= run.deadline_unix_s:
+        _silence(state, work, there)
+
+
+def note_arrival(state: RunState, work: Work) -> None:
+    """An update was taken in: the run lives."""
+    run = state.run
+    if state.mode != "synchronous" and run.phase == "open":
+        run.attempt = 0
+        run.deadline_unix_s = work.now + state.plan.participation.deadline_s
+        work.save(run)
+
+
+def pulled(state: RunState, work: Work, event: e.Pulled) -> None:
+    """A device wants the newest model, to train its standing assignment now."""
+    row = state.assignments.get(event.assignment)
+    if row is not None and (row.device != event.device or not row.standing):
+        return  # it cannot be meant
+    if row is None or row.status != "open":
+        reason = "there is no such assignment any more" if row is None else row.reason
+        work.out.append(e.SendCancel(event.device, event.assignment, reason))
+        return
+    waits = [name for name in state.by_assignment.get(row.assignment, ()) if name in state.pending]
+    if waits:
+        work.out += [e.SendDone(name) for name in waits]  # first comes its verdict
+    elif row.pulled and (event.sequence <= row.sequence or work.now < row.deadline_unix_s):
+        work.out.append(e.SendJob(copy.copy(row)))
+    elif event.sequence <= row.sequence:
+        work.out += due(row)  # tells the number that comes next
+    elif state.run.phase != "done":
+        _begin(state, work, row, event)
+
+
+def _begin(state: RunState, work: Work, row: e.AssignmentRow, event: e.Pulled) -> None:
+    run = state.run
+    least, most = step_bounds(state.plan)
+    state.forget_updates(row.assignment)
+    state.pull(
+        row,
+        sequence=event.sequence,
+        steps=min(max(event.steps, least), most),
+        assigned_unix_s=work.now,
+        deadline_unix_s=work.now + state.plan.participation.deadline_s,
+    )
+    history = state.history(row.device)
+    note_asked(history, run.round)
+    work.save(row, history)
+    work.out.append(e.SendJob(copy.copy(row)))
+
+
+def _expire(state: RunState, work: Work) -> None:
+    """Assignments whose deadline passed make place for others; their updates still count."""
+    clock = state.clock
+    if state.mode != "buffered" or work.now < clock.next_expiry_s:
+        return
+    open_rows = [row for row in state.assignments.values() if row.status == "open" and not row.away]
+    clock.next_expiry_s = min((row.deadline_unix_s for row in open_rows), default=float("inf"))
+    if work.now < clock.next_expiry_s:
+        return
+    for row in open_rows:
+        if row.deadline_unix_s <= work.now:
+            state.set_away(row, away=True)
+            work.save(row)
+    clock.next_expiry_s = min((row.deadline_unix_s for row in open_rows if not row.away), default=float("inf"))
+
+
+def _at_work(state: RunState) -> int:
+    """Devices from which an update may come soon."""
+    if state.mode == "buffered":
+        return state.at_work
+    delivered = sum(not state.assignments[update.assignment].away for update in state.pending)
+    return state.at_work - delivered
+
+
+def _silence(state: RunState, work: Work, there: int) -> None:
+    """Nothing came for as long as a deadline."""
+    run, rules = state.run, state.plan.participation
+    if there >= rules.minimum:
+        close(state, work)
+        return
+    run.deadline_unix_s = work.now + rules.deadline_s
+    work.save(run)
+    if not _was_tried(state):
+        return
+    if run.attempt + 1 >= rules.attempts:
+        finish(state, work, "failed", _nothing_came(state))
+        return
+    run.attempt += 1
+    repeat_jobs(state, work)
+
+
+def _was_tried(state: RunState) -> bool:
+    """Whether an update is owed, or failed to come since the last silence."""
+    run = state.run
+    return any(
+        row.pulled
+        or (row.status == "open" and not row.standing)
+        or (row.reason and row.status in ("open", "failed") and (row.round, row.attempt) == (run.round, run.attempt))
+        for row in state.assignments.values()
+    )
+
+
+def _nothing_came(state: RunState) -> str:
+    rules = state.plan.participation
+    failed = [row for row in state.assignments.values() if row.reason and row.status in ("open", "failed")]
+    last = f"; last failure, on {failed[-1].device}: {failed[-1].reason}" if failed else ""
+    owed = sum(row.pulled or (row.status == "open" and not row.standing) for row in state.assignments.values())
+    silent = f", {counted(owed, 'device')} never answered" if owed else ""
+    return f"no update came for {counted(rules.attempts, 'time')} the deadline of {rules.deadline_s:g} s{silent}{last}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from coordinator.events import DeviceRow
+from coordinator.heartbeats import NOTHING, numbers
 from coordinator.ledger import LONGEST_TEXT
 from edge_runtime.messages import SCHEMA_VERSION
 
@@ -54,7 +55,7 @@ class Device:
     """One device. ``conflict`` says why it is not trusted at the moment, empty when all is well.
 
     ``energy_sources`` is all that it announced since this process began, by sensor: an update may come when the device
-    measures with another one already.
+    measures with another one already. ``numbers`` are those of the heartbeat (:mod:`coordinator.heartbeats`).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Device:
     last_contact_unix_s: float
     heartbeat: Heartbeat | None = None
     heartbeat_unix_s: float | None = None
+    numbers: bytes = NOTHING
     conflict: str = ""
     instances: dict[str, float] = field(default_factory=dict)  # installation -> when it was last seen
     switched_unix_s: float = 0.0
@@ -71,6 +73,10 @@ class Device:
     def online(self) -> bool:
         """Whether the device is connected, as far as the broker told."""
         return self.state.online
+
+    def heard(self, now: float, heartbeat: Heartbeat) -> None:
+        """Takes in a heartbeat."""
+        self.heartbeat, self.heartbeat_unix_s, self.numbers = heartbeat, now, numbers(heartbeat)
 
     def note_source(self) -> None:
         """Remembers where the device has its joules from now."""
@@ -164,7 +170,9 @@ class Fleet:
         device = self._devices.get(state.device)
         if device is None:
             device = Device(state.device, state, now, instances={state.instance: now})
-            device.heartbeat, device.heartbeat_unix_s = self._early.pop(state.device, (None, None))
+            early = self._early.pop(state.device, None)
+            if early is not None:
+                device.heard(early[1], early[0])
             device.note_source()
             self._devices[state.device] = device
             self._sort(device)
@@ -188,7 +196,7 @@ class Fleet:
                 del self._early[next(iter(self._early))]
             self._early[name] = (heartbeat, now)
             return
-        device.heartbeat, device.heartbeat_unix_s = heartbeat, now
+        device.heard(now, heartbeat)
         self.contact(now, name)
 
     def contact(self, now: float, name: str) -> None:

@@ -53,8 +53,8 @@ class Eafl(Oort):
         """Oort's score and the charge, weighed."""
         oort = spread(super().exploit(table, tried, speed, marks))
         weight = self.options["weight"]
-        fade = 1.0 / (1.0 + table.failures[tried])
-        return np.asarray((weight * oort + (1.0 - weight) * self._after(table)[tried]) * fade)
+        charge = self._after(table)[tried]
+        return np.asarray((weight * oort + (1.0 - weight) * charge) * table.fade[tried])
 
     def explore(self, table: Table, new: Rows, speed: Column) -> Column:
         """Oort's weight times the charge."""

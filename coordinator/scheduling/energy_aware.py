@@ -123,9 +123,9 @@ class EnergyAware:
         """The chosen rows: by score, then evenly."""
         random = table.request.random
         ready = np.flatnonzero(work.ready)
-        marks.figure("seconds", table.seconds(work.steps, work.up_bytes))
-        marks.figure("joules", table.joules(work.steps, work.up_bytes))
-        marks.figure("charge_after", table.charge_after(table.joules(work.steps, work.up_bytes)))
+        marks.figure("seconds", work.seconds)
+        marks.figure("joules", work.joules)
+        marks.figure("charge_after", table.charge_after(work.joules))
         marks.figure("steps", work.steps)
         known = ready[~np.isnan(table.loss_rms[ready])]
         by_score = min(int(places * self.options["exploit_share"] + random.random()), len(known), places)
@@ -133,11 +133,13 @@ class EnergyAware:
         for name, values in parts.items():
             marks.figure(name, values, known)
         first = draw(random, known, parts["score"], by_score)
-        rest = np.setdiff1d(ready, first, assume_unique=True)
+        free = work.ready.copy()
+        free[first] = False
+        rest = np.flatnonzero(free)
         weights = even_weights(table, work, rest, self.options)
         second = draw(random, rest, weights, places - len(first))
+        marks.figure("chance", chances(parts["score"], by_score), known)
         marks.figure("chance", chances(weights, places - len(first)), rest)
-        marks.figure("chance", chances(parts["score"], by_score)[np.isin(known, first)], np.sort(first))
         marks.mark(rest, "lost the draw (p={chance:.2g})")
         marks.mark(second, "drawn evenly (p={chance:.2g})")
         marks.mark(first, "drawn by score {score:.3g} (p={chance:.2g})")

@@ -70,7 +70,7 @@ def factors(table: Table, work: Work, rows: Rows, options: Mapping[str, float]) 
         "age": 1.0 + np.sqrt(np.minimum(age / max(round_, 1), 1.0)),
         "participation": (1.0 + table.counted[rows]) ** -0.5,
         "queue": 1.0 / (1.0 + queue / patience),
-        "failures": 1.0 / (1.0 + table.failures[rows]),
+        "fade": table.fade[rows],
     }
     score = np.ones(len(rows))
     for part in parts.values():
@@ -79,6 +79,6 @@ def factors(table: Table, work: Work, rows: Rows, options: Mapping[str, float]) 
 
 
 def even_weights(table: Table, work: Work, rows: Rows, options: Mapping[str, float]) -> Column:
-    """Weights of the other half: ``E^-energy_exponent / (1 + n) / (1 + failures)``, those never asked included."""
+    """Weights of the other half: ``E^-energy_exponent / (1 + n)``, less after failures, those never asked included."""
     cheap = thrift(table, work.full_j, rows, options)
-    return np.asarray(cheap / (1.0 + table.counted[rows]) / (1.0 + table.failures[rows]))
+    return np.asarray(cheap / (1.0 + table.counted[rows]) * table.fade[rows])

@@ -26,7 +26,7 @@ DATA_ROUNDS = 20.0  # what is left of a data cap shall do for so many more round
 
 
 class Work(NamedTuple):
-    """Per candidate: whether it is in, its steps, whether it is an anchor, and the bytes of its update.
+    """Per candidate: whether it is in, its steps, whether it is an anchor, its update's bytes, seconds and joules.
 
     ``full_s``, ``full_j`` are of the whole job, whatever part of it is given: scores compare devices by these, so that
     more charge, and with it more work, never lowers a score.
@@ -36,8 +36,32 @@ class Work(NamedTuple):
     steps: Column
     anchor: Mask
     up_bytes: Column
+    seconds: Column
+    joules: Column
     full_s: Column
     full_j: Column
+
+
+class _Costs:
+    """Seconds and joules of jobs of so many steps, with updates of these bytes, and the limits of both."""
+
+    def __init__(self, table: Table, up_bytes: Column, floor: Column) -> None:
+        self._table = table
+        none = np.zeros(table.count)
+        self._link_s, self._link_j = table.seconds(none, up_bytes), table.joules(none, up_bytes)
+        self.limit_s = table.request.plan.participation.deadline_s
+        charge = filled(table.charge, UNKNOWN_CHARGE)
+        above = np.where(table.on_battery, (charge - floor) * table.capacity_j, np.inf)
+        self.limit_j = np.minimum(above, np.nan_to_num(table.joules_left, nan=np.inf))
+
+    def of(self, steps: Column) -> tuple[Column, Column]:
+        """Seconds and joules."""
+        return self._link_s + steps * self._table.step_s, self._link_j + steps * self._table.step_j
+
+    def fit(self, steps: Column) -> Mask:
+        """Whether both are within their limits."""
+        seconds, joules = self.of(steps)
+        return np.asarray((seconds <= self.limit_s) & (joules <= self.limit_j))
 
 
 def fit_work(table: Table, options: Mapping[str, float], marks: Marks) -> Work:
@@ -48,34 +72,31 @@ def fit_work(table: Table, options: Mapping[str, float], marks: Marks) -> Work:
     """
     up = update_bytes(table, options["upload_share"])
     ready = _gates(table, options, up, marks)
-    limit_s = table.request.plan.participation.deadline_s
-    floor = _floor(table, options)
-    limit_j = _joules_limit(table, floor)
-    steps = fit_steps(table, up, limit_s, limit_j)
-    fits = (table.seconds(steps, up) <= limit_s) & (table.joules(steps, up) <= limit_j)
+    reserve = np.where(np.isnan(table.reserve), options["reserve_percent"] / 100.0, table.reserve)
+    floor = np.asarray(reserve + options["margin_percent"] / 100.0)
+    costs = _Costs(table, up, floor)
+    steps, fits = _fit_steps(table, costs)
     anchor = np.zeros(table.count, bool)
     if options["anchors"] and not fits.all():
-        one = table.pass_steps
-        anchor = ~fits & table.has("anchor")
-        anchor &= (table.seconds(one, up) <= limit_s) & (table.joules(one, up) <= limit_j)
-        steps = np.where(anchor, one, steps)
-    _explain(table, marks, ready & ~fits & ~anchor, steps=steps, up=up, limit_s=limit_s, floor=floor)
+        anchor = ~fits & table.has("anchor") & costs.fit(table.pass_steps)
+        steps = np.where(anchor, table.pass_steps, steps)
+    seconds, joules = costs.of(steps)
+    _explain(table, marks, ready & ~fits & ~anchor, costs=costs, steps=steps, floor=floor)
     full = table.steps
-    return Work(ready & (fits | anchor), steps, anchor, up, table.seconds(full), table.joules(full))
+    return Work(ready & (fits | anchor), steps, anchor, up, seconds, joules, table.seconds(full), table.joules(full))
 
 
-def fit_steps(table: Table, up: Column, limit_s: float, limit_j: Column) -> Column:
-    """The most of all steps, half of them, ... down to the plan's least that is within both limits, else the least."""
+def _fit_steps(table: Table, costs: _Costs) -> tuple[Column, Mask]:
+    """The most of all steps, half of them, ... down to the plan's least that fits, else the least; whether it fits."""
     training = table.request.plan.training
     least = np.minimum(float(training.min_steps), table.steps)
-    train_j = training.job_joules if training.job_joules is not None else np.inf
-    steps = table.steps.copy()
+    train_j = np.inf if training.job_joules is None else training.job_joules
+    steps = np.asarray(table.steps)
     while True:
-        over = (table.seconds(steps, up) > limit_s) | (table.joules(steps, up) > limit_j)
-        over |= steps * table.step_j > train_j
-        over &= steps > least
+        fits = costs.fit(steps)
+        over = (~fits | (steps * table.step_j > train_j)) & (steps > least)
         if not over.any():
-            return steps
+            return steps, fits
         steps = np.where(over, np.maximum(np.floor(steps / 2.0), least), steps)
 
 
@@ -110,32 +131,15 @@ def _gates(table: Table, options: Mapping[str, float], up: Column, marks: Marks)
     return ready
 
 
-def _floor(table: Table, options: Mapping[str, float]) -> Column:
-    """The share of the battery that must be left."""
-    reserve = np.where(np.isnan(table.reserve), options["reserve_percent"] / 100.0, table.reserve)
-    return np.asarray(reserve + options["margin_percent"] / 100.0)
-
-
-def _joules_limit(table: Table, floor: Column) -> Column:
-    """What a job may draw: what the owner allows today, and what the battery has above its reserve."""
-    charge = filled(table.charge, UNKNOWN_CHARGE)
-    above = np.where(table.on_battery, (charge - floor) * table.capacity_j, np.inf)
-    return np.minimum(above, np.nan_to_num(table.joules_left, nan=np.inf))
-
-
-def _explain(
-    table: Table, marks: Marks, out: Mask, *, steps: Column, up: Column, limit_s: float, floor: Column
-) -> None:
+def _explain(table: Table, marks: Marks, out: Mask, *, costs: _Costs, steps: Column, floor: Column) -> None:
     if not out.any():
         return
-    seconds, joules = table.seconds(steps, up), table.joules(steps, up)
+    seconds, joules = costs.of(steps)
     after = table.charge_after(joules)
-    marks.figure("least_s", seconds[out], out)
-    marks.figure("least_j", joules[out], out)
     marks.figure("left_j", table.joules_left)
-    marks.figure("least_charge_after", after[out], out)
     marks.figure("floor", floor[out], out)
-    marks.mark(out, "would draw {least_j:.0f} J, and {left_j:.0f} J are left for today")
-    marks.mark(out & (seconds > limit_s), f"would need {{least_s:.0f}} s of {limit_s:.0f} s even for the least work")
-    low = table.on_battery & (after < floor)
-    marks.mark(out & low, "battery {least_charge_after:.0%} after the job would be under {floor:.0%}")
+    marks.mark(out, "would draw {joules:.0f} J, and {left_j:.0f} J are left for today")
+    late = out & (seconds > costs.limit_s)
+    marks.mark(late, f"would need {{seconds:.0f}} s of {costs.limit_s:.0f} s even for the least work")
+    low = out & table.on_battery & (after < floor)
+    marks.mark(low, "battery {charge_after:.0%} after the job would be under {floor:.0%}")

@@ -31,9 +31,9 @@ class Oort:
     percentile of all ``t``. A share of the places goes to devices never tried, by samples and speed; the rest is drawn
     in proportion to ``U`` among those with at least ``cut_off`` of the ``U`` that would just be in.
 
-    Other than the released code: the cut-off is the paper's 95 %, not 5 %; utilities come from all batches; a failed
-    device has ``U / (1 + failures)``; the blacklist holds at most its share and the rank that just is in always
-    exists; exploration decays by rounds, not by calls, and its places are rounded at random, so single places count.
+    Other than the released code: the cut-off is the paper's 95 %, not 5 %; utilities come from all batches; failures
+    lower the score for some rounds; the blacklist holds at most its share, and the rank that just is in always exists;
+    exploration decays by rounds, not by calls, and its places are rounded at random, so that single places explore, too.
 
     Options:
         exploration, exploration_decay, exploration_least: the share is ``max(least, exploration * decay^round)``.
@@ -87,7 +87,7 @@ class Oort:
         new = np.flatnonzero(ready & (table.counted <= 0))
         seconds = np.where(np.isnan(table.elapsed_s), table.seconds(table.steps), table.elapsed_s)
         fit_s = pacer.allowed_s(seconds, request.memory, self.options)
-        speed = np.where(seconds > fit_s, (fit_s / seconds) ** self.options["penalty"], 1.0) / (1.0 + table.failures)
+        speed = np.where(seconds > fit_s, (fit_s / seconds) ** self.options["penalty"], 1.0) * table.fade
         marks.figure("seconds", seconds)
         marks.figure("speed", speed)
         count = max(0, request.count)

@@ -8,7 +8,7 @@ import numpy as np
 
 from coordinator.aggregation.options import take_options, whole
 from coordinator.scheduling.base import Selection
-from coordinator.scheduling.draws import clipped, draw, uniforms
+from coordinator.scheduling.draws import clipped, draw, filled, uniforms
 from coordinator.scheduling.notes import Marks
 from coordinator.scheduling.table import Table, willing
 
@@ -25,8 +25,9 @@ class PowerOfChoice:
 
     Section 3, in the variant that asks no device for a loss first (rpow-d): ``d`` devices are drawn without
     replacement in proportion to their samples, and those of them with the highest loss of their last update are
-    chosen; a loss nobody knows counts as infinite. The loss is the root of the mean square, as devices report it.
-    Samples are clipped to their 95 % value, so that none is always drawn because of what it claims.
+    chosen. A device that was never counted has an infinite loss, one that does not say has the median. The loss is the
+    root of the mean square, as devices report it. Samples are clipped to their 95 % value, so that none is always drawn
+    because of what it claims.
 
     Options:
         d: devices drawn; 0: three times as many as are wanted. Never fewer than wanted.
@@ -50,12 +51,12 @@ class PowerOfChoice:
         size = max(self.d or 3 * request.count, request.count)
         marks.figure("drawn", float(min(size, len(ready))), None)
         drawn = draw(request.random, ready, clipped(table.samples[ready]), size)
-        loss = np.where(np.isnan(table.loss_rms[drawn]), np.inf, table.loss_rms[drawn])
+        loss = np.where(table.counted[drawn] > 0, filled(table.loss_rms[drawn], 0.0), np.inf)
         order = np.lexsort((uniforms(request.random, len(drawn)), -loss))
         rows, others = drawn[order[: max(0, request.count)]], drawn[order[max(0, request.count) :]]
-        marks.mark(others, "drawn, but others had a higher loss (its own: {loss_rms:.3g})")
+        marks.mark(others, "drawn, but others had a higher loss ({loss_rms:.3g})")
         marks.mark(rows, "highest loss among those drawn ({loss_rms:.3g})")
-        marks.mark(rows[np.isnan(table.loss_rms[rows])], "drawn, and its loss is not known yet")
+        marks.mark(rows[np.isnan(table.loss_rms[rows])], "among those drawn, and its loss is not known")
         choices = [request.choice(request.candidates[row]) for row in rows.tolist()]
         return Selection(choices=choices, notes=marks.table())
 

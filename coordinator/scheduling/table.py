@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from coordinator.heartbeats import COLUMNS, NOTHING, bundle_number
 from coordinator.scheduling.draws import Column, Mask, filled, median
 from edge_runtime.agent.radio import RADIOS
 from edge_runtime.messages import DECLINES
@@ -20,6 +21,7 @@ from edge_runtime.messages import DECLINES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from coordinator.events import HistoryRow
     from coordinator.fleet import Device, FleetView
     from coordinator.scheduling.base import RoundRequest
     from coordinator.scheduling.notes import Marks
@@ -37,26 +39,24 @@ LARGEST_SAMPLES = 1e9
 _WIFI_J, _LTE_J = (  # per 10^6 bytes, up and down
     (RADIOS[name].joules_per_mb_up or 0.0, RADIOS[name].joules_per_mb_down or 0.0) for name in ("wifi", "lte")
 )
+FORGIVEN_ROUNDS = 10.0  # in which half of a device's failures are forgotten
 FASTEST = 64.0  # times the median: what is said beyond is taken for that
 
 
-class _Facts:
-    """Attributes of many objects, some of which are missing."""
+class _Past:
+    """Histories of those candidates that have one."""
 
-    def __init__(self, objects: Sequence[Any]) -> None:
-        self.count = len(objects)
-        self.there = [number for number, entry in enumerate(objects) if entry is not None]
-        self.objects = objects if len(self.there) == self.count else [objects[number] for number in self.there]
+    def __init__(self, rows: Sequence[HistoryRow | None]) -> None:
+        self._count = len(rows)
+        self._there = [number for number, row in enumerate(rows) if row is not None]
+        self._rows = rows if len(self._there) == self._count else [rows[number] for number in self._there]
 
     def column(self, name: str, missing: float = np.nan) -> Column:
-        return self.spread(list(map(attrgetter(name), self.objects)), missing)
-
-    def spread(self, values: list[Any], missing: float = np.nan) -> Column:
-        known = np.array(values, dtype=np.float64)  # None becomes NaN
-        if len(self.there) == self.count:
+        known = np.array(list(map(attrgetter(name), self._rows)), dtype=np.float64)  # None becomes NaN
+        if len(self._there) == self._count:
             return known
-        column = np.full(self.count, missing)
-        column[self.there] = known
+        column = np.full(self._count, missing)
+        column[self._there] = known
         return column
 
 
@@ -73,29 +73,31 @@ class Table:
         self.names = request.candidates
         self.count = len(self.names)
         self._devices: list[Device | None] = list(map(fleet.get, self.names))
-        self._said = _Facts([None if device is None else device.heartbeat for device in self._devices])
-        self._past = _Facts(list(map(request.history.get, self.names)))
+        said = b"".join([NOTHING if device is None else device.numbers for device in self._devices])
+        rows = np.frombuffer(said, "<f8").reshape(self.count, len(COLUMNS))
+        self._said: dict[str, Column] = dict(zip(COLUMNS, np.ascontiguousarray(rows.T), strict=True))
+        self._past = _Past(list(map(request.history.get, self.names)))
 
     # What devices say of themselves.
     @cached_property
     def declines(self) -> Column:
         """Index into ``DECLINES`` of the owner's limit for which a device would decline now; 0: none."""
-        return self._said.column("declines", 0.0)
+        return self._said["declines"]
 
     @cached_property
     def charge(self) -> Column:
         """Share of the battery that is full, 0 to 1."""
-        return self._said.column("battery_percent") / 100.0
+        return self._said["battery_percent"] / 100.0
 
     @cached_property
     def reserve(self) -> Column:
         """Share of the battery that the owner wants left."""
-        return self._said.column("reserve_percent") / 100.0
+        return self._said["reserve_percent"] / 100.0
 
     @cached_property
     def on_battery(self) -> Mask:
         """Whether a job would draw on a battery: it says so, or it has one and does not say that it is plugged in."""
-        plugged = self._said.column("on_external_power")
+        plugged = self._said["on_external_power"]
         return np.asarray((plugged == 0.0) | (np.isnan(plugged) & ~np.isnan(self.charge)))
 
     @cached_property
@@ -107,78 +109,73 @@ class Table:
     @cached_property
     def temperature_margin_c(self) -> Column:
         """Kelvins below the device's thermal cap."""
-        return self._said.column("temperature_margin_c")
+        return self._said["temperature_margin_c"]
 
     @cached_property
     def free_memory_mb(self) -> Column:
         """In 10^6 bytes."""
-        return self._said.column("free_memory_mb")
+        return self._said["free_memory_mb"]
 
     @cached_property
     def availability(self) -> Column:
         """How likely a device thinks it could train during the next hour, 0 to 1."""
-        return self._said.column("availability_percent") / 100.0
+        return self._said["availability_percent"] / 100.0
 
     @cached_property
     def data_left_bytes(self) -> Column:
         """Of this month's cap; infinite for the largest value that a heartbeat holds."""
-        left = self._said.column("data_left_mb")
+        left = self._said["data_left_mb"]
         return np.where(left >= 0xFFFF, np.inf, left * 1e6)
 
     @cached_property
     def joules_left(self) -> Column:
         """Of this day."""
-        return self._said.column("joules_left")
+        return self._said["joules_left"]
 
     # What jobs take.
     @cached_property
     def _ours(self) -> Mask:
         """Whether the heartbeat's seconds and joules per step are of this run's bundle."""
-        tag = self.request.bundle
-        ours = [bool(tag) and entry.bundle == tag for entry in self._said.objects]
-        return np.asarray(self._said.spread(ours, 0.0) == 1.0)
+        return np.asarray(self._said["bundle"] == bundle_number(self.request.bundle))
 
     @cached_property
     def step_s(self) -> Column:
         """Seconds per training step: the heartbeat's if it is of this run's bundle, else the history's, else filled."""
-        said = np.where(self._ours, self._said.column("step_us") / 1e6, np.nan)
-        known = _first(_within(said, *STEP_S_BOUNDS), _within(self._past.column("step_s"), *STEP_S_BOUNDS))
-        known = filled(known, UNKNOWN_STEP_S)
+        said = np.where(self._ours, self._said["step_us"] / 1e6, np.nan)
+        known = filled(self._or_past(said, "step_s", *STEP_S_BOUNDS), UNKNOWN_STEP_S)
         return np.maximum(known, median(known, UNKNOWN_STEP_S) / FASTEST)
 
     @cached_property
     def step_j(self) -> Column:
         """Joules per training step, from where the seconds come; unknown: the median watts times the seconds."""
-        said = np.where(self._ours, self._said.column("step_uj") / 1e6, np.nan)
-        known = _first(_within(said, *STEP_J_BOUNDS), _within(self._past.column("step_j"), *STEP_J_BOUNDS))
+        said = np.where(self._ours, self._said["step_uj"] / 1e6, np.nan)
+        known = self._or_past(said, "step_j", *STEP_J_BOUNDS)
         watts = filled(known / self.step_s, UNKNOWN_WATTS)
         return np.maximum(watts, median(watts, UNKNOWN_WATTS) / FASTEST) * self.step_s
 
     @cached_property
     def up_bytes_per_s(self) -> Column:
         """Of the link, as measured by the device."""
-        return filled(_within(self._said.column("up_kbit_s") * 125.0, 1.0, np.inf), UNKNOWN_BYTES_PER_S)
+        return filled(_within(self._said["up_kbit_s"] * 125.0, 1.0, np.inf), UNKNOWN_BYTES_PER_S)
 
     @cached_property
     def down_bytes_per_s(self) -> Column:
         """Of the link, as measured by the device."""
-        return filled(_within(self._said.column("down_kbit_s") * 125.0, 1.0, np.inf), UNKNOWN_BYTES_PER_S)
+        return filled(_within(self._said["down_kbit_s"] * 125.0, 1.0, np.inf), UNKNOWN_BYTES_PER_S)
 
     @cached_property
     def samples(self) -> Column:
         """Announced for the plan's dataset, else those of the last update; filled."""
         wanted = self.request.plan.dataset
-        said: list[int | None] = []
-        for device in self._devices:
-            found = None
-            for entry in device.state.datasets if device is not None else ():
-                if entry.name == wanted:
-                    found = entry.samples
-            said.append(found)
-        known = np.array(said, dtype=float)
-        if np.isnan(known).any():
-            known = _first(known, self._past.column("samples"))
-        return filled(_within(known, 1.0, LARGEST_SAMPLES), UNKNOWN_SAMPLES)
+        offers = [() if device is None else device.state.datasets for device in self._devices]
+        said = [
+            offer[0].samples
+            if len(offer) == 1 and offer[0].name == wanted
+            else next((entry.samples for entry in offer if entry.name == wanted), None)
+            for offer in offers
+        ]
+        known = self._or_past(np.array(said, dtype=float), "samples", 1.0, LARGEST_SAMPLES)
+        return filled(known, UNKNOWN_SAMPLES)
 
     @cached_property
     def steps(self) -> Column:
@@ -206,7 +203,7 @@ class Table:
     def joules(self, steps: Column, up_bytes: Column | float | None = None) -> Column:
         """Of a job: steps, and the radio from bytes by the constants of Wi-Fi, or of LTE on a metered link."""
         up = self.request.up_bytes if up_bytes is None else up_bytes
-        metered = self._said.column("link_metered") == 1.0
+        metered = self._said["link_metered"] == 1.0
         up_j, down_j = (np.where(metered, lte, wifi) for wifi, lte in zip(_WIFI_J, _LTE_J, strict=True))
         return np.asarray(steps * self.step_j + (up * up_j + self.request.down_bytes * down_j) / 1e6)
 
@@ -229,7 +226,17 @@ class Table:
     @cached_property
     def failures(self) -> Column:
         """Of the last jobs, in a row."""
-        return np.maximum(self._past.column("failures", 0.0), 0.0)
+        return np.clip(self._past.column("failures", 0.0), 0.0, 1e3)
+
+    @cached_property
+    def fade(self) -> Column:
+        """Factor for devices that failed, 1 for others: ``1 / (1 + f)``, and failures are forgotten.
+
+        ``f = failures * 0.5^(age / 10)`` with the rounds since it was asked last: whoever failed has its full weight again
+        in time, and is never left out for ever.
+        """
+        age = np.clip(self.request.round - self.last_round, 0.0, 1e4)
+        return np.asarray(1.0 / (1.0 + self.failures * 0.5 ** (age / FORGIVEN_ROUNDS)))
 
     @cached_property
     def last_round(self) -> Column:
@@ -251,6 +258,12 @@ class Table:
         """As stored; see :mod:`coordinator.scheduling.energy_queue`."""
         return np.nan_to_num(self._past.column("queue_j", 0.0), posinf=0.0, neginf=0.0)
 
+    def _or_past(self, said: Column, name: str, least: float, most: float) -> Column:
+        """What a device said, else what its history has; NaN for what lies outside the bounds."""
+        known = _within(said, least, most)
+        unknown = np.isnan(known)
+        return np.where(unknown, _within(self._past.column(name), least, most), known) if unknown.any() else known
+
     def has(self, ability: str) -> Mask:
         """Whether devices announced an ability."""
         return np.array([entry is not None and ability in entry.state.abilities for entry in self._devices], bool)
@@ -268,7 +281,3 @@ def willing(table: Table, marks: Marks) -> Mask:
 def _within(values: Column, least: float, most: float) -> Column:
     """NaN for what lies outside."""
     return np.where((values >= least) & (values <= most), values, np.nan)
-
-
-def _first(values: Column, others: Column) -> Column:
-    return np.where(np.isnan(values), others, values)

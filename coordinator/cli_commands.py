@@ -122,7 +122,8 @@ def verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(store.blobs.path(stored.row.bundle.sha256))
     rounds = ((row, store.counted_updates(options.run, row.round)) for row in store.rounds(options.run))
     different, count = [], 0
-    for made in recompute(store.blobs, stored.plan, stored.row, rounds, bundle.layout()):
+    roles = store.roles(options.run)
+    for made in recompute(store.blobs, stored.plan, stored.row, rounds, bundle.layout(), roles=roles):
         row = made.round
         count += 1
         if sys.stderr.isatty():

@@ -22,6 +22,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="our certificate")
     parser.add_argument("--key", type=Path, metavar="FILE", help="our private key")
     parser.add_argument("--insecure", action="store_true", help="allow mqtt:// to other hosts: models unencrypted")
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="processes that check updates and sum them (default: 0, threads of the server do)",
+    )
     parser.add_argument("--json", action="store_true", help="log as JSON lines")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step")
 
@@ -44,6 +51,7 @@ def serve(options: argparse.Namespace) -> int:
         certificate=options.certificate,
         key=options.key,
         insecure=options.insecure,
+        workers=options.workers,
     )
     logs.set_up(verbose=options.verbose, as_json=options.json)
     run_server(settings)
@@ -53,4 +61,10 @@ def serve(options: argparse.Namespace) -> int:
 def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port; take 1 to 65535, or 0 for any free one")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; take 0 to 1024")
     return int(text)

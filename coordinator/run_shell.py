@@ -9,11 +9,12 @@ import msgspec
 
 from coordinator import events as e
 from coordinator.background import DISK_RETRY_S, Background
+from coordinator.checking import Checks
 from coordinator.errors import StoreError
 from coordinator.evaluation_numbers import accuracy
 from coordinator.job_message import inline_bytes, make_job, make_standing
 from coordinator.ledger import LONGEST_TEXT, LedgerRow
-from coordinator.plausibility import LARGEST_NUMBER, implausible
+from coordinator.plausibility import LARGEST_NUMBER, believed, implausible
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from coordinator.runner import RunFiles
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.aggregation.making import Made
+    from coordinator.executors.base import Executor
     from coordinator.fleet import Fleet
     from coordinator.store import Store, StoredRun
     from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
@@ -45,7 +47,17 @@ TICK_S = 1.0
 class RunShell:
     """All open runs of a server. Every method is called in the loop's thread."""
 
-    def __init__(self, store: Store, fleet: Fleet, loop: Loop, link: Link, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        loop: Loop,
+        link: Link,
+        clock: Callable[[], float],
+        *,
+        executor: Executor | None = None,
+    ) -> None:
+        self._executor = executor
         self.store, self.fleet, self.loop, self.link, self.clock = store, fleet, loop, link, clock
         self.runs: dict[str, RunState] = {}
         self.files: dict[str, RunFiles] = {}
@@ -53,6 +65,8 @@ class RunShell:
         self.downlink = Downlink(loop, link, self._find_blob, self._on_chunk_sent)
         self.uplink = Uplink(loop, link, arrived=self._on_arrived, refused=self._on_refused, traffic=self.traffic)
         self._background = Background(loop)
+        self._checks = Checks(loop, executor)
+        self._doubted: set[tuple[str, str]] = set()  # run and device, of which the log has said it
         self._offer: messages.UpdateOffer | None = None
         self._ticks: dict[str, Timer] = {}
         self._set_aside: set[str] = set()  # runs that could not be stored; they are taken up again from the store
@@ -65,6 +79,7 @@ class RunShell:
     def close(self) -> None:
         """Ends receiving and the work in progress; the runs go on at the next start."""
         self.uplink.reset()
+        self._checks.close()
         self._background.close()
 
     def on_down(self) -> None:
@@ -183,7 +198,7 @@ class RunShell:
         run, plan = stored.row.run, stored.plan
         try:
             state = RunState.from_rows(plan, self.store.load_run(run))
-            files = RunFiles(self.store, plan, state.run)
+            files = RunFiles(self.store, plan, state.run, self._executor)
             if state.run.next_assignment and state.run.bytes_complete:  # it was taken up before
                 state.run.bytes_complete = False
                 self.store.save([state.run])
@@ -330,6 +345,8 @@ class RunShell:
     def _fetch(self, run: str, offer: messages.UpdateOffer) -> None:
         files = self.files[run]
         assert offer.blob is not None
+        if offer.update in self._checks:
+            return  # all of it is here
         reason = files.unfit(offer.blob)
         if reason:
             self._step(run, e.UpdateDamaged(self.clock(), offer.update, offer.blob, offer.meta, reason))
@@ -337,15 +354,34 @@ class RunShell:
         self.uplink.fetch(self.store.blobs, offer)
 
     def _on_arrived(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta) -> None:
-        files = self.files.get(update.run)
-        if files is None:
+        state, files = self.runs.get(update.run), self.files.get(update.run)
+        assignment = None if state is None else state.assignments.get(update.assignment)
+        if files is None or update in self._checks:
             return
-        assignment = self.runs[update.run].assignments.get(update.assignment)
-        reason = files.damage(blob, update, meta, None if assignment is None else assignment.model)
-        if reason:
-            self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
-        else:
-            self._step(update.run, e.UpdateArrived(self.clock(), update, blob, meta))
+        if assignment is None:
+            self._step(update.run, e.UpdateArrived(self.clock(), update, blob, meta))  # is answered from the store
+            return
+
+        def checked(reason: str) -> None:
+            if self.runs.get(update.run) is not state:
+                return  # the run ended, or was put aside: the device offers its update again
+            if reason:
+                _tidy(lambda: files.drop_damaged(blob))
+                self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
+            else:
+                self._tell_doubts(assignment, meta)
+                self._step(update.run, e.UpdateArrived(self.clock(), update, blob, meta))
+
+        self._checks.run(files.check(update, blob, assignment), checked)
+
+    def _tell_doubts(self, assignment: e.AssignmentRow, meta: UpdateMeta) -> None:
+        """Says once of a device that what it says is not believed; its update counts all the same."""
+        name = (assignment.run, assignment.device)
+        elapsed_s = max(self.clock(), assignment.deadline_unix_s) - assignment.assigned_unix_s
+        doubts = believed(meta, steps=assignment.steps, elapsed_s=elapsed_s).doubts
+        if doubts and name not in self._doubted:
+            self._doubted.add(name)
+            log.warning("device %s, run %s reports %s: taken as unknown", *reversed(name), " and ".join(doubts))
 
     def _on_refused(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta, reason: str) -> None:
         self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
@@ -378,8 +414,9 @@ class RunShell:
                 bytes_down=moved.down,
                 bytes_bundle=moved.bundle,
             )
+            replaced = list(effect.table.values())
             self._step(run, event)
-            self._clean(run)
+            self._clean(run, replaced)
 
         self._in_background(run, lambda: files.aggregate(effect), done)
 
@@ -400,14 +437,16 @@ class RunShell:
             wanted=lambda: self.runs.get(run) is state,  # else the run ended, or was taken up again with this work
         )
 
-    def _clean(self, run: str) -> None:
+    def _clean(self, run: str, replaced: list[BlobRef]) -> None:
         files, state = self.files.get(run), self.runs.get(run)
         if files is not None and state is not None:
             _tidy(lambda: files.clean(state))
+            _tidy(lambda: files.drop_replaced(state, replaced))
 
     def _finished(self, run: str, status: str, reason: str) -> None:
         log.info("run %s %s%s", run, status, f": {reason}" if reason else "")
         self.uplink.stop_run(run)
+        self._doubted = {name for name in self._doubted if name[0] != run}
         files = self.files.pop(run, None)
         if files is not None:
             others = {sha256 for other in self.files.values() for sha256 in other.sent_blobs}

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation import create_method
-from coordinator.aggregation.making import HELD_IN_MEMORY, decode_update, make_model
-from coordinator.errors import ModelError
-from coordinator.model_blobs import read_held
+from coordinator.aggregation.decoding import HELD_IN_MEMORY, Decoder, Models, Source, channels_of
+from coordinator.aggregation.making import make_model
+from coordinator.checking import Check
+from coordinator.plan import is_lossless
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.container import size_limit
-from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from coordinator.aggregation.making import Made
-    from coordinator.events import Aggregate, RoundRow, RunRow
+    from coordinator.events import Aggregate, AssignmentRow, RoundRow, RunRow
+    from coordinator.executors.base import Executor
     from coordinator.plan import Plan
     from coordinator.run_state import RunState
     from coordinator.store import Store
-    from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
+    from edge_runtime.messages import BlobRef, Evaluation, Role, UpdateId
 
 
 class RunFiles:
@@ -31,16 +32,15 @@ class RunFiles:
         BundleError: the run's bundle is missing or damaged.
     """
 
-    def __init__(self, store: Store, plan: Plan, run: RunRow) -> None:
-        self._store, self._plan, self._run = store, plan, run
+    def __init__(self, store: Store, plan: Plan, run: RunRow, executor: Executor | None = None) -> None:
+        self._store, self._plan, self._run, self._executor = store, plan, run, executor
         self._blobs = store.blobs
         self.bundle = Bundle.open(self._blobs.path(run.bundle.sha256))
         self._layout = self.bundle.layout()
         self._method = create_method(plan)
-        self._held = lru_cache(HELD_IN_MEMORY)(
-            lambda blob, version: read_held(self._blobs, plan, blob, version, self._layout)
-        )
-        self._update_limit = size_limit(dict.fromkeys(self._method.channels, self._layout))
+        self._decoder = lru_cache(HELD_IN_MEMORY)(self._make_decoder)
+        most = max((self._method.channels, *self._method.roles.values()), key=len)
+        self._update_limit = size_limit(dict.fromkeys(most, self._layout))
         self.sent_blobs: dict[str, BlobRef] = {run.bundle.sha256: run.bundle}
 
     def sends(self, *blobs: BlobRef) -> None:
@@ -53,25 +53,26 @@ class RunFiles:
             return f"update of {blob.size_bytes} bytes refused: for this model {self._update_limit} is the most"
         return ""
 
-    def damage(self, blob: BlobRef, update: UpdateId, meta: UpdateMeta, model: BlobRef | None) -> str:
-        """Why a received update cannot be used (undecodable, wrong size, NaN, too large a norm); empty if it can.
+    def check(self, update: UpdateId, blob: BlobRef, assignment: AssignmentRow) -> Check:
+        """What is to be checked of a received update before it may count; ``blob`` is in the store."""
+        decoder = self._decoder(assignment.model, assignment.version, assignment.role)
+        source = Source(update, assignment.version, assignment.role, self._blobs.path(blob.sha256))
+        return Check(source, decoder, self._plan.uplink.max_norm)
 
-        ``model`` is the whole model of its assignment, None if that is not known.
-        """
-        path, limit = self._blobs.path(blob.sha256), self._plan.uplink.max_norm
-        held = None if model is None else partial(self._held, model)
-        version = meta.model_version
-        try:
-            decode_update(path, self._method, self._layout, update=update, version=version, max_norm=limit, held=held)
-        except (CodecError, ModelError, OSError) as error:
-            if not self._store.is_named(blob.sha256):  # what was offered may be no update, but a model or bundle
-                self._blobs.delete(blob.sha256)
-            return str(error)
-        return ""
+    def drop_damaged(self, blob: BlobRef) -> None:
+        """Deletes what was offered as an update and is none; unless it is something else, as a model or bundle."""
+        if not self._store.is_named(blob.sha256):
+            self._blobs.delete(blob.sha256)
+
+    def _make_decoder(self, model: BlobRef, version: int, role: Role) -> Decoder:
+        lossless = is_lossless(self._plan.downlink.codec)
+        paths = {version: self._blobs.path(model.sha256)}
+        models = Models(paths, self._layout, self._method.down_channels, lossless=lossless)
+        return Decoder(self._layout, {role: channels_of(self._method, role)}, models)
 
     def aggregate(self, effect: Aggregate) -> Made:
         """Makes the next model; see :func:`coordinator.aggregation.making.make_model`."""
-        return make_model(self._blobs, self._plan, effect, self._layout)
+        return make_model(self._blobs, self._plan, effect, self._layout, executor=self._executor)
 
     def evaluate(self, model: BlobRef) -> Evaluation:
         """Sums over the run's test set.
@@ -99,8 +100,14 @@ class RunFiles:
                 old.append(row.change)
             self._delete(state, [blob for blob in old if blob not in needed])
 
+    def drop_replaced(self, state: RunState, before: Iterable[BlobRef]) -> None:
+        """Deletes rows of the method's table that new ones have replaced."""
+        kept = {row.blob.sha256 for row in state.table.values()}
+        self._delete(state, [blob for blob in before if blob.sha256 not in kept])
+
     def clean_up(self, state: RunState) -> None:
         """The run has ended: deletes its updates and the ways to its models, unless they are to be kept."""
+        self._delete(state, [row.blob for row in state.table.values()])
         if self._plan.retain_updates == "all":
             return
         self._store.drop_update_blobs(state.run.run, state.run.round + 1)

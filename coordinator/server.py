@@ -19,6 +19,7 @@ import msgspec
 import edge_runtime
 from coordinator.background import DISK_RETRY_S
 from coordinator.errors import StoreError
+from coordinator.executors.local import LocalExecutor
 from coordinator.fleet import Fleet
 from coordinator.report import run_summary
 from coordinator.run_shell import POLL_S, RunShell
@@ -79,7 +80,11 @@ class Coordinator:
             self.connection = Connection(settings)
             undo.callback(self.connection.stop)
             self.link = self._make_link()
-            self.shell = RunShell(self.store, self.fleet, self.loop, self.link, self.clock)
+            executor = None
+            if settings.workers:  # also a single one is a process of its own: this one answers devices
+                executor = LocalExecutor(settings.workers)
+                undo.callback(executor.close)
+            self.shell = RunShell(self.store, self.fleet, self.loop, self.link, self.clock, executor=executor)
             self._made = undo.pop_all()
 
     def _make_link(self) -> Link:

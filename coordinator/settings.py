@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the coordinator keeps things and which broker it uses; without ``broker_url`` it starts one itself."""
+    """Where the coordinator keeps things and which broker it uses; without ``broker_url`` it starts one itself.
+
+    ``workers`` processes check updates and sum them; 0: threads of this process do.
+    """
 
     state_dir: Path
     broker_url: str | None = None
@@ -29,6 +32,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     insecure: bool = False
     database_url: str | None = None
     name: str = "coordinator"
+    workers: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Connection:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from coordinator.events import Row
     from coordinator.ledger import LedgerRow
-    from edge_runtime.messages import UpdateId
+    from edge_runtime.messages import Role, UpdateId
 
 _DATABASE = "coordinator.db"
 HEARTBEAT_S = 5.0  # how often a server says that it lives
@@ -216,7 +216,7 @@ class Store:
         """
         u, a = tables.updates, tables.assignments
         waiting = sa.select(u.c.sha256).where(u.c.sha256 == sha256, u.c.verdict == "pending").limit(1)
-        if self._select(waiting) or self._is_named_by_runs(sha256, besides):
+        if self._select(waiting) or self._is_named_by_runs(sha256, besides) or self._is_in_table(sha256, besides):
             return True
         for stored in self.active():
             if stored.row.run == besides:
@@ -239,6 +239,12 @@ class Store:
         sent = (r.c.status == "running") & r.c.down.like(pattern)
         named = sa.or_(sent, *(column.like(pattern) for column in blobs))
         return bool(self._select(sa.select(r.c.run).where(r.c.run != besides, named).limit(1)))
+
+    def _is_in_table(self, sha256: str, besides: str) -> bool:
+        """Whether a run that goes on has it in the table of its server method."""
+        t, r = tables.method_table, tables.runs
+        goes_on = sa.exists().where(r.c.run == t.c.run, r.c.status == "running")
+        return bool(self._select(sa.select(t.c.run).where(t.c.sha256 == sha256, t.c.run != besides, goes_on).limit(1)))
 
     # What the command line does
     def submit(self, plan: Plan, row: RunRow) -> str:
@@ -359,6 +365,12 @@ class Store:
         a = tables.assignments
         wanted = sa.select(a).where(a.c.run == run, a.c.round == round_).order_by(a.c.assigned_unix_s, a.c.assignment)
         return [convert.ASSIGNMENTS.row(entry) for entry in self._select(wanted)]
+
+    def roles(self, run: str) -> dict[str, Role]:
+        """By assignment, those of a run that were no trainers."""
+        a = tables.assignments
+        wanted = sa.select(a.c.assignment, a.c.role).where(a.c.run == run, a.c.role != "trainer")
+        return {entry["assignment"]: entry["role"] for entry in self._select(wanted)}
 
     def participants(self, run: str) -> int:
         """How many different devices were asked by a run."""

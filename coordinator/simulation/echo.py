@@ -1,0 +1,132 @@
+"""Updates without training: for runs that look at scale, selection and recovery, not at accuracy.
+
+An echo is a small pseudo-random vector, encoded once by the plan's own codec (per model version where the codec
+predicts from the model) and bound to each update by its own container; so bytes, hashes, decoding and sums are real.
+Losses are made up, falling with the version, from a different level for every device.
+"""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from coordinator.simulation.training import Order, TrainedUpdate
+from edge_runtime.compression.base import Codec
+from edge_runtime.compression.container import Header, pack, unpack, update_tag
+from edge_runtime.compression.pipeline import CodecSpec, encode
+from edge_runtime.compression.registry import codec_class
+from edge_runtime.messages import UpdateId, UpdateMeta
+from edge_runtime.training.randomness import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from coordinator.simulation.training import Handle
+    from edge_runtime.compression.base import Layout
+    from edge_runtime.messages import BlobRef, Role
+    from edge_runtime.training.base import Vector
+
+_SCALE = 1e-4  # of one number of an echo
+_KEPT = 16
+
+
+class _Encoded(NamedTuple):
+    codec: int | str
+    sections: list[list[bytes | memoryview]]
+    alignment: int
+
+
+class EchoTrainer:
+    """See :class:`~coordinator.simulation.training.Trainer`.
+
+    Args:
+        layout: of the model.
+        channels: what an update of a role holds.
+        model: gives a whole model as devices hold it, for codecs that predict.
+        seed: of the vector.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        channels: Mapping[Role, tuple[str, ...]],
+        model: Callable[[BlobRef, int], Vector],
+        seed: int,
+    ) -> None:
+        self._layout, self._channels, self._model, self._seed = layout, channels, model, seed
+        self._encoded: dict[tuple[object, ...], _Encoded] = {}
+
+    def start(self, order: Order) -> Handle:
+        return _Echo(self, order)
+
+    def close(self) -> None:
+        self._encoded.clear()
+
+    def make(self, order: Order) -> TrainedUpdate:
+        """The echo of one order."""
+        job = order.job
+        steps = order.steps if order.stop_after is None else min(order.steps, order.stop_after)
+        meta = UpdateMeta(round=job.round, model_version=job.model_version, samples=order.samples, steps=steps)
+        if job.epochs is None and job.steps is None and job.role == "trainer":
+            return TrainedUpdate(b"", meta)
+        layouts = dict.fromkeys(self._channels[job.role], self._layout)
+        found = self._encode(order, layouts)
+        tag = update_tag(UpdateId(job.run, order.device, job.assignment, job.sequence))
+        header = Header(codec=found.codec, tag=tag, base_version=job.model_version)
+        loss = _loss(order.device, job.model_version)
+        meta = UpdateMeta(
+            round=job.round,
+            model_version=job.model_version,
+            samples=order.samples,
+            steps=steps,
+            loss=loss,
+            loss_rms=loss,
+            stopped=order.stopped if steps < order.steps else "",
+        )
+        return TrainedUpdate(pack(header, layouts, found.sections, found.alignment), meta)
+
+    def _encode(self, order: Order, layouts: Mapping[str, Layout]) -> _Encoded:
+        job = order.job
+        predicts = codec_class(job.codec).decode_against is not Codec.decode_against
+        key = (job.codec, job.byte_budget, job.role, job.model_version if predicts else None)
+        known = self._encoded.get(key)
+        if known is not None:
+            return known
+        stream = Stream(self._seed, "echo")
+        vector = ((stream.uniform(self._layout.size) - 0.5) * (2 * _SCALE)).astype(np.float32)
+        data = encode(
+            CodecSpec(job.codec, job.codec_options),
+            dict.fromkeys(layouts, vector),
+            layouts,
+            budget_bytes=job.byte_budget,
+            seed=self._seed,
+            base_version=job.model_version,
+            reference=self._model(order.model, job.model_version) if predicts else None,
+        ).data
+        header, places = unpack(data, layouts)
+        view = memoryview(data)
+        sections: list[list[bytes | memoryview]] = [[view[start:end]] for start, end in places.values()]
+        found = _Encoded(header.codec, sections, codec_class(job.codec).alignment)
+        while len(self._encoded) >= _KEPT:
+            del self._encoded[next(iter(self._encoded))]
+        self._encoded[key] = found
+        return found
+
+
+class _Echo:
+    def __init__(self, trainer: EchoTrainer, order: Order) -> None:
+        self._trainer, self._order = trainer, order
+
+    def result(self) -> TrainedUpdate:
+        return self._trainer.make(self._order)
+
+    def cancel(self) -> None:
+        """It was not begun."""
+
+
+def _loss(device: str, version: int) -> float:
+    level = int.from_bytes(blake2b(device.encode(), digest_size=4).digest(), "little") / 2.0**32
+    return (0.5 + 2.0 * level) / math.sqrt(1.0 + 0.1 * version)

@@ -1,0 +1,141 @@
+"""Watches a simulated run: joules by job, what was decided, versions as they are made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from coordinator import events as e
+from coordinator.evaluation_numbers import accuracy, mean_loss
+from coordinator.simulation.report import AssignmentReport, DeviceReport, Joules, VersionReport
+from coordinator.simulation.store import BrokenRuleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from coordinator.simulation.store import MemoryStore
+    from coordinator.simulation.world import World
+    from edge_runtime.messages import UpdateId
+
+_Key = tuple[str, int]  # assignment and sequence
+_ENDS = ("failed", "declined", "cancelled")
+
+
+class Recorder:
+    """``trained``: jobs that devices finished."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.joules = Joules()
+        self.by_device = [0.0] * len(world.traces.devices)
+        self.trained = self.counted = self.lost_to_battery = 0
+        self.versions: dict[int, VersionReport] = {}
+        self.jobs: dict[_Key, AssignmentReport] = {}
+        self._verdicts: dict[UpdateId, bool] = {}
+        self._spent: dict[_Key, float] = {}
+        self._lost: set[_Key] = set()
+
+    def spend(self, device: int, key: _Key | None, kind: str, joules: float) -> None:
+        """A device drew joules, for a job or (what broken transfers took) for none that is known."""
+        if joules <= 0.0:
+            return
+        totals = self.joules
+        if kind == "training":
+            totals.training += joules
+        elif kind == "radio":
+            totals.radio += joules
+        else:
+            totals.idle_wait += joules
+        self.by_device[device] += joules
+        if key is None or key in self._lost:
+            totals.wasted += joules
+        else:
+            self._spent[key] = self._spent.get(key, 0.0) + joules
+
+    def saved(self, rows: Iterable[e.Row]) -> None:
+        """The coordinator stored rows."""
+        for row in rows:
+            if isinstance(row, e.AssignmentRow):
+                self._assignment(row)
+            elif isinstance(row, e.UpdateRow):
+                if row.verdict == "counted":
+                    self.counted += 1
+                    self._spent.pop((row.update.assignment, row.update.sequence), None)
+                elif row.verdict == "refused":
+                    self._waste((row.update.assignment, row.update.sequence))
+            elif isinstance(row, e.RoundRow):
+                self._round(row)
+            elif isinstance(row, e.RunRow) and row.initial_test is not None and 0 in self.versions:
+                self.versions[0].accuracy = accuracy(row.initial_test)
+                self.versions[0].loss = mean_loss(row.initial_test)
+
+    def _assignment(self, row: e.AssignmentRow) -> None:
+        key = (row.assignment, row.sequence)
+        if row.sequence >= 0:
+            self.jobs[key] = AssignmentReport(
+                row.round, row.device, row.steps, row.role, row.version, row.assignment, row.sequence, row.status
+            )
+        if row.status in _ENDS:
+            self._waste(key)
+
+    def _waste(self, key: _Key) -> None:
+        self._lost.add(key)
+        self.joules.wasted += self._spent.pop(key, 0.0)
+
+    def _round(self, row: e.RoundRow) -> None:
+        known = self.versions.get(row.version)
+        if known is None:
+            server = self._world.server
+            self.versions[row.version] = VersionReport(
+                version=row.version,
+                virtual_s=self._world.timeline.now_s,
+                updates=row.updates,
+                late_updates=row.late_updates,
+                modelled_joules=msgspec.structs.replace(self.joules),
+                trained=self.trained,
+                counted=self.counted,
+                lost_to_battery=self.lost_to_battery,
+                bytes_up=server.bytes_up,
+                bytes_down=server.bytes_down,
+            )
+        elif row.test is not None:
+            known.accuracy, known.loss = accuracy(row.test), mean_loss(row.test)
+        else:
+            return
+        self._world.version_made(self.versions[row.version])
+
+    def begin(self) -> None:
+        """The initial model is there."""
+        self.versions[0] = VersionReport(version=0, virtual_s=0.0, modelled_joules=Joules())
+
+    def told(self, update: UpdateId, *, counted: bool) -> None:
+        """A device is told a verdict.
+
+        Raises:
+            BrokenRuleError: it was told another one before.
+        """
+        if self._verdicts.setdefault(update, counted) != counted:
+            raise BrokenRuleError(f"update {update} got two verdicts")
+
+    def end(self) -> None:
+        """Whatever did not count until now never will."""
+        self.joules.wasted += sum(self._spent.values())
+        self._spent.clear()
+
+    def outcomes(self, store: MemoryStore) -> tuple[dict[str, int], dict[str, DeviceReport]]:
+        """Jobs by their end, and devices with theirs."""
+        devices = {
+            trace.device: DeviceReport(device=trace.device, modelled_joules=self.by_device[number])
+            for number, trace in enumerate(self._world.traces.devices)
+        }
+        updates = {(name.assignment, name.sequence): row.verdict for name, row in store.updates.items()}
+        counts: dict[str, int] = {}
+        for key, job in self.jobs.items():
+            end = updates.get(key, job.status)
+            device = devices[job.device]
+            device.asked += 1
+            if end in ("counted", "refused", *_ENDS):
+                setattr(device, end, getattr(device, end) + 1)
+            counts[end] = counts.get(end, 0) + 1
+        return counts, devices

@@ -1,0 +1,206 @@
+"""The virtual world of one run: time, network and faults around one coordinator and many devices."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from coordinator.simulation.device import VirtualDevice
+from coordinator.simulation.faults import LARGEST_JUMP_S, LONGEST_DOWN_S, LONGEST_LOSS_S, Faults
+from coordinator.simulation.recorder import Recorder
+from coordinator.simulation.server import VirtualServer
+from coordinator.simulation.timeline import Timeline
+from edge_runtime import compression, methods
+from edge_runtime.agent.jobs import Capabilities
+from edge_runtime.messages import EnergySource, Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+    from random import Random
+
+    from coordinator.events import RunRow
+    from coordinator.executors.base import Executor
+    from coordinator.plan import Plan
+    from coordinator.simulation.data import Shares
+    from coordinator.simulation.faults import FaultPlan, Kind
+    from coordinator.simulation.report import VersionReport
+    from coordinator.simulation.settings import Settings
+    from coordinator.simulation.store import MemoryStore
+    from coordinator.simulation.traces import Traces
+    from coordinator.simulation.training import Trainer
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.messages import BlobRef, Evaluation, FromCoordinator
+
+_BLOB_LIMIT_BYTES = 500_000_000
+_STEPS_OF_A_JOB, _STEPS_OF_A_ROUND = 3, 10  # of the round machine, roughly: so faults fall all over the run
+
+
+class World:
+    """Everything of one run. ``run_to_end`` is all there is to do.
+
+    Args:
+        plan: of the run.
+        run: its row, as it was submitted.
+        bundle: of the plan.
+        traces: of the devices.
+        settings: of this world.
+        faults: what goes wrong.
+        store: of the coordinator.
+        trainer: makes updates.
+        shares: of the data, None without training.
+        evaluate: begins the evaluation of a model on the test set.
+        executor: decodes and sums updates; None: this process.
+        on_version: is told of every version, again when it was evaluated; true ends the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        run: RunRow,
+        bundle: Bundle,
+        traces: Traces,
+        settings: Settings,
+        faults: FaultPlan,
+        store: MemoryStore,
+        trainer: Trainer,
+        shares: Shares | None,
+        evaluate: Callable[[BlobRef], Future[Evaluation]],
+        executor: Executor | None,
+        on_version: Callable[[VersionReport], bool] | None,
+    ) -> None:
+        self.plan, self.bundle, self.traces, self.settings = plan, bundle, traces, settings
+        self.timeline = Timeline()
+        self.trainer, self.shares, self.evaluate = trainer, shares, evaluate
+        self.executor = executor
+        self.broker_up = True
+        self.horizon_s = math.inf if settings.limit_s is None else settings.limit_s
+        self.result: tuple[str, str] | None = None
+        self._on_version = on_version
+        self._enough = False
+        expected = plan.rounds * (plan.participation.target * _STEPS_OF_A_JOB + _STEPS_OF_A_ROUND)
+        self.faults = Faults(faults, settings.seed, expected, self._strike)
+        self.recorder = Recorder(self)
+        self.codecs = sorted(compression.codec_names())
+        self.methods = sorted(methods.method_names())
+        self.backends = ["onnxruntime"]
+        self.abilities = ["standing", "anchor"]
+        self.limits = Limits(blob_bytes=_BLOB_LIMIT_BYTES, worker_memory_bytes=0)
+        self.energy_source = EnergySource(sensor="model", scope="modelled", quality="modelled")
+        self.capabilities = Capabilities(
+            datasets=frozenset([plan.dataset]),
+            codecs=frozenset(self.codecs),
+            methods=frozenset(self.methods),
+            blob_limit_bytes=_BLOB_LIMIT_BYTES,
+        )
+        self.server = VirtualServer(self, store, run)
+        self.devices = [VirtualDevice(self, number, trace) for number, trace in enumerate(traces.devices)]
+        self.by_name = {device.name: device for device in self.devices}
+
+    def run_to_end(self) -> int:
+        """Lets time pass until the run has ended; gives how much happened."""
+        for device in self.devices:
+            device.begin()
+        self.recorder.begin()
+        self.server.start()
+        self.timeline.at(self.settings.tick_s, self.server.tick)
+        if self.settings.limit_s is not None:
+            self.timeline.at(self.settings.limit_s, self._time_is_up)
+        count, step = 0, self.timeline.step
+        while self.result is None and step():
+            count += 1
+        return count
+
+    def ended(self, status: str, reason: str) -> None:
+        """The coordinator says that the run has ended."""
+        self.result = status, reason
+
+    def _time_is_up(self) -> None:
+        if self.server.up:
+            self.server.stop(f"the simulated time of {self.settings.limit_s:g} s is over")
+        else:
+            self.timeline.at(self.timeline.now_s + self.settings.tick_s, self._time_is_up)
+
+    def version_made(self, version: VersionReport) -> None:
+        """A version was made or evaluated."""
+        if self._on_version is not None and self._on_version(version) and not self._enough:
+            self._enough = True
+            self.timeline.at(self.timeline.now_s, self._stop_now)
+
+    def _stop_now(self) -> None:
+        self.server.stop("enough, says the caller")
+
+    def samples(self, number: int) -> int:
+        """Training samples of a device."""
+        if self.shares is not None:
+            return self.shares.count(number)
+        return self.traces.devices[number].samples or self.settings.samples
+
+    def clock_offset_s(self, number: int) -> float:
+        """By how much the clock of a device is wrong."""
+        return (number * 7919 % 97 - 48) * 3600.0 if self.faults.plan.clock else 0.0
+
+    # Network
+
+    def to_server(self, device: VirtualDevice, leaf: str, content: Any, *, latency_s: float | None = None) -> None:
+        """Sends what a device says on its way."""
+        at = self.timeline.now_s + (device.latency_s if latency_s is None else latency_s)
+        self.timeline.at(at, self.server.receive, device, leaf, content)
+        again = self.faults.repeat_after_s()
+        if again is not None and leaf != "state":  # the broker keeps the newest state: an old one never comes after it
+            self.timeline.at(at + again, self.server.receive, device, leaf, content)
+
+    def to_device(self, device: VirtualDevice, message: FromCoordinator) -> None:
+        """Sends what the coordinator says on its way."""
+        at = self.timeline.now_s + device.latency_s
+        self.timeline.at(at, device.receive, device.session, message)
+        again = self.faults.repeat_after_s()
+        if again is not None:
+            self.timeline.at(at + again, device.receive, device.session, message)
+
+    # Faults
+
+    def _strike(self, kind: Kind, random: Random) -> None:
+        if kind == "broker":
+            self.timeline.at(self.timeline.now_s, self._lose_broker, random.uniform(0.1, LONGEST_LOSS_S))
+            return
+        down_s, jump_s = random.uniform(0.0, LONGEST_DOWN_S), 0.0
+        if kind == "clock":
+            jump_s = random.uniform(-LARGEST_JUMP_S, LARGEST_JUMP_S)
+        self.server.crash_in = random.randrange(4)
+        self._back_after = (down_s, jump_s)
+
+    _back_after = (0.0, 0.0)
+
+    def server_crashed(self) -> None:
+        """Its process is gone: what was on its way to or from it is lost, and it comes back."""
+        down_s, jump_s = self._back_after
+        for device in self.devices:
+            if device.connected and device.agent is not None:
+                device.agent.on_down()
+        self.timeline.at(self.timeline.now_s + down_s, self._server_back, jump_s)
+
+    def _server_back(self, jump_s: float) -> None:
+        self.server.clock_offset_s += jump_s
+        self.server.start()
+        if not self.server.up or self.result is not None:
+            return
+        for device in self.devices:  # a new session of the coordinator: what it may have missed is said again
+            if device.connected and device.agent is not None:
+                device.agent.on_up()
+
+    def _lose_broker(self, for_s: float) -> None:
+        if not self.broker_up:
+            return
+        for device in self.devices:
+            device.disconnect()
+        self.broker_up = False
+        if self.server.up:
+            self.server.lost_broker()
+        self.timeline.at(self.timeline.now_s + for_s, self._broker_back)
+
+    def _broker_back(self) -> None:
+        self.broker_up = True
+        for device in self.devices:
+            device.connect()

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.fashion import MODELS, Task, load
 from benchmarks.report import parser, print_report
 from benchmarks.wire import Wire
-from coordinator.aggregation.fedavgm import FedAvgM
+from coordinator.aggregation.optimizers.momentum import Momentum
 from edge_runtime.compression.container import update_tag
 from edge_runtime.compression.grid import SharedModel
 from edge_runtime.compression.pipeline import CodecSpec, decode, encode
@@ -123,13 +123,13 @@ class FederatedRun:
         options = self._options
         server: list[float] = []
         devices: list[float] = []
-        method = FedAvgM(momentum=options.server_momentum)
-        state = method.init(self._layout.size)
+        optimizer = Momentum({"momentum": options.server_momentum})
+        state = optimizer.init(self._layout.size)
         for round_ in range(options.rounds):
-            totals = {"delta": np.zeros(self._layout.size, np.float64)}
+            change = np.zeros(self._layout.size, np.float64)
             for device, samples in enumerate(self._samples):
-                self._update(round_, device).add_to(totals["delta"], samples)
-            self._server, state = method.apply(self._server, totals, sum(self._samples), state)
+                self._update(round_, device).add_to(change, samples / sum(self._samples))
+            self._server, state, _ = optimizer.apply(self._server, change, state)
             self._publish(round_)
             if round_ >= options.rounds - LAST_ROUNDS:
                 server.append(self._task.evaluate(self._server))

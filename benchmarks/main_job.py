@@ -36,8 +36,8 @@ rounds = {rounds}
 seed = {seed}
 test_set = "test.npz"
 evaluate_on_devices = false
-server_method = "fedavgm"
-server_options = {{ momentum = {server_momentum} }}
+server_optimizer = "momentum"
+server_optimizer_options = {{ momentum = {server_momentum} }}
 
 [participation]
 target = {devices}

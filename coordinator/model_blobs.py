@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 from typing import TYPE_CHECKING, Protocol
 
+from coordinator.aggregation import create_method
 from coordinator.errors import ModelError
 from coordinator.plan import is_lossless
 from edge_runtime.compression.grid import SharedModel
-from edge_runtime.compression.pipeline import decode_model
+from edge_runtime.compression.pipeline import MODEL_CHANNEL, decode, decode_model
 from edge_runtime.messages import BlobRef
 
 if TYPE_CHECKING:
@@ -65,13 +66,28 @@ def read_held(blobs: Blobs, plan: Plan, blob: BlobRef, version: int, layout: Lay
         ModelError: it is not in the store.
         CodecError: it cannot be decoded.
     """
-    if not is_lossless(plan.downlink.codec):
-        return read_shared(blobs, blob, version, layout).vector
-    return read_model(blobs, blob, layout)
+    channels, path = create_method(plan).down_channels, find(blobs, blob, "model as devices hold it")
+    return held_vector(path, version, layout, channels, lossless=is_lossless(plan.downlink.codec))
+
+
+def held_vector(path: Path, version: int, layout: Layout, channels: tuple[str, ...], *, lossless: bool) -> Vector:
+    """The same of a file. It holds ``channels``, or the model alone, or a snapshot of a lossy downlink.
+
+    Raises:
+        CodecError: it cannot be decoded.
+    """
+    data = mapped(path)
+    if not lossless:
+        if version == 0:
+            return SharedModel.start(decode_model(data, layout), layout).vector
+        return SharedModel.decode(data, layout).vector
+    if len(channels) > 1:
+        return decode(data, dict.fromkeys(channels, layout))[MODEL_CHANNEL].vector()
+    return decode_model(data, layout)
 
 
 def store_state(blobs: Blobs, state: State) -> BlobRef | None:
-    """Stores the state of a server method; None if there is none."""
+    """Stores the state of a server method and its optimiser; None if there is none."""
     if not state:
         return None
     from safetensors.numpy import save

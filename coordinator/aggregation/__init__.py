@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation.base import ServerMethod, State, Vector
+from coordinator.aggregation.afa_cd import AfaCd
+from coordinator.aggregation.afa_cs import AfaCs
+from coordinator.aggregation.base import ServerMethod, ServerOptimizer, State, Vector
+from coordinator.aggregation.bulyan import Bulyan
+from coordinator.aggregation.fedamd import FedAmd
 from coordinator.aggregation.fedavg import FedAvg
-from coordinator.aggregation.fedavgm import FedAvgM
+from coordinator.aggregation.fedbuff import FedBuff
+from coordinator.aggregation.krum import Krum
+from coordinator.aggregation.median import Median
+from coordinator.aggregation.nna import Nna
+from coordinator.aggregation.norm_clipping import NormClipping
+from coordinator.aggregation.optimizers import OPTIMIZERS, create_optimizer
+from coordinator.aggregation.refl import Refl
+from coordinator.aggregation.trimmed_mean import TrimmedMean
 from coordinator.plugins import Registry
 
 if TYPE_CHECKING:
@@ -15,7 +26,13 @@ if TYPE_CHECKING:
 METHODS: Registry[ServerMethod] = Registry(
     "server method",
     "coordinator.methods",
-    {FedAvg.name: FedAvg.from_options, FedAvgM.name: FedAvgM.from_options},
+    {
+        cls.name: cls
+        for cls in (
+            *(FedAvg, Refl, FedBuff, AfaCd, AfaCs, FedAmd),
+            *(Median, TrimmedMean, Krum, Bulyan, Nna, NormClipping),
+        )
+    },
 )
 
 
@@ -29,4 +46,13 @@ def create_method(plan: Plan) -> ServerMethod:
     return METHODS.create(plan.server_method, {"staleness_exponent": exponent, **plan.server_options})
 
 
-__all__ = ["METHODS", "ServerMethod", "State", "Vector", "create_method"]
+__all__ = [
+    "METHODS",
+    "OPTIMIZERS",
+    "ServerMethod",
+    "ServerOptimizer",
+    "State",
+    "Vector",
+    "create_method",
+    "create_optimizer",
+]

@@ -57,7 +57,7 @@ class Round(Protocol):
         layout: of every channel.
         base: the model that the next one is made from, float32 ``[layout.size]``.
         members: devices that have a row in the table or may get one.
-        table: rows of the devices in ``contributions``.
+        table: rows of the devices in ``contributions``; only for methods that have one.
         seed: of this round, for methods that draw.
     """
 
@@ -65,8 +65,10 @@ class Round(Protocol):
     layout: Layout
     base: Vector
     members: int
-    table: Table
     seed: int
+
+    @property
+    def table(self) -> Table: ...
 
     def total(self, channel: str, weight: Callable[[Contribution], float]) -> Sums:
         """``sum(weight(c) * c[channel])`` in float64, of those with a weight other than 0 that hold the channel.
@@ -91,13 +93,17 @@ class ServerMethod(Protocol):
         name: the name plans use.
         channels: the vectors of a trainer's update; devices must send exactly these.
         roles: channels of the roles that it knows beside trainers.
+        down_channels: names of what :meth:`down` gives; client methods declare the same.
         table: whether it keeps a vector per device.
+        least: updates that a round must have for what the method promises; with fewer it does what it can.
     """
 
     name: ClassVar[str]
     channels: ClassVar[tuple[str, ...]]
     roles: ClassVar[Mapping[Role, tuple[str, ...]]]
+    down_channels: ClassVar[tuple[str, ...]]
     table: ClassVar[bool]
+    least: int
 
     def init(self, size: int) -> State:
         """State before round 0 for a model of ``size`` elements; empty for stateless methods."""

@@ -1,57 +1,65 @@
-"""FedAvg: the weighted mean of the client updates, added to the model."""
+"""FedAvg: the weighted mean of the client updates."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
-from coordinator.plugins import check_options
+from coordinator.aggregation.options import take_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from coordinator.aggregation.base import State, Totals, Vector
-    from edge_runtime.compression import Update
-    from edge_runtime.messages import UpdateMeta
+    from coordinator.aggregation.base import Round, State, Sums, Vector
+    from edge_runtime.messages import Role, UpdateMeta
 
 
 class FedAvg:
     """McMahan et al. 2017, algorithm 1, with polynomial staleness weights (Xie et al. 2019, "poly", section 5).
 
-    ``new = base + lr * sum(w_i * delta_i) / sum(w_i)`` with ``w_i = samples_i * (1 + staleness_i) ** -exponent``, in
-    float64 and rounded to float32 once.
+    The change is ``sum(w_i * delta_i) / sum(w_i)`` with ``w_i = samples_i * (1 + staleness_i) ** -exponent``.
 
-    Options: ``lr``, the server learning rate (1.0); ``staleness_exponent`` is handed over from the plan.
+    Also the base of other methods, which override what differs. ``defaults`` are a method's own options and ``ranges``
+    what they may be; ``staleness_exponent`` is handed over from the plan.
     """
 
     name: ClassVar[str] = "fedavg"
     channels: ClassVar[tuple[str, ...]] = ("delta",)
+    roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {}
+    down_channels: ClassVar[tuple[str, ...]] = ("model",)
+    table: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, float]] = {}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
-    def __init__(self, *, lr: float = 1.0, staleness_exponent: float = 0.5) -> None:
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}, it must be above 0")
-        self.lr = lr
-        self.staleness_exponent = staleness_exponent
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, float]) -> FedAvg:
-        return cls(**check_options(options, {"lr": 1.0, "staleness_exponent": 0.5}))
+    def __init__(self, options: Mapping[str, float] | None = None) -> None:
+        """Takes the plan's options; raises ValueError for one that is unknown or out of range."""
+        self.options = take_options(
+            options, {"staleness_exponent": 0.5, **self.defaults}, {"staleness_exponent": (0, math.inf), **self.ranges}
+        )
+        self.least = 1
 
     def init(self, size: int) -> State:  # noqa: ARG002
+        """No state."""
         return {}
 
     def down(self, model: Vector, state: State) -> dict[str, Vector]:  # noqa: ARG002
+        """The model alone."""
         return {"model": model}
 
     def accept(self, meta: UpdateMeta, staleness: int) -> str:  # noqa: ARG002
+        """Every update may count."""
         return ""
 
     def weight(self, meta: UpdateMeta, staleness: int) -> float:
-        return float(meta.samples * (1.0 + staleness) ** -self.staleness_exponent)
+        """Samples, less for late updates."""
+        return meta.samples * self.damping(staleness)
 
-    def aggregate(self, totals: Totals, update: Mapping[str, Update], weight: float) -> None:
-        update["delta"].add_to(totals["delta"], weight)
+    def damping(self, staleness: int) -> float:
+        """``(1 + staleness) ** -exponent``."""
+        return float((1.0 + staleness) ** -self.options["staleness_exponent"])
 
-    def apply(self, base: Vector, totals: Totals, weight_sum: float, state: State) -> tuple[Vector, State]:
-        import numpy as np
-
-        return (base + totals["delta"] * (self.lr / weight_sum)).astype(np.float32), state
+    def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
+        """The weighted mean."""
+        change = round_.total("delta", lambda update: update.weight)
+        change /= sum(update.weight for update in round_.contributions)
+        return change, state

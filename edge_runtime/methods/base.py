@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_runtime.compression.base import Layout
+    from edge_runtime.messages import Role
     from edge_runtime.training.randomness import Stream
 
     Vector: TypeAlias = NDArray[np.float32]
-    GradientHook: TypeAlias = Callable[[Vector, Vector], Vector]
+    GradientAt: TypeAlias = Callable[[Vector], Vector]
+    GradientHook: TypeAlias = Callable[[Vector, Vector, GradientAt], Vector]
     Memory: TypeAlias = dict[str, Vector]
 
 
@@ -34,6 +36,8 @@ class ClientMethod:
         defaults: the options (hyper-parameters) and their defaults; other options are refused.
         neutral: options with which the method does exactly what FedAvg does.
         channels: names of the vectors that :meth:`on_finish` gives, each in layout order.
+        roles: names of the vectors that are sent in roles other than trainer.
+        down_channels: names of what the server sends; beside the model see :meth:`on_channels`.
         variant: graph variant of the bundle with this method's objective, used where the job names none.
     """
 
@@ -41,6 +45,8 @@ class ClientMethod:
     defaults: ClassVar[Mapping[str, float]] = {}
     neutral: ClassVar[Mapping[str, float]] = {}
     channels: ClassVar[tuple[str, ...]] = ("delta",)
+    roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {}
+    down_channels: ClassVar[tuple[str, ...]] = ("model",)
     variant: ClassVar[str | None] = None
 
     def __init__(self, options: Mapping[str, float] | None = None) -> None:
@@ -66,15 +72,20 @@ class ClientMethod:
         """
         return frozenset()
 
+    def on_channels(self, channels: Mapping[str, Vector]) -> None:
+        """Takes what came beside the model, float32 ``[layout.size]`` by channel; called before all else."""
+
     def on_receive(self, received: Vector, layout: Layout, memory: Memory) -> Vector:  # noqa: ARG002
         """The weights to start from, float32 ``[layout.size]``; ``received`` is read-only, with personal tensors."""
         return received
 
     def gradient_hook(self) -> GradientHook | None:
-        """None, or a function of gradient and weights (both ``[layout.size]``) that gives the gradient to apply.
+        """None, or a function that gives the gradient to apply, float32 ``[layout.size]``.
 
-        It may change the gradient in place. Entries of buffers are zero and are not applied. With a hook, training
-        runs on the graphs ``gradients`` and ``update``; without, on the faster ``train``.
+        It gets the batch's gradient, which it may change in place, the weights, and a function that gives the gradient
+        of the same batch at other weights, in new memory, at the cost of another forward and backward pass. Entries of
+        buffers are zero and are not applied. With a hook, training runs on the graphs ``gradients`` and ``update``;
+        without, on the faster ``train``.
         """
         return None
 
@@ -85,3 +96,13 @@ class ClientMethod:
     def on_finish(self, received: Vector, trained: Vector, layout: Layout, memory: Memory) -> dict[str, Vector]:  # noqa: ARG002
         """The vectors to send, by channel. In ``trained``, personal tensors hold what was received."""
         return {"delta": trained - received}
+
+    def anchor(self, gradient: Vector, layout: Layout, memory: Memory) -> dict[str, Vector]:  # noqa: ARG002
+        """The vectors to send in the role "anchor", by channel.
+
+        ``gradient`` is that of the received model, the mean over all samples; entries of buffers are zero.
+
+        Raises:
+            TrainingError: the method has no such role.
+        """
+        raise TrainingError(f"method {self.name!r} has no role 'anchor'; only trainers can be asked")

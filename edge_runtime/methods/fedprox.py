@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edge_runtime.compression.base import Layout
-    from edge_runtime.methods.base import GradientHook, Memory, Vector
+    from edge_runtime.methods.base import GradientAt, GradientHook, Memory, Vector
 
 
 class FedProx(ClientMethod):
@@ -41,7 +41,7 @@ class FedProx(ClientMethod):
         """Adds ``mu * (w - w_received)``."""
         return self._pull if self.options["mu"] > 0 else None
 
-    def _pull(self, gradient: Vector, weights: Vector) -> Vector:
+    def _pull(self, gradient: Vector, weights: Vector, _gradient_at: GradientAt) -> Vector:
         assert self._received is not None
         pull = weights - self._received
         pull *= self.options["mu"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 GROUP = "edge_runtime.methods"
 _BUILT_IN = {
+    "fedamd": "edge_runtime.methods.fedamd:FedAmd",
     "fedavg": "edge_runtime.methods.fedavg:FedAvg",
     "fedprox": "edge_runtime.methods.fedprox:FedProx",
 }

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from edge_runtime.training.randomness import Stream
 
     Vector: TypeAlias = NDArray[np.float32]
-    GradientHook: TypeAlias = Callable[[Vector, Vector], Vector]
+    GradientAt: TypeAlias = Callable[[Vector], Vector]
+    GradientHook: TypeAlias = Callable[[Vector, Vector, GradientAt], Vector]
     Sampler: TypeAlias = Callable[[int, Stream], NDArray[np.integer[Any]]]
     OnStep: TypeAlias = Callable[[int, int, float], None]
     Stop: TypeAlias = Callable[[], str]
@@ -39,6 +40,8 @@ class TrainSettings:
 class TrainResult:
     """Weights after training, float32 ``[layout.size]``, and what was done; ``loss`` is the mean over all samples seen.
 
+    ``loss_rms`` is the root of the mean of the squared losses of the batches, weighted by their samples.
+
     ``vector`` belongs to the trainer and is overwritten by its next call. ``samples`` is what the result stands for:
     all samples of the view. Of training that ended within its first pass (``stopped`` says why) it is the share that
     was seen, so that it weighs what a device with only these samples would.
@@ -50,6 +53,7 @@ class TrainResult:
     loss: float
     train_s: float
     stopped: str = ""
+    loss_rms: float | None = None
 
 
 class Trainer(Protocol):
@@ -84,6 +88,22 @@ class Trainer(Protocol):
             TrainingError: an unknown hyper-parameter, or a loss or weight that is not finite.
             DataError: nothing to train on, or a bad sample.
             BundleError: a graph cannot be used.
+        """
+        ...
+
+    def full_gradient(
+        self,
+        weights: Vector,
+        view: View,
+        settings: TrainSettings,
+        *,
+        on_step: OnStep | None = None,
+        stop: Stop | None = None,
+    ) -> TrainResult:
+        """One pass over ``view.train`` without a step: ``vector`` is the mean gradient at ``weights``, ``steps`` is 0.
+
+        Of ``settings`` only batches and seed count; entries of buffers are zero. A pass that ``stop`` ended stands for
+        the samples that were seen. Raises like :meth:`train`.
         """
         ...
 

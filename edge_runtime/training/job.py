@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edge_runtime.compression.base import Layout
     from edge_runtime.data import Dataset
     from edge_runtime.training.base import OnStep, Stop, Vector
+    from edge_runtime.training.received import Received
     from edge_runtime.training.state import RunState
 
 _T = TypeVar("_T")
@@ -78,13 +79,16 @@ class JobRunner:
         job = request.job
         if job.cut is not None:
             raise TrainingError(f"the job asks for cut {job.cut!r}, but this software does not train split models")
-        trains = job.epochs is not None or job.steps is not None
+        trains = job.role != "trainer" or job.epochs is not None or job.steps is not None
         method, spec = create_method(job.method, job.options), spec_of(request)
+        declared = method.channels if job.role == "trainer" else method.roles.get(job.role)
+        if declared is None:
+            raise TrainingError(f"method {method.name!r} has no role {job.role!r}; only trainers can be asked")
         if trains:
             check_spec(spec)
         loaded = self._load(request, method.variant if job.variant is None else job.variant)
         samples, view = self._view(request, loaded)
-        received = receive(request, loaded.bundle, loaded.layout)
+        received = receive(request, loaded.bundle, loaded.layout, method.down_channels)
         evaluation = None
         if job.evaluate or not trains:
             rows = view.holdout if job.holdout_fraction > 0 or trains else view.train
@@ -97,14 +101,12 @@ class JobRunner:
         enter = on_phase or (lambda _phase: None)
         enter("train")
         began_s, began_cpu_s = time.monotonic(), time.process_time()
-        result, channels = _Training(request, loaded, method).run(view, received.vector, state, on_step, stop)
+        result, channels = _Training(request, loaded, method).run(view, received, state, on_step, stop)
         enter("compress")
         trained_s, trained_cpu_s = time.monotonic(), time.process_time()
-        if channels.keys() != set(method.channels):
-            raise TrainingError(
-                f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(method.channels)}"
-            )
-        done = write_update(request, received, channels, state, loaded.bundle)
+        if channels.keys() != set(declared):
+            raise TrainingError(f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(declared)}")
+        done = write_update(request, received, channels, state, loaded.bundle, trained=method.channels)
         meta = _meta(job, result.samples, evaluation, written_bytes=done.written_bytes)
         return Trained(
             path=done.path,
@@ -114,6 +116,7 @@ class JobRunner:
                 meta,
                 steps=result.steps,
                 loss=result.loss,
+                loss_rms=result.loss_rms,
                 stopped=result.stopped,
                 train_ms=round(1000 * result.train_s),
                 encode_cpu_ms=round(1000 * done.encode_cpu_s),
@@ -194,6 +197,7 @@ class _Training:
     def __init__(self, request: TrainRequest, loaded: _Loaded, method: ClientMethod) -> None:
         job = request.job
         self._method, self._layout, self._trainer = method, loaded.layout, loaded.trainer
+        self._role = job.role
         self._settings = TrainSettings(
             epochs=job.epochs,
             steps=job.steps,
@@ -208,10 +212,18 @@ class _Training:
             raise TrainingError(f"method {method.name!r} keeps {min(unknown)!r} personal, which the model lacks")
 
     def run(
-        self, view: View, received: Vector, state: RunState, on_step: OnStep | None, stop: Stop | None
+        self, view: View, job_model: Received, state: RunState, on_step: OnStep | None, stop: Stop | None
     ) -> tuple[TrainResult, dict[str, Vector]]:
         """Trains and updates the method's part of ``state``; personal tensors do not get into the channels."""
-        method, layout = self._method, self._layout
+        method, layout, received = self._method, self._layout, job_model.vector
+        method.on_channels(job_model.beside)
+        if self._role == "anchor":
+            at = _with_personal(received, layout, self._personal, state)
+            result = self._trainer.full_gradient(at, view, self._settings, on_step=on_step, stop=stop)
+            for name, part in layout.split(result.vector).items():
+                if name in self._personal:
+                    part[...] = 0
+            return result, method.anchor(result.vector, layout, state.memory)
         start = method.on_receive(_with_personal(received, layout, self._personal, state), layout, state.memory)
         result = self._trainer.train(
             start,

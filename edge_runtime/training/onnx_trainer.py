@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,7 @@ from edge_runtime.errors import DataError, TrainingError
 from edge_runtime.messages import Evaluation
 from edge_runtime.training.base import TrainResult
 from edge_runtime.training.onnx_graph import OnnxGraph, scalar, shared
+from edge_runtime.training.onnx_memory import BatchMemory, Elsewhere, Losses, make_sides
 from edge_runtime.training.randomness import Stream
 from edge_runtime.training.schedule import BatchRule, batches, samples_of, total_steps
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_runtime.bundle import Bundle
-    from edge_runtime.bundle.manifest import Manifest
-    from edge_runtime.compression.base import Layout
     from edge_runtime.data.view import View
     from edge_runtime.training.base import GradientHook, OnStep, Sampler, Stop, TrainSettings, Vector
 
@@ -46,7 +46,8 @@ class OnnxTrainer:
         manifest = self._manifest = bundle.manifest
         self._graphs.clear()
         self._bindings.clear()
-        self._sides = _make_sides(manifest, bundle.layout(), bundle.initial_tensors())
+        self._sides = make_sides(manifest, bundle.layout(), bundle.initial_tensors())
+        self._elsewhere: Elsewhere | None = None
         self._gradient = np.zeros_like(self._sides[0].vector)
         views = bundle.layout().split(self._gradient)
         self._gradients = {f"g.{name}": shared(view) for name, view in views.items()}
@@ -54,7 +55,7 @@ class OnnxTrainer:
         self._scalars = {name: scalar(np.float32, value) for name, value in manifest.optimizer.hyper.items()}
         self._scalars["seed"] = scalar(np.int64)
         self._results = {name: scalar(np.float32) for name in ("loss", "loss_sum", "correct", "count")}
-        self._batch = _BatchMemory(manifest, 0)
+        self._batch = BatchMemory(manifest, 0)
 
     def train(
         self,
@@ -72,30 +73,21 @@ class OnnxTrainer:
         self._set_hyper(settings.hyper)
         names = ("train",) if gradient is None else ("gradients", "update")
         first = self._graph(names[0])
-        self._check_batch(first, settings.batch_size)
-        fixed = first.fixed_batch is not None and not first.has_mask
-        rule = BatchRule(settings.last_batch == "drop" or fixed, self._manifest.batch.minimum)
+        rule, total = self._plan(first, view, settings)
         count = len(view.train)
-        try:
-            total = total_steps(count, settings, rule)
-        except DataError as error:
-            raise DataError(f"dataset {view.name!r}: {error}") from error
         for side in self._sides:
             side.reset(start)
         dropout = Stream(settings.seed, "dropout")
-        loss, loss_sum, seen, step, stopped = self._results["loss"], 0.0, 0, 0, ""
+        losses, step, stopped = Losses(), 0, ""
         for step, positions in enumerate(batches(count, settings, rule, sampler), 1):
             indices = view.train[positions]
             size = self._fill(first, view, indices, settings.batch_size)
             self._scalars["seed"][()] = dropout.integer(1 << 31)
             first.run(self._bound(names[0], size)[(step - 1) % 2])
             if gradient is not None:
-                self._apply(gradient, (step - 1) % 2)
-            value = float(loss[()])
-            if not math.isfinite(value):
-                raise TrainingError(f"loss is {value} at step {step} of {total}; {self._cure()}")
-            loss_sum += value * len(indices)
-            seen += len(indices)
+                self._apply(gradient, (step - 1) % 2, size)
+            value = self._loss(f"step {step} of {total}")
+            losses.add(value, len(indices))
             if on_step is not None:
                 on_step(step, total, value)
             if stop is not None and step < total and (stopped := stop()):
@@ -103,8 +95,45 @@ class OnnxTrainer:
         vector = self._sides[step % 2].vector
         if vector.size and not (math.isfinite(vector.min()) and math.isfinite(vector.max())):
             raise TrainingError(f"weights are NaN or infinite after step {step} of {total}; {self._cure()}")
-        stands_for = samples_of(count, seen, total, settings, rule) if stopped else count
-        return TrainResult(vector, step, stands_for, loss_sum / seen, time.monotonic() - began, stopped)
+        stands_for = samples_of(count, losses.samples, total, settings, rule) if stopped else count
+        return TrainResult(vector, step, stands_for, losses.mean, time.monotonic() - began, stopped, losses.rms)
+
+    def full_gradient(
+        self,
+        weights: Vector,
+        view: View,
+        settings: TrainSettings,
+        *,
+        on_step: OnStep | None = None,
+        stop: Stop | None = None,
+    ) -> TrainResult:
+        """See :class:`~edge_runtime.training.base.Trainer`."""
+        began = time.monotonic()
+        settings = dataclasses.replace(settings, epochs=1, steps=None)
+        self._set_hyper(settings.hyper)
+        graph = self._graph("gradients")
+        rule, total = self._plan(graph, view, settings)
+        for side in self._sides:
+            side.reset(weights)
+        dropout = Stream(settings.seed, "dropout")
+        self._gradient[:] = 0  # entries of buffers stay so
+        sums, losses, stopped = np.zeros(len(weights), np.float64), Losses(), ""
+        for number, positions in enumerate(batches(len(view.train), settings, rule), 1):
+            indices = view.train[positions]
+            size = self._fill(graph, view, indices, settings.batch_size)
+            self._scalars["seed"][()] = dropout.integer(1 << 31)
+            graph.run(self._bound("gradients", size)[0])
+            value = self._loss(f"batch {number} of {total}")
+            losses.add(value, len(indices))
+            sums += np.multiply(self._gradient, len(indices), dtype=np.float64)
+            if on_step is not None:
+                on_step(number, total, value)
+            if stop is not None and number < total and (stopped := stop()):
+                break
+        gradient = (sums / losses.samples).astype(np.float32)
+        if not np.isfinite(gradient).all():
+            raise TrainingError(f"the gradient is NaN or infinite; {self._cure()}")
+        return TrainResult(gradient, 0, losses.samples, losses.mean, time.monotonic() - began, stopped, losses.rms)
 
     def evaluate(
         self, weights: Vector, view: View, indices: NDArray[np.integer[Any]], batch_size: int
@@ -134,13 +163,36 @@ class OnnxTrainer:
             samples=samples, loss_sum=loss_sum, correct=round(correct) if "correct" in graph.outputs else None
         )
 
-    def _apply(self, gradient: GradientHook, side: int) -> None:
+    def _plan(self, graph: OnnxGraph, view: View, settings: TrainSettings) -> tuple[BatchRule, int]:
+        """What makes a batch, and how many steps there will be."""
+        self._check_batch(graph, settings.batch_size)
+        fixed = graph.fixed_batch is not None and not graph.has_mask
+        rule = BatchRule(settings.last_batch == "drop" or fixed, self._manifest.batch.minimum)
+        try:
+            return rule, total_steps(len(view.train), settings, rule)
+        except DataError as error:
+            raise DataError(f"dataset {view.name!r}: {error}") from error
+
+    def _loss(self, where: str) -> float:
+        value = float(self._results["loss"][()])
+        if not math.isfinite(value):
+            raise TrainingError(f"loss is {value} at {where}; {self._cure()}")
+        return value
+
+    def _apply(self, gradient: GradientHook, side: int, size: int) -> None:
         for view in self._buffer_gradients:
             view[...] = 0
-        changed = gradient(self._gradient, self._sides[side].vector)
+        changed = gradient(self._gradient, self._sides[side].vector, lambda weights: self._gradient_at(weights, size))
         if changed is not self._gradient:
             self._gradient[:] = changed
         self._graph("update").run(self._bound("update", 0)[side])
+
+    def _gradient_at(self, weights: Vector, size: int) -> Vector:
+        """The gradient of the batch in memory at other weights; touches nothing that training goes on with."""
+        if self._elsewhere is None:
+            self._elsewhere = Elsewhere(self._manifest, self._bundle.layout(), self._bundle.initial_tensors())
+        scalars = {key: shared(array) for key, array in self._scalars.items()}
+        return self._elsewhere.gradient(self._graph("gradients"), weights, scalars, self._batch, size)
 
     def _graph(self, name: str) -> OnnxGraph:
         if name not in self._graphs:
@@ -169,7 +221,7 @@ class OnnxTrainer:
         count = len(indices)
         needed = count if graph.fixed_batch is None else batch_size  # a job's batch size may be far above the data's
         if self._batch.size < needed:
-            self._batch = _BatchMemory(self._manifest, needed)
+            self._batch = BatchMemory(self._manifest, needed)
             self._bindings.clear()
         memory = self._batch
         view.read(indices, memory.x, memory.y)
@@ -202,53 +254,3 @@ class OnnxTrainer:
     def _cure(self) -> str:
         rate = f" (now {float(self._scalars['lr'][()]):g})" if "lr" in self._scalars else ""
         return f"lower the learning rate{rate}, clip gradients, or look for outliers in the data"
-
-
-class _Side:
-    """One set of everything that a step changes; ``vector`` is what travels, in layout order."""
-
-    def __init__(self, manifest: Manifest, layout: Layout, private: Mapping[str, NDArray[Any]]) -> None:
-        self.vector = np.zeros(layout.size, np.float32)
-        self.frozen: Mapping[str, NDArray[Any]] = {}  # kept alive for onnxruntime
-        self._slots = np.zeros(sum(math.prod(slot.shape) for slot in manifest.optimizer.slots), np.float32)
-        self._private = [(np.array(tensor), tensor) for tensor in private.values()]
-        self.values = {f"p.{name}": shared(view) for name, view in layout.split(self.vector).items()}
-        for name, (own, _) in zip(private, self._private, strict=True):
-            self.values[f"p.{name}"] = shared(own)
-        at = 0
-        for slot in manifest.optimizer.slots:
-            end = at + math.prod(slot.shape)
-            self.values[f"s.{slot.name}"] = shared(self._slots[at:end].reshape(slot.shape))
-            at = end
-
-    def reset(self, weights: Vector) -> None:
-        self.vector[:] = weights
-        self._slots[:] = 0
-        for own, initial in self._private:
-            own[...] = initial
-
-
-def _make_sides(manifest: Manifest, layout: Layout, tensors: Mapping[str, NDArray[Any]]) -> list[_Side]:
-    """Frozen tensors are shared, since no step writes them; buffers that do not travel start anew in every job."""
-    private = {e.name: tensors[e.name] for e in manifest.parameters if e.buffer and e.name not in layout.names}
-    frozen = {e.name: np.array(tensors[e.name]) for e in manifest.parameters if not (e.buffer or e.trainable)}
-    sides = [_Side(manifest, layout, private), _Side(manifest, layout, private)]
-    for side in sides:
-        side.frozen = frozen
-        side.values.update({f"p.{name}": shared(tensor) for name, tensor in frozen.items()})
-    return sides
-
-
-class _BatchMemory:
-    """Memory for one batch; smaller batches use its beginning."""
-
-    def __init__(self, manifest: Manifest, size: int) -> None:
-        self._names = (manifest.inputs[0].name, manifest.target.name) if manifest.inputs else ("x", "y")
-        self.size = size
-        self.x = np.zeros((size, *manifest.inputs[0].shape), manifest.inputs[0].dtype)
-        self.y = np.zeros((size, *manifest.target.shape), manifest.target.dtype)
-        self.mask = np.zeros(size, np.float32)
-
-    def values(self, size: int) -> dict[str, Any]:
-        x, y = self._names
-        return {x: shared(self.x[:size]), y: shared(self.y[:size]), "mask": shared(self.mask[:size])}

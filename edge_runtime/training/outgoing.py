@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_runtime.compression.container import size_limit, unpack, update_tag
 from edge_runtime.compression.pipeline import CodecSpec, decode, encode, give_back, keeps_residual, predicts
+from edge_runtime.compression.registry import codec_class
 from edge_runtime.errors import CodecError, StorageError
 from edge_runtime.files import remove, write_durably
 from edge_runtime.messages import UpdateId
@@ -18,7 +19,7 @@ from edge_runtime.training.schedule import job_seed
 from edge_runtime.training.state import codec_key, encode_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from edge_runtime.agent.pipe import RefusedUpdate, TrainRequest
     from edge_runtime.bundle import Bundle
@@ -45,7 +46,13 @@ class Written(NamedTuple):
 
 
 def write_update(
-    request: TrainRequest, received: Received, channels: Mapping[str, Vector], state: RunState, bundle: Bundle
+    request: TrainRequest,
+    received: Received,
+    channels: Mapping[str, Vector],
+    state: RunState,
+    bundle: Bundle,
+    *,
+    trained: Collection[str],
 ) -> Written:
     """Encodes an update and makes it and the state after it durable, as files that no row of the spool names yet.
 
@@ -55,6 +62,7 @@ def write_update(
         channels: float32 ``[layout.size]`` by channel.
         state: of the run before; afterwards, if nothing is raised, as it was written.
         bundle: of the job.
+        trained: names of the channels that trainers of this method send, as refused updates did.
 
     Raises:
         CodecError: it cannot be encoded as the job wants.
@@ -64,7 +72,10 @@ def write_update(
     layouts = dict.fromkeys(channels, bundle.layout())
     key = codec_key(job.bundle.sha256, spec)
     for refused in request.refused:
-        _take_back(request, refused, key, layouts, state, bundle=bundle)
+        _take_back(request, refused, key, dict.fromkeys(trained, bundle.layout()), state, bundle=bundle)
+    steps = job.role == "trainer"  # other roles send what replaces what they sent before: nothing is left to add
+    if not steps:
+        spec = _without_memory(spec)
     began_s = time.process_time()
     encoded = encode(
         spec,
@@ -78,7 +89,8 @@ def write_update(
         reference=received.vector,
     )
     encode_cpu_s = time.process_time() - began_s
-    state.codec = encoded.state
+    if steps:
+        state.codec = encoded.state
     predicted = predicts(encoded.data, layouts)
     made_with = key + _KEY_SEPARATOR + _model_sha256(request, received) if predicted else key
     written = hold(request, received, predicts=predicted)
@@ -98,6 +110,14 @@ def write_update(
 def spec_of(request: TrainRequest) -> CodecSpec:
     """The codec that a job asks for."""
     return CodecSpec(request.job.codec, request.job.codec_options)
+
+
+def _without_memory(spec: CodecSpec) -> CodecSpec:
+    """The codec without error feedback and momentum."""
+    if codec_class(spec.name).lossless:
+        return spec
+    options = {name: value for name, value in spec.options.items() if name != "momentum"}
+    return CodecSpec(spec.name, {**options, "error_feedback": False})
 
 
 def _model_sha256(request: TrainRequest, received: Received) -> str:

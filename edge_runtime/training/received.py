@@ -11,12 +11,12 @@ import numpy as np
 
 from edge_runtime.compression.container import size_limit, unpack
 from edge_runtime.compression.grid import SNAPSHOT, SharedModel
-from edge_runtime.compression.pipeline import MODEL_CHANNEL, decode, decode_model
+from edge_runtime.compression.pipeline import MODEL_CHANNEL, decode, decode_model, encode_model
 from edge_runtime.errors import CodecError, StorageError
 from edge_runtime.store.models import HeldModels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from edge_runtime.agent.pipe import TrainRequest
     from edge_runtime.bundle import Bundle
@@ -25,14 +25,23 @@ if TYPE_CHECKING:
 
 
 class Received(NamedTuple):
-    """``vector``: float32 ``[layout.size]``, read-only. ``shared``: the same on the run's grid, if the run has one."""
+    """``vector``: float32 ``[layout.size]``, read-only. ``shared``: the same on the run's grid, if the run has one.
+
+    ``beside`` is what came with the model, by channel, as read-only vectors of its size; ``layout`` is of them all.
+    """
 
     vector: Vector
+    layout: Layout
     shared: SharedModel | None = None
+    beside: Mapping[str, Vector] = {}
 
 
-def receive(request: TrainRequest, bundle: Bundle, layout: Layout) -> Received:
+def receive(
+    request: TrainRequest, bundle: Bundle, layout: Layout, channels: Sequence[str] = (MODEL_CHANNEL,)
+) -> Received:
     """The job's model: the one blob that holds it, or the held version with all changes since.
+
+    ``channels`` are those that the job's method wants; only a whole model comes with more than itself.
 
     Raises:
         CodecError: a blob is damaged or of another model, or something else came out than the job says.
@@ -42,18 +51,23 @@ def receive(request: TrainRequest, bundle: Bundle, layout: Layout) -> Received:
     model = request.job.model
     paths = [Path(path) for path in request.model_paths]
     if model.vector_sha256 is None:
+        layouts = dict.fromkeys(channels, layout)
         with _naming(paths[0]):
-            vector = decode_model(_read(paths[0], layout), layout)
-        vector.flags.writeable = False
-        return Received(vector)
+            vectors = {name: part.vector() for name, part in decode(_read(paths[0], layouts), layouts).items()}
+        for vector in vectors.values():
+            vector.flags.writeable = False
+        return Received(vectors.pop(MODEL_CHANNEL), layout, beside=vectors)
+    if len(channels) > 1:
+        raise CodecError(f"the method wants {', '.join(channels)}, and a lossy downlink carries the model alone")
     if model.base is None:
         with _naming(paths[0]):
-            shared = SharedModel.decode(_read(paths[0], layout), layout)
+            shared = SharedModel.decode(_read(paths[0], {MODEL_CHANNEL: layout}), layout)
     else:
         shared = _held(request, model.base, bundle, layout)
         for version, path in enumerate(paths, model.base):
             with _naming(path):
-                data, layouts = _read(path, layout), {MODEL_CHANNEL: layout}
+                layouts = {MODEL_CHANNEL: layout}
+                data = _read(path, layouts)
                 change = decode(data, layouts, base_version=version, reference=shared.vector)
                 shared = shared.plus(change[MODEL_CHANNEL].vector())
     if shared.sha256() != model.vector_sha256:
@@ -62,7 +76,7 @@ def receive(request: TrainRequest, bundle: Bundle, layout: Layout) -> Received:
             f"model version {request.job.model_version}, made from {start}, has another hash than the coordinator's"
         )
     shared.vector.flags.writeable = False
-    return Received(shared.vector, shared)
+    return Received(shared.vector, layout, shared)
 
 
 def hold(request: TrainRequest, received: Received, *, predicts: bool = False) -> int:
@@ -84,9 +98,11 @@ def hold(request: TrainRequest, received: Received, *, predicts: bool = False) -
     held = HeldModels(Path(request.models_folder))
     written = 0
     if received.shared is None or model.base != job.model_version:
-        source = (
-            received.shared.encode() if received.shared and model.base is not None else Path(request.model_paths[0])
-        )
+        source: bytes | Path = Path(request.model_paths[0])
+        if received.beside:
+            source = encode_model(received.vector, received.layout)
+        elif received.shared and model.base is not None:
+            source = received.shared.encode()
         written = held.keep(job.run, job.model_version, source, base=model.base, pinned=request.pinned)
     if predicts:
         held.make_durable(job.run, job.model_version)
@@ -111,7 +127,7 @@ def reference(request: TrainRequest, version: int, sha256: str, bundle: Bundle, 
     path = HeldModels(Path(request.models_folder)).path(request.job.run, version)
     if request.models_folder and path.is_file():
         with _naming(path):
-            data = _read(path, layout)
+            data = _read(path, {MODEL_CHANNEL: layout})
             is_snapshot = unpack(data, {MODEL_CHANNEL: layout})[0].codec == SNAPSHOT
             vector = SharedModel.decode(data, layout).vector if is_snapshot else decode_model(data, layout)
     else:
@@ -135,17 +151,17 @@ def _held(request: TrainRequest, version: int, bundle: Bundle, layout: Layout) -
     path = held.path(run, version)
     try:
         with _naming(path):
-            return SharedModel.decode(_read(path, layout), layout)
+            return SharedModel.decode(_read(path, {MODEL_CHANNEL: layout}), layout)
     except CodecError:
         held.drop(run, version)
         raise
 
 
-def _read(path: Path, layout: Layout) -> bytes:
+def _read(path: Path, layouts: Mapping[str, Layout]) -> bytes:
     try:
         size = path.stat().st_size
-        if size > size_limit({MODEL_CHANNEL: layout}):
-            raise CodecError(f"{size} bytes are more than a model of {layout.size} numbers can take")
+        if size > size_limit(layouts):
+            raise CodecError(f"{size} bytes are more than a model of {layouts[MODEL_CHANNEL].size} numbers can take")
         return path.read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error

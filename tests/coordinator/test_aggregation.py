@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coordinator import events as e
-from coordinator.aggregation import create_method
+from coordinator.aggregation import create_method, decoding
 from coordinator.aggregation import making as aggregation
 from coordinator.aggregation.fedavg import FedAvg
 from coordinator.errors import ModelError
@@ -67,7 +67,7 @@ def test_fedavg_is_the_weighted_mean(tmp_path, codec):
 def test_server_momentum_leaves_running_statistics_alone(tmp_path):
     """Buffers become the plain mean of what the devices saw, so that no momentum drives a variance below zero."""
     layout = Layout(("w", "running_var"), ((4,), (3,)), frozenset({"running_var"}))
-    blobs, plan = BlobStore(tmp_path), h.plan(server_method="fedavgm")
+    blobs, plan = BlobStore(tmp_path), h.plan(server_optimizer="momentum")
     made = aggregation.make_initial(blobs, plan, np.ones(layout.size, np.float32), layout)
     delta = np.full(layout.size, -0.3, np.float32)
     for number in range(3):
@@ -93,7 +93,11 @@ def run_rounds(blobs, plan, count=3):
             run="run",
             round=number,
             version=number + 1,
-            **made._asdict(),
+            model=made.model,
+            down=made.down,
+            change=made.change,
+            vector_sha256=made.vector_sha256,
+            method_state=made.method_state,
             opened_unix_s=0,
             closed_unix_s=1,
             updates=3,
@@ -104,11 +108,11 @@ def run_rounds(blobs, plan, count=3):
     return run, rounds
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedavgm"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 @pytest.mark.parametrize("downlink", ["raw", LOSSY])
-def test_every_version_can_be_built_again(tmp_path, method, downlink):
+def test_every_version_can_be_built_again(tmp_path, optimizer, downlink):
     """From version 0 and the retained updates the same hashes come out, of the shared model too."""
-    blobs, plan = BlobStore(tmp_path), h.plan(server_method=method, downlink=Downlink(codec=downlink))
+    blobs, plan = BlobStore(tmp_path), h.plan(server_optimizer=optimizer, downlink=Downlink(codec=downlink))
     run, rounds = run_rounds(blobs, plan)
     found = list(aggregation.recompute(blobs, plan, run, rounds, LAYOUT))
     assert [made.same for made in found] == [True, True, True]
@@ -145,13 +149,22 @@ def test_the_same_effect_gives_the_same_bytes(tmp_path):
     assert [record for record, _ in once] == [record for record, _ in again]
 
 
-@pytest.mark.parametrize("downlink", ["raw", "zstd", LOSSY])
-@pytest.mark.parametrize("sent", [("model", "control"), ("control",)])
-def test_a_method_that_sends_more_than_the_model_is_refused(tmp_path, monkeypatch, downlink, sent):
+@pytest.mark.parametrize(
+    ("channels", "downlink", "reason"),
+    [
+        ((("model", "control"), ("model",)), "raw", "sends control, model, or changes the model itself"),
+        ((("control",), ("model",)), "raw", "sends control, or changes"),
+        ((("model", "control"), ("model", "control")), "zstd", "sends model, control, method 'fedavg' takes model"),
+        ((("model", "control"), ("model", "control")), LOSSY, "only a lossless downlink carries more than the model"),
+    ],
+)
+def test_a_method_that_sends_what_devices_cannot_use_is_refused(tmp_path, monkeypatch, channels, downlink, reason):
     """It is told at once, not by devices that cannot use what they got."""
+    sent, declared = channels
     monkeypatch.setattr(FedAvg, "down", lambda _self, model, _state: dict.fromkeys(sent, model))
+    monkeypatch.setattr(FedAvg, "down_channels", declared)
     plan = h.plan(downlink=Downlink(codec=downlink))
-    with pytest.raises(ConfigError, match="server_method 'fedavg' sends more than the model"):
+    with pytest.raises(ConfigError, match=reason):
         aggregation.make_initial(BlobStore(tmp_path), plan, np.zeros(LAYOUT.size, np.float32), LAYOUT)
 
 
@@ -167,7 +180,7 @@ def test_sparse_updates_count_only_where_they_are(tmp_path):
     method, total = create_method(plan), np.zeros(LAYOUT.size)
     for row in rows:
         path = blobs.path(row.blob.sha256)
-        update = aggregation.decode_update(path, method, LAYOUT, update=row.update, version=0)["delta"]
+        update = decoding.decode_update(path, method, LAYOUT, update=row.update, version=0)["delta"]
         total += update.vector().astype(np.float64) * row.weight
         assert row.update.device in ("d0000", "d0002") or len(update.indices) < LAYOUT.size / 2
     made = aggregation.make_model(blobs, plan, h.aggregate(0, made, rows), LAYOUT)
@@ -180,10 +193,10 @@ def test_sparse_updates_are_not_made_dense(tmp_path):
     blobs, method = BlobStore(tmp_path), create_method(h.plan())
     vector = np.random.default_rng(0).normal(size=layout.size).astype(np.float32)
     row = store_update(blobs, 0, vector, layout, codec="topk", budget_bytes=600)
-    total = {"delta": np.zeros(layout.size)}
+    total = np.zeros(layout.size)
     tracemalloc.start()
     path = blobs.path(row.blob.sha256)
-    method.aggregate(total, aggregation.decode_update(path, method, layout, update=row.update, version=0), 1.0)
+    decoding.decode_update(path, method, layout, update=row.update, version=0)["delta"].add_to(total, 1.0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < layout.size / 4
@@ -203,9 +216,9 @@ def test_updates_that_are_not_what_was_asked_for_are_refused(tmp_path, changes, 
     row = store_update(blobs, 0, np.ones(LAYOUT.size, np.float32))
     given = {"update": row.update, "version": 0, "max_norm": 11.0}
     path, method = blobs.path(row.blob.sha256), create_method(h.plan())
-    aggregation.decode_update(path, method, LAYOUT, **given)
+    decoding.decode_update(path, method, LAYOUT, **given)
     with pytest.raises(CodecError, match=reason):
-        aggregation.decode_update(path, method, LAYOUT, **{**given, **changes})
+        decoding.decode_update(path, method, LAYOUT, **{**given, **changes})
 
 
 def test_a_codec_may_predict_from_the_model_that_devices_hold(tmp_path, monkeypatch):
@@ -217,7 +230,7 @@ def test_a_codec_may_predict_from_the_model_that_devices_hold(tmp_path, monkeypa
             seen.append(None if reference is None else reference.tobytes())
             return self.decode(payload, layout)
 
-    monkeypatch.setattr(aggregation, "codec_class", lambda _codec: Predicts)
+    monkeypatch.setattr(decoding, "codec_class", lambda _codec: Predicts)
     monkeypatch.setattr("edge_runtime.compression.pipeline.codec_class", lambda _codec: Predicts)
     blobs, plan = BlobStore(tmp_path), h.plan(downlink=Downlink(codec="raw"))
     first = aggregation.make_initial(blobs, plan, np.ones(LAYOUT.size, np.float32), LAYOUT)

@@ -9,7 +9,7 @@ import msgspec
 
 from edge_runtime.agent.pipe import TrainRequest
 from edge_runtime.bundle import Bundle
-from edge_runtime.compression.pipeline import decode, encode_model
+from edge_runtime.compression.pipeline import CodecSpec, decode, encode
 from edge_runtime.data import DatasetConfig
 from edge_runtime.messages import BlobRef, Job, ModelRef
 from tests.edge_runtime import toy_bundle
@@ -32,10 +32,12 @@ class ToyJobs:
         self.out = folder / "out"
         self.out.mkdir()
 
-    def write_model(self, vector: np.ndarray) -> None:
-        """Stores a received model, as a new file: blobs are never changed in place."""
+    def write_model(self, vector: np.ndarray, **beside: np.ndarray) -> None:
+        """Stores a received model and what came with it, as a new file: blobs are never changed in place."""
         self.model.unlink(missing_ok=True)
-        self.model.write_bytes(encode_model(vector, self.bundle.layout()))
+        vectors = {"model": vector, **beside}
+        data = encode(CodecSpec("raw"), vectors, dict.fromkeys(vectors, self.bundle.layout())).data
+        self.model.write_bytes(data)
 
     def request(self, *, dataset: DatasetConfig | None = None, threads: int = 1, **job: Any) -> TrainRequest:
         """A request; ``job`` replaces fields of the job. The model is the one stored unless ``model`` is given."""

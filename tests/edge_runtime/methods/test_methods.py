@@ -8,7 +8,7 @@ import pytest
 
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.pipeline import decode
-from edge_runtime.errors import TrainingError
+from edge_runtime.errors import CodecError, TrainingError
 from edge_runtime.methods import ClientMethod, create_method, method_class, method_names, registry
 from edge_runtime.training.job import JobRunner
 from tests.edge_runtime import toy_bundle
@@ -21,7 +21,7 @@ class Forced(ClientMethod):
     name = "forced"
 
     def gradient_hook(self):
-        return lambda gradient, _weights: gradient
+        return lambda gradient, _weights, _gradient_at: gradient
 
 
 class Personal(ClientMethod):
@@ -52,7 +52,16 @@ def delta(jobs, state="", **job):
 
 
 def done(jobs, state="", **job):
+    send_beside(jobs, job.get("method", "fedavg"))
     return JobRunner().run(msgspec.structs.replace(jobs.request(**job), state_path=state))
+
+
+def send_beside(jobs, method, **vectors):
+    """Writes the model, and what else the method's server sends: zeros unless given."""
+    layout = jobs.bundle.layout()
+    names = set(method_class(method).down_channels) - {"model"}
+    beside = {name: vectors.get(name, np.zeros(layout.size, np.float32)) for name in names}
+    jobs.write_model(jobs.bundle.initial_vector(), **beside)
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -72,9 +81,9 @@ def test_neutral_options_are_fedavg(jobs, name):
 def test_methods_send_the_channels_they_declare(jobs, name):
     """The update holds exactly the declared channels, each of the model's layout."""
     method = method_class(name)
-    done = JobRunner().run(jobs.request(method=name))
-    vectors = decode(jobs.read(done), dict.fromkeys(method.channels, jobs.bundle.layout()))
-    assert set(vectors) == set(method.channels)
+    for role, channels in {"trainer": method.channels, **method.roles}.items():
+        sent = jobs.read(done(jobs, method=name, role=role))
+        assert set(decode(sent, dict.fromkeys(channels, jobs.bundle.layout()))) == set(channels)
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -96,10 +105,68 @@ def test_fedprox_follows_its_equation(jobs):
     method = create_method("fedprox", {"mu": 0.5})
     received = np.array([1, 2], np.float32)
     method.on_receive(received, jobs.bundle.layout(), {})
-    changed = method.gradient_hook()(np.array([10, 20], np.float32), np.array([3, 2], np.float32))
+    changed = method.gradient_hook()(np.array([10, 20], np.float32), np.array([3, 2], np.float32), None)
     np.testing.assert_array_equal(changed, [11, 20])
     with pytest.raises(TrainingError, match="'mu' of method 'fedprox' is -1"):
         create_method("fedprox", {"mu": -1.0})
+
+
+def gradient_at(jobs, weights):
+    """Over all samples, by one plain step from there."""
+    jobs.write_model(weights)
+    one = {"epochs": None, "steps": 1, "batch_size": 60, "hyper": {"lr": 1.0, "momentum": 0.0}}
+    change = jobs.delta(JobRunner().run(jobs.request(**one))).copy()
+    change[15:] = 0
+    return -change
+
+
+def test_fedamd_miners_follow_the_anchors_mean(jobs):
+    """Against the algorithm with one batch of all samples: g grows by the difference of two gradients."""
+    start, anchor = jobs.bundle.initial_vector(), np.linspace(-1, 1, jobs.bundle.layout().size, dtype=np.float32)
+    anchor[15:] = 0
+    weights, direction, before = start.copy(), anchor.copy(), None
+    for _ in range(3):
+        if before is not None:
+            direction = direction - gradient_at(jobs, before) + gradient_at(jobs, weights)
+        before, weights = weights, weights - np.float32(0.05) * direction
+    send_beside(jobs, "fedamd", anchor=anchor)
+    job = {"epochs": None, "steps": 3, "batch_size": 60, "hyper": {"lr": 0.05, "momentum": 0.0}}
+    found = jobs.delta(JobRunner().run(jobs.request(method="fedamd", **job)))
+    np.testing.assert_allclose(found[:15], (weights - start)[:15], rtol=1e-3, atol=1e-5)
+
+
+def test_fedamd_anchors_send_the_gradient_of_what_they_received(jobs):
+    """One pass, no steps, and nothing of the codec's residual is taken or left."""
+    sent = done(jobs, method="fedamd", role="anchor", epochs=None)
+    expected = gradient_at(jobs, jobs.bundle.initial_vector())
+    np.testing.assert_allclose(jobs.delta(sent, "anchor"), expected, rtol=1e-4, atol=1e-6)
+    assert (sent.meta.steps, sent.meta.samples) == (0, 60)
+    assert sent.meta.loss_rms >= sent.meta.loss
+    lossy = {"method": "fedamd", "codec": "topk", "codec_options": {"density": 0.3, "momentum": 0.5}}
+    first = done(jobs, **lossy)
+    assert first.state_path
+    between = done(jobs, first.state_path, role="anchor", **lossy)
+    assert between.key == ""
+    after_both, after_first = (
+        jobs.read(done(jobs, state, assignment="b", **lossy)) for state in (between.state_path, first.state_path)
+    )
+    assert after_both == after_first
+
+
+def test_methods_without_a_role_refuse_it_by_name(jobs):
+    """Before anything is read or trained."""
+    with pytest.raises(TrainingError, match="method 'fedprox' has no role 'anchor'; only trainers can be asked"):
+        done(jobs, method="fedprox", role="anchor")
+
+
+def test_what_comes_with_the_model_must_be_what_the_method_wants(jobs):
+    """A plain model is not enough for FedAMD, and more than a model is not FedAvg's."""
+    jobs.write_model(jobs.bundle.initial_vector())
+    with pytest.raises(CodecError, match="made for other tensors"):
+        JobRunner().run(jobs.request(method="fedamd"))
+    send_beside(jobs, "fedamd")
+    with pytest.raises(CodecError, match="made for other tensors"):
+        JobRunner().run(jobs.request())
 
 
 def test_personal_tensors_stay_and_continue(jobs):
@@ -138,7 +205,7 @@ def test_a_job_done_again_starts_from_the_same_state(jobs):
 
 def test_unknown_methods_list_the_known():
     """A job for a method that is not installed is refused with those that are."""
-    with pytest.raises(TrainingError, match="method 'best' is unknown here; known: fedavg, fedprox"):
+    with pytest.raises(TrainingError, match="method 'best' is unknown here; known: fedamd, fedavg, fedprox"):
         create_method("best")
 
 

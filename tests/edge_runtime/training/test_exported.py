@@ -42,7 +42,7 @@ def test_an_exported_model_trains_as_in_torch(exported, path):
     trainer.load(bundle)
     view = View("d", NpzSnapshot(X, Y, None, None), bundle.manifest, Window())
     settings = TrainSettings(epochs=2, batch_size=16, hyper=HYPER)
-    hook = None if path == "fused" else lambda gradient, _weights: gradient
+    hook = None if path == "fused" else lambda gradient, _weights, _gradient_at: gradient
     in_order = lambda count, _rng: np.arange(count)  # noqa: E731
     result = trainer.train(bundle.initial_vector(), view, settings, gradient=hook, sampler=in_order)
 

@@ -56,13 +56,14 @@ def orders(rule=KEEP, **more):
 def test_training_is_the_textbooks(tmp_path, path, batch, mask):
     """Both paths, all kinds of batches: weights and loss agree with numpy, the last partial batch included."""
     trainer, view, start = make(tmp_path, batch, mask=mask)
-    hook = None if path == "fused" else lambda gradient, _weights: gradient
+    hook = None if path == "fused" else lambda gradient, _weights, _gradient_at: gradient
     rows = orders(BatchRule(drop=batch is not None and not mask))
     expected, losses = textbook(start, rows)
     result = trainer.train(start, view, settings(), gradient=hook)
     np.testing.assert_allclose(result.vector, expected, rtol=2e-5, atol=2e-6)
     weights = [len(row) for row in rows]
     assert result.loss == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+    assert result.loss_rms == pytest.approx(np.sqrt(np.average(np.square(losses), weights=weights)), rel=1e-5)
     assert (result.steps, result.samples) == (len(rows), 50)
 
 
@@ -122,7 +123,7 @@ def test_jobs_that_cannot_be_trained_say_why(tmp_path, more, error, reason):
 def test_divergence_names_the_step(tmp_path):
     """Training stops at the first loss that is not finite."""
     trainer, view, start = make(tmp_path)
-    hook = lambda gradient, _weights: gradient * np.float32(1e30)  # noqa: E731
+    hook = lambda gradient, _weights, _gradient_at: gradient * np.float32(1e30)  # noqa: E731
     with pytest.raises(TrainingError, match=r"(loss is|weights are) .* step \d of 8"):
         trainer.train(start, view, settings(hyper={"lr": 1e20}), gradient=hook)
 
@@ -196,7 +197,7 @@ def test_the_hook_sees_gradient_and_weights(tmp_path):
     trainer, view, start = make(tmp_path)
     seen = []
 
-    def hook(gradient, weights):
+    def hook(gradient, weights, _gradient_at):
         seen.append((gradient.copy(), weights.copy()))
         gradient[15:] = 99
         return np.zeros_like(gradient)
@@ -206,6 +207,47 @@ def test_the_hook_sees_gradient_and_weights(tmp_path):
     assert (seen[0][0][:12] != 0).all()
     assert all((gradient[15:] == 0).all() for gradient, _ in seen)
     np.testing.assert_array_equal(seen[0][1], start)
+
+
+def gradient_of(vector, rows):
+    """Of the mean loss, float64, in layout order."""
+    return np.concatenate([(vector - textbook(vector, [rows], rate=1.0, momentum=0.0)[0])[:15], [0, 0]])
+
+
+@pytest.mark.parametrize(("batch", "mask"), [(None, False), (16, True)])
+def test_the_hook_may_ask_for_the_gradient_at_other_weights(tmp_path, batch, mask):
+    """It is that of the same batch, and training goes on as if nothing had been asked."""
+    trainer, view, start = make(tmp_path, batch, mask=mask)
+    other = (start + 0.3).astype(np.float32)
+    here, there = [], []
+
+    def hook(gradient, weights, gradient_at):
+        there.append(gradient_at(other))
+        here.append((gradient.copy(), gradient_at(weights)))
+        return gradient
+
+    plain = trainer.train(start, view, settings(), gradient=lambda gradient, _weights, _at: gradient).vector.copy()
+    result = trainer.train(start, view, settings(), gradient=hook)
+    np.testing.assert_array_equal(result.vector, plain)
+    for rows, found, (mine, again) in zip(orders(), there, here, strict=True):
+        np.testing.assert_allclose(found, gradient_of(other, rows), rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(mine, again)
+
+
+@pytest.mark.parametrize(("batch", "mask"), [(None, False), (16, True)])
+def test_a_pass_without_steps_gives_the_gradient_over_all_samples(tmp_path, batch, mask):
+    """Partial batches weigh by their samples; the weights stay as they are."""
+    trainer, view, start = make(tmp_path, batch, mask=mask)
+    said = []
+    result = trainer.full_gradient(start, view, settings(epochs=None, steps=3), on_step=lambda *step: said.append(step))
+    np.testing.assert_allclose(result.vector, gradient_of(start, np.arange(50)), rtol=1e-4, atol=1e-6)
+    assert (result.steps, result.samples, result.stopped) == (0, 50, "")
+    assert [step[:2] for step in said] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert result.loss_rms >= result.loss > 0
+    early = trainer.full_gradient(start, view, settings(), stop=lambda: "too hot")
+    assert (early.samples, early.stopped) == (16, "too hot")
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at batch 1 of 4|gradient is NaN"):
+        trainer.full_gradient(np.full_like(start, np.float32(3e38)), view, settings())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""AFA-CD: anarchic updates of any number of steps, each by its step count, averaged."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from coordinator.aggregation.fedavg import FedAvg
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coordinator.aggregation.base import Round, State, Sums
+    from edge_runtime.messages import UpdateMeta
+
+
+class AfaCd(FedAvg):
+    """Yang et al., "Anarchic Federated Learning", ICML 2022, algorithm 1 (cross-device).
+
+    The change is ``K / n * sum(delta_i / K_i)``: every device counts alike, however many steps ``K_i`` it chose.
+    Option ``reference_steps``: ``K``, the steps that a change stands for; 0 (the default) takes the mean of the round's
+    ``K_i``, so that with equal ``K_i`` the change is the plain mean. The paper's server learning rate is that of the
+    optimiser.
+    """
+
+    name: ClassVar[str] = "afa_cd"
+    defaults: ClassVar[Mapping[str, float]] = {"reference_steps": 0.0}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"reference_steps": (0.0, math.inf)}
+
+    def accept(self, meta: UpdateMeta, staleness: int) -> str:  # noqa: ARG002
+        """Nothing can be said of an update without steps."""
+        return "" if meta.steps > 0 else f"server method {self.name!r} divides by steps, and the update says 0"
+
+    def weight(self, meta: UpdateMeta, staleness: int) -> float:  # noqa: ARG002
+        """All alike."""
+        return 1.0
+
+    def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
+        """The mean of normalised updates."""
+        reference = self.reference(round_)
+        change = round_.total("delta", lambda update: reference / update.meta.steps)
+        change /= len(round_.contributions)
+        return change, state
+
+    def reference(self, round_: Round) -> float:
+        """``K``."""
+        steps = [update.meta.steps for update in round_.contributions]
+        return self.options["reference_steps"] or sum(steps) / len(steps)

@@ -60,8 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check configuration and datasets, without connecting",
-        description="Reads the configuration, says which sensor would measure joules, opens every dataset and says "
-        "what it holds. With a bundle every sample is compared with what the bundle takes: shape, type, labels, NaN.",
+        description="Reads the configuration, says which sensor would measure joules and which limits are in force, "
+        "opens every dataset and says what it holds. With a bundle every sample is compared with what that takes: "
+        "shape, type, labels, NaN.",
         epilog="example:\n  edge-agent check --config agent.toml --bundle digits.bundle --json",
         formatter_class=raw,
     )
@@ -101,6 +102,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from edge_runtime.agent.config import link_settings, load_agent_config
+    from edge_runtime.agent.limits import in_force
     from edge_runtime.data import open_dataset
     from edge_runtime.transport.link import check_tls
 
@@ -121,14 +123,15 @@ def _check(options: argparse.Namespace) -> int:
 
             View(data.name, snapshot, manifest, Window()).check_values()
     fits = {} if manifest is None else {"bundle": manifest.name}
-    energy = _energy(config)
+    energy, limits = _energy(config), in_force(config.limits)
     if options.json:
-        about = {"device": config.device, "broker": config.broker.url, "energy": energy}
+        about = {"device": config.device, "broker": config.broker.url, "energy": energy, "limits": limits}
         print(json.dumps({**about, "datasets": found, **fits}))
     else:
         print(f"device {config.device}, broker {config.broker.url}")
         for line in _energy_lines(energy, config):
             print(f"energy: {line}")
+        print(f"limits: {', '.join(limits) or 'none'}")
         for entry in found:
             fit = "" if manifest is None else f", all fit {manifest.name}"
             print(f"dataset {entry['name']}: {entry['samples']} samples{fit}")
@@ -174,8 +177,11 @@ def _energy_lines(energy: dict[str, Any], config: AgentConfig) -> list[str]:
         switched_off = config.energy.sensor == "none"
         cure = "switched off" if switched_off else "no sensor, and no watts for a modelled one in [energy]"
         lines = [f"joules are unknown: {cure}"]
-        if config.limits.job_joules is not None:
-            lines.append("limits.job_joules will not hold: nothing here can measure")
+        lines += [
+            f"limits.{key} will not hold: nothing here can measure"
+            for key in ("job_joules", "joules_per_day")
+            if getattr(config.limits, key) is not None
+        ]
     else:
         word = "modelled" if source["modelled"] else f"measured by {source['sensor']} ({source['scope']})"
         lines = [f"{word}: {source['covers']}"]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_runtime.agent.energy_config import EnergyConfig, check_energy_config
+from edge_runtime.agent.hours import parse_hours
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import load_toml
@@ -16,6 +17,7 @@ from edge_runtime.transport.link import LinkSettings, parse_url
 
 MB = 1_000_000
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,10 +38,10 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the agent may use. Training stops when a limit is crossed.
+    """What the agent may use; see :mod:`edge_runtime.agent.limits`. Training stops when a limit is crossed.
 
-    At ``job_joules``, ``max_temperature_c`` and ``min_battery_percent`` it ends after its step and sends what it
-    reached; at the others the job fails. The agent stays.
+    At ``worker_memory_mb``, ``job_wall_s`` and ``min_free_memory_mb`` the job fails; at the others it ends after its
+    step and sends what it reached. The agent stays.
     """
 
     blob_mb: Positive = 500.0
@@ -52,8 +54,25 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     job_wall_s: Positive = 6 * 3600.0
     job_joules: Positive | None = None
     max_temperature_c: float | None = None
-    min_battery_percent: float | None = None
+    battery_reserve_percent: Percent | None = None
     min_free_memory_mb: float | None = None
+    only_when_charging: bool = False
+    only_unmetered: bool = False
+    hours: str | None = None
+    joules_per_day: Positive | None = None
+    data_mb_per_month: Positive | None = None
+
+
+class LinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[link]``. ``metered``: whether every byte is paid for; ``auto`` goes by the interface of the connection."""
+
+    metered: bool | Literal["auto"] = "auto"
+
+
+class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[telemetry]``. ``file``: what the agent cannot measure here; see :mod:`edge_runtime.agent.telemetry_file`."""
+
+    file: str | None = None
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,7 +87,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     data: list[DatasetConfig]
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     energy: EnergyConfig = msgspec.field(default_factory=EnergyConfig)
-    telemetry_interval_s: Positive = 50.0  # under keepalive_s, so that it spares the pings
+    link: LinkConfig = msgspec.field(default_factory=LinkConfig)
+    telemetry: TelemetryConfig = msgspec.field(default_factory=TelemetryConfig)
+    heartbeat_interval_s: Positive = 50.0  # under keepalive_s, so that it spares the pings
     code_dir: str = ""
 
 
@@ -104,6 +125,7 @@ def load_agent_config(path: Path) -> AgentConfig:
             if plug is None
             else msgspec.structs.replace(plug, password_file=absolute(plug.password_file), ca=absolute(plug.ca)),
         ),
+        telemetry=TelemetryConfig(file=absolute(config.telemetry.file)),
         data=[
             msgspec.structs.replace(data, path=str(folder / data.path)) if data.path else data for data in config.data
         ],
@@ -126,7 +148,11 @@ def check_agent_config(config: AgentConfig) -> None:
         for key, value in msgspec.structs.asdict(table).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{section}{key} = {value} is no number to measure against; leave it out or set one")
-    check_energy_config(config.energy, config.limits.job_joules)
+    limits = config.limits
+    if limits.hours is not None:
+        parse_hours(limits.hours)
+    by_day = limits.joules_per_day if config.telemetry.file is None else None  # that file may say what steps draw
+    check_energy_config(config.energy, {"job_joules": limits.job_joules, "joules_per_day": by_day})
     parse_url(config.broker.url, insecure=config.broker.insecure)
 
 

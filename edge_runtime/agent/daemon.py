@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -12,15 +11,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-import edge_runtime
 from edge_runtime import compression, messages, methods, telemetry, topics
-from edge_runtime.agent import events, jobs, pipe
+from edge_runtime.agent import events, jobs, limits, pipe
+from edge_runtime.agent.anarchic import StandingWork
+from edge_runtime.agent.announcement import announcement, is_news
+from edge_runtime.agent.conditions import Conditions
 from edge_runtime.agent.config import MB, check_agent_config, link_settings
-from edge_runtime.agent.health import unhealthy
+from edge_runtime.agent.hours import EARLIEST_CLOCK_UNIX_S
 from edge_runtime.agent.job_energy import UNTOLD, Worked, described
+from edge_runtime.agent.job_files import JobFiles, blobs_of
 from edge_runtime.agent.joules import Joules
 from edge_runtime.agent.own_cpu import OwnCpu
-from edge_runtime.agent.radio import radio_of
 from edge_runtime.agent.supervisor import Supervisor
 from edge_runtime.agent.transfers import DISK_RETRY_S, Downloads, Uploads
 from edge_runtime.errors import EdgeError, StorageError
@@ -36,15 +37,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_runtime.agent.config import AgentConfig
-    from edge_runtime.messages import BlobRef
 
 log = logging.getLogger("edge.agent")
 
 TICK_S = 5.0
-EARLIEST_CLOCK_UNIX_S = 1_767_225_600.0  # 2026-01-01: a clock before this was never set
 TAKEOVER_LOSSES = 4
 ANNOUNCE_INTERVAL_S = 60.0  # between announcements of how many samples there are
-ANNOUNCE_CHANGE = 0.1
 
 
 class Agent:
@@ -74,31 +72,33 @@ class Agent:
         self._clock = clock
         self._energy_root = energy_root  # tests bring a tree of files that sensors are read from
         self._owns_loop = loop is None
-        self._started_s = time.monotonic()
         folder = Path(config.state_dir)
         self._lock = lock_folder(
             folder, "another agent runs on this state_dir; stop it, or give each agent its own name and folder"
         )
         self.instance = _instance(folder)
         random = Random(f"{config.device}/{self.instance}")
-        limits = config.limits
+        blob_limit_bytes = int(config.limits.blob_mb * MB)
         self.spool = Spool(folder)
-        self.cache = BlobStore(folder / "cache", int(limits.blob_mb * MB))
+        self.cache = BlobStore(folder / "cache", blob_limit_bytes)
         self.cache.sweep()
         self.models = HeldModels(folder / "models")
         capabilities = jobs.Capabilities(
             datasets=frozenset(data.name for data in config.data),
             codecs=frozenset(compression.codec_names()),
             methods=frozenset(methods.method_names()),
-            blob_limit_bytes=int(limits.blob_mb * MB),
+            blob_limit_bytes=blob_limit_bytes,
         )
         self.state = jobs.AgentState.restore(config.device, capabilities, self.spool.open_updates())
+        self.files = JobFiles(config, self.state, self.spool, self.cache, self.models)
+        self.conditions = Conditions(config, clock=clock, monotonic=self.loop.now, root=energy_root)
+        self._watches = bool(limits.in_force(config.limits))  # else nothing can pause training
         self._session = 0
         self._coordinator_session = ""
         self._samples: dict[str, int] = {}
-        self._announced_samples: dict[str, int] = {}
+        self._announced: dict[str, float] = {}
         self._next_announcement_s = 0.0
-        self._next_telemetry_s = 0.0
+        self._next_heartbeat_s = 0.0
         self._hurries = False  # training may not run, and what ran had no time to send what it reached
         self.link = Link(
             link_settings(config),
@@ -111,7 +111,15 @@ class Agent:
             will=(topics.from_device(config.device, "state"), self._last_will),
         )
         self.pump = ChunkPump(self.link)
-        self.uploads = Uploads(config.device, self.spool, self.loop, self.link, pump=self.pump, random=random)
+        self.uploads = Uploads(
+            config.device,
+            self.spool,
+            self.loop,
+            self.link,
+            pump=self.pump,
+            random=random,
+            rate=self.conditions.up,
+        )
         self.downloads = Downloads(
             config.device,
             self.cache,
@@ -119,13 +127,25 @@ class Agent:
             self.link,
             on_ready=lambda sha: self._step(events.BlobReady(self.loop.now(), sha)),
             on_failed=lambda sha, reason: self._step(events.BlobFailed(self.loop.now(), sha, reason)),
+            rate=self.conditions.down,
         )
-        self.supervisor = Supervisor(limits, self.loop, on_reply=self._on_reply, on_end=self._on_worker_end)
+        self.supervisor = Supervisor(config.limits, self.loop, on_reply=self._on_reply, on_end=self._on_worker_end)
         self.joules = Joules(
             self.loop,
-            job_joules=limits.job_joules,
+            job_joules=config.limits.job_joules,
             on_limit=lambda reason: self._step(events.LimitReached(reason)),
             on_source=self._announce,
+        )
+        self.standing = StandingWork(
+            folder,
+            config.limits,
+            random,
+            loop=self.loop,
+            spool=self.spool,
+            jobs=self.state,
+            known=lambda: self.conditions.known(self._samples),
+            link=self.link,
+            send=self._send,
         )
         self._fetched: dict[str, int] = {}  # bytes that came over the network, by blob, until their job is done
 
@@ -146,6 +166,7 @@ class Agent:
         own_cpu = self.config.energy.modelled_of == "agent"
         busy_s = OwnCpu(lambda: self.supervisor.pid).read if own_cpu else None
         self.joules.start(self.config.energy, busy_s=busy_s, root=self._energy_root)
+        log.info("limits in force: %s", ", ".join(limits.in_force(self.config.limits)) or "none")
         self._connect_when_clock_is_set()
         self.loop.call_later(TICK_S, self._tick)
 
@@ -156,7 +177,9 @@ class Agent:
     def close(self) -> None:
         """Says good-bye, kills the worker and frees everything. Finished updates wait in the spool."""
         self.supervisor.close()
+        self.standing.close()
         self.joules.close()
+        self.conditions.save()
         self.downloads.close()
         self.link.stop((topics.from_device(self.config.device, "state"), self._announcement(online=False)))
         self.spool.close()
@@ -180,13 +203,15 @@ class Agent:
         return self._announcement(online=False)
 
     def _on_up(self) -> None:
+        self.conditions.connected(self.link.local_host)
         self._announce()
         self.downloads.on_up()
-        self._send_telemetry(telemetry.measure(self._started_s, self.link.sent_bytes, self.link.received_bytes))
+        self._send_heartbeat()
         self._step(events.Connected())
 
     def _on_down(self, _reason: str) -> None:
         self.pump.reset()
+        self.conditions.disconnected()
         if self.link.rapid_losses == TAKEOVER_LOSSES:
             log.error(
                 "the broker keeps ending this connection: is another agent running as device %r? Give each device its "
@@ -195,40 +220,33 @@ class Agent:
             )
 
     def _announce(self) -> None:
-        self._announced_samples = dict(self._samples)
+        self._announced = self._figures()
         self._next_announcement_s = self.loop.now() + ANNOUNCE_INTERVAL_S
         self.link.publish(topics.from_device(self.config.device, "state"), self._announcement(online=True), retain=True)
 
-    def _samples_are_news(self) -> bool:
-        told = self._announced_samples
-        return any(
-            name not in told or abs(count - told[name]) > ANNOUNCE_CHANGE * told[name]
-            for name, count in self._samples.items()
-        )
+    def _figures(self) -> dict[str, float]:
+        """What is announced and may change: samples by dataset, and the battery's capacity."""
+        capacity_wh = self.conditions.battery_wh
+        return {**self._samples, **({} if capacity_wh is None else {"battery_wh ": capacity_wh})}
 
     def _announcement(self, *, online: bool) -> bytes:
-        can = self.state.capabilities
-        return messages.encode(
-            messages.DeviceState(
-                device=self.config.device,
-                online=online,
-                session=f"{self.instance}-{os.getpid()}-{self._session}",
-                instance=self.instance,
-                software=edge_runtime.__version__,
-                platform=telemetry.machine(),
-                codecs=sorted(can.codecs),
-                methods=sorted(can.methods),
-                backends=["onnxruntime"],
-                datasets=[
-                    messages.DatasetInfo(name=name, samples=self._samples.get(name)) for name in sorted(can.datasets)
-                ],
-                limits=messages.Limits(
-                    blob_bytes=can.blob_limit_bytes,
-                    worker_memory_bytes=int((self.config.limits.worker_memory_mb or 0) * MB),
-                ),
-                energy=self.joules.source,
-            )
+        said = announcement(
+            self.config,
+            self.state.capabilities,
+            online=online,
+            instance=self.instance,
+            session=self._session,
+            samples=self._samples,
+            energy=self.joules.source,
+            battery_wh=self.conditions.battery_wh,
         )
+        return messages.encode(said)
+
+    def _send_heartbeat(self) -> None:
+        self._next_heartbeat_s = self.loop.now() + self.config.heartbeat_interval_s
+        telemetry.release_memory()
+        said = messages.encode_heartbeat(self.conditions.heartbeat())
+        self.link.publish(topics.from_device(self.config.device, "heartbeat"), said, retain=True)
 
     def _send(self, message: messages.FromDevice) -> None:
         self.link.publish(topics.from_device(self.config.device, "message"), messages.encode(message))
@@ -246,12 +264,11 @@ class Agent:
         now = self.loop.now()
         match message:
             case messages.Job():
-                update = messages.UpdateId(message.run, self.config.device, message.assignment, 0)
-                known = self.spool.get(update)
-                crashes = self.spool.crashes(message.bundle.sha256)
-                state = known.state if known else None
-                self._step(events.JobArrived(now, message, state, crashes, self._holds_base(message)))
+                self._on_job(message)
+            case messages.Standing():
+                self.standing.arrived(message)
             case messages.Cancel(run=run, assignment=assignment):
+                self.standing.cancelled(run, assignment)
                 self._step(events.JobCancelled(run, assignment))
             case messages.Need():
                 if not self.uploads.on_need(message):
@@ -261,12 +278,24 @@ class Agent:
             case messages.Done(update=update):
                 self._step(events.DoneArrived(update))
             case messages.Verdict(update=update, counted=counted, reason=reason):
+                if not counted:
+                    self.standing.refused(update.run, update.assignment, reason)
                 self._step(events.VerdictArrived(now, update, counted, reason))
             case messages.CoordinatorState(online=online, session=session):
                 if online and session != self._coordinator_session:
                     known_before, self._coordinator_session = self._coordinator_session, session
                     if known_before:  # a new coordinator process: it may have missed what was said meanwhile
                         self._on_up()
+
+    def _on_job(self, job: messages.Job) -> None:
+        spooled = self.spool.get(jobs.update_of(job, self.config.device))
+        crashes = self.spool.crashes(job.bundle.sha256)
+        state = spooled.state if spooled else None
+        known = self.conditions.known(self._samples, self.files.missing_bytes(job))
+        declined = limits.decline(job, known, self.config.limits)
+        self.standing.job_came(job.run, job.assignment, job.sequence)
+        held = self.files.holds_base(job)
+        self._step(events.JobArrived(self.loop.now(), job, state, crashes, held, declined))
 
     # Effects
 
@@ -278,17 +307,18 @@ class Agent:
                 log.error("%s", error)  # noqa: TRY400 - one line for the user
         if self._fetched:
             self._forget_fetched()
+        self.standing.look()
 
     def _forget_fetched(self) -> None:
         """However a job ended: what came for it is of no other job, unless that needs it too."""
-        needed = {sha256 for entry in self.state.jobs.values() for sha256 in _blobs_of(entry.job)}
+        needed = {blob.sha256 for entry in self.state.jobs.values() for blob in blobs_of(entry.job)}
         for sha256 in self._fetched.keys() - needed:
             del self._fetched[sha256]
 
     def _carry_out(self, effect: events.Effect) -> None:  # noqa: C901, PLR0912 - one arm per effect
         match effect:
             case events.FetchBlob(blob, inline):
-                self._make_room(blob)
+                self.files.make_room(blob)
                 if not self.cache.has(blob.sha256):
                     self._fetched[blob.sha256] = blob.size_bytes
                 self.downloads.fetch(blob, inline)
@@ -306,6 +336,7 @@ class Agent:
                 self._until_written(
                     lambda: self.spool.add(spooled, change), lambda: self.uploads.offer(spooled.update, push=True)
                 )
+                self.standing.job_ended(spooled.update.run, spooled.update.assignment, trained=True)
             case events.Offer(update, push):
                 self.uploads.offer(update, push=push)
             case events.CloseUpdate(update, state, reason):
@@ -318,6 +349,7 @@ class Agent:
                 if status.reason:
                     log.warning("job %s/%s %s: %s", status.run, status.assignment, status.status, status.reason)
                 self._send(status)
+                self.standing.job_ended(status.run, status.assignment, trained=False)
             case events.CountCrash(bundle):
                 self.spool.crashed(bundle)
             case events.ForgiveCrashes(bundle):
@@ -340,68 +372,21 @@ class Agent:
         if then is not None:
             then()
 
-    def _make_room(self, blob: BlobRef) -> None:
-        """Before a blob comes, blobs and held models together go below their quota: models of other runs first."""
-        if self.cache.has(blob.sha256):
-            return
-        room = int(self.config.limits.cache_mb * MB) - blob.size_bytes
-        jobs_ = [entry.job for entry in self.state.jobs.values()]
-        needed = {sha256 for job in jobs_ for sha256 in _blobs_of(job)}
-        try:
-            pinned = {run: self._pinned(run) for run in self.spool.runs()}
-            self.models.evict(max(0, room - self.cache.used_bytes()), pinned, {job.run for job in jobs_})
-            self.cache.evict(max(0, room - self.models.used_bytes()), needed)
-        except (OSError, StorageError) as error:
-            log.error("%s: cannot be cleaned (%s)", self.cache.folder, error)  # noqa: TRY400 - one line
-
-    def _holds_base(self, job: messages.Job) -> bool:
-        """Whether the version that a job builds on is here."""
-        return job.model.base is None or self.models.has(job.run, job.model.base)
-
     def _start_training(self, job: messages.Job) -> None:
-        spool_mb = self.config.limits.spool_mb
         event: events.Event
         try:
-            if not self._holds_base(job):
+            if not self.files.holds_base(job):
                 event = events.ModelLost(self.loop.now())
-            elif not self.spool.make_room(int(spool_mb * MB), job.run):
-                reason = (
-                    f"the spool holds more than limits.spool_mb = {spool_mb:g}: updates that wait for their verdict, "
-                    "or for a job that sends them again, come first"
-                )
-                event = events.TrainingFailed(self.loop.now(), reason)
+            elif full := self.files.spool_is_full(job):
+                event = events.TrainingFailed(self.loop.now(), full)
             else:
-                request = self._train_request(job)
-                self.joules.job_begins(job)
+                request = self.files.request(job)
+                self.joules.job_begins(job, self.conditions.joules_left())
                 self.supervisor.request(request)
                 return
         except StorageError as error:
             event = events.TrainingFailed(self.loop.now(), str(error))
         self.loop.call_soon(lambda: self._step(event))
-
-    def _train_request(self, job: messages.Job) -> pipe.TrainRequest:
-        return pipe.TrainRequest(
-            job=job,
-            device=self.config.device,
-            bundle_path=str(self.cache.path(job.bundle.sha256)),
-            model_paths=[str(self.cache.path(blob.sha256)) for blob in job.model.blobs],
-            output_folder=str(self.spool.folder),
-            dataset=next(data for data in self.config.data if data.name == job.dataset),
-            models_folder=str(self.models.folder),
-            state_path=str(self.spool.run_state(job.run) or ""),
-            refused=[
-                pipe.RefusedUpdate(update=refused.update, path=str(self.spool.path(refused)), key=refused.key)
-                for refused in self.spool.refused(job.run)
-            ],
-            pinned=self._pinned(job.run),
-            threads=self.config.limits.worker_threads,
-            code_dir=self.config.code_dir,
-        )
-
-    def _pinned(self, run: str) -> list[int]:
-        """Versions of a run's model that waiting jobs build on, or updates that may yet come back."""
-        waiting = {job.model.base for job in (entry.job for entry in self.state.jobs.values()) if job.run == run}
-        return sorted({*self.spool.needed_versions(run), *(base for base in waiting if base is not None)})
 
     def _on_reply(self, reply: pipe.FromWorker) -> None:
         match reply:
@@ -417,22 +402,22 @@ class Agent:
             case pipe.Ready():
                 return
 
-    def _energy_used(self, sent_bytes: int, worked: Worked = UNTOLD) -> messages.EnergyUse | None:
+    def _energy_used(self, sent_bytes: int, worked: Worked = UNTOLD, steps: int = 0) -> messages.EnergyUse | None:
         """What the running job drew until now, with the radio's share of what came for it and will be sent."""
         if self.state.running is None:
             return None
         job = self.state.jobs[self.state.running].job
-        received_bytes = sum(self._fetched.pop(sha256, 0) for sha256 in _blobs_of(job))
-        radio = radio_of(self.config.energy, self.link.local_host, self._energy_root)
-        use = self.joules.job_ends(radio.joules(sent_bytes, received_bytes), worked)
+        received_bytes = sum(self._fetched.pop(blob.sha256, 0) for blob in blobs_of(job))
+        use = self.joules.job_ends(self.conditions.radio.joules(sent_bytes, received_bytes), worked)
         if use is not None:
             log.info("job %s/%s drew %s", job.run, job.assignment, described(use))
+        self.conditions.worked(job.bundle.sha256, steps, worked.train_s, use)
         return use
 
     def _on_failed(self, reason: str) -> None:
         key = self.state.running
         energy = self._energy_used(0)
-        if key is not None and not self._holds_base(self.state.jobs[key].job):  # the worker found it damaged
+        if key is not None and not self.files.holds_base(self.state.jobs[key].job):  # the worker found it damaged
             log.warning("job %s/%s: %s", *key, reason)
             self._step(events.ModelLost(self.loop.now(), energy))
         else:
@@ -441,7 +426,7 @@ class Agent:
     def _on_trained(self, done: pipe.Trained) -> None:
         now, meta = self.loop.now(), done.meta
         worked = Worked(done.train_s, done.compress_s, done.train_cpu_s, done.compress_cpu_s)
-        energy = self._energy_used(done.size_bytes, worked)
+        energy = self._energy_used(done.size_bytes, worked, meta.steps)
         meta = msgspec.structs.replace(meta, energy=energy)
         if self.state.running is not None:
             run, assignment = self.state.running
@@ -455,7 +440,7 @@ class Agent:
         change = RunChange(Path(done.state_path).name, tuple(done.returned)) if path else None
         if not path:  # only evaluated: the result travels as an update without bytes
             try:
-                path, sha256 = self._empty_update()
+                path, sha256 = self.files.empty_update()
             except OSError as error:
                 self._step(events.TrainingFailed(now, str(storage_error(self.spool.folder, error)), energy))
                 return
@@ -463,11 +448,6 @@ class Agent:
         blob = messages.BlobRef(sha256=sha256, size_bytes=done.size_bytes, chunk_bytes=chunk_bytes)
         self._step(events.Trained(now, Path(path).name, blob, meta, done.key, change))
         self.models.prune_runs(self.spool.runs() | {name for name, _ in self.state.jobs})
-
-    def _empty_update(self) -> tuple[str, str]:
-        path = self.spool.folder / "empty.update"
-        path.touch()
-        return str(path), hashlib.sha256(b"").hexdigest()
 
     def _on_worker_end(self, reason: str, ours: bool) -> None:
         if self.state.running is not None:
@@ -477,40 +457,33 @@ class Agent:
                 log.warning("%s: cannot be cleaned (%s)", self.spool.folder, error)
         self._step(events.WorkerCrashed(self.loop.now(), reason, ours, self._energy_used(0)))
 
-    # Health
+    # Limits
 
     def _tick(self) -> None:
+        now = self.loop.now()
         self.joules.tick()
-        limits = self.config.limits
-        limited = (limits.max_temperature_c, limits.min_battery_percent, limits.min_free_memory_mb) != (None,) * 3
-        tells = self.link.is_up and self.loop.now() >= self._next_telemetry_s
-        if limited or tells:  # once for both: the CPU's load is measured since the last time
-            measured = telemetry.measure(self._started_s, self.link.sent_bytes, self.link.received_bytes)
-            self._check_health(measured)
-            if tells:
-                self._send_telemetry(measured)
-        if self.link.is_up and self.loop.now() >= self._next_announcement_s and self._samples_are_news():
+        self.conditions.tick(self.link, could=not self.state.paused)
+        if self._watches:
+            self._check_limits()
+        if self.link.is_up and now >= self._next_heartbeat_s:
+            self._send_heartbeat()
+        if self.link.is_up and now >= self._next_announcement_s and is_news(self._announced, self._figures()):
             self._announce()
-        self._step(events.Tick(self.loop.now()))
+        self._step(events.Tick(now))
         self.loop.call_later(TICK_S, self._tick)
 
-    def _send_telemetry(self, measured: messages.Telemetry) -> None:
-        self._next_telemetry_s = self.loop.now() + self.config.telemetry_interval_s
-        telemetry.release_memory()
-        self._send(measured)
-
-    def _check_health(self, measured: messages.Telemetry) -> None:
-        found = unhealthy(measured, self.config)
+    def _check_limits(self) -> None:
+        found = self.conditions.held()
         paused, hurries = bool(self.state.paused), found is not None and not found.keeps_work
         if (found is not None) != paused or (hurries and not self._hurries):  # figures in reasons change all the time
             log.warning("training paused: %s", found.reason) if found else log.info("training may run again")
-            reason, keeps_work = found or ("", False)
-            self._step(events.Paused(self.loop.now(), reason, keeps_work))
+            told = events.Paused(self.loop.now(), "") if found is None else _pause(self.loop.now(), found)
+            self._step(told)
         self._hurries = hurries
 
 
-def _blobs_of(job: messages.Job) -> list[str]:
-    return [blob.sha256 for blob in (job.bundle, *job.model.blobs)]
+def _pause(now: float, found: limits.Decline) -> events.Paused:
+    return events.Paused(now, found.reason, found.keeps_work, found.for_s)
 
 
 def _instance(folder: Path) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from edge_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -30,7 +33,8 @@ class EnergyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``sensor``: ``auto`` takes the best that can be read, ``none`` none, else the name of one (``edge-agent check``
     lists them). ``modelled`` is made of ``idle_watts`` and ``busy_watts`` (all cores at work), or of the file that
     ``edge-energy calibrate`` wrote; where these are given it also stands in when no other can be read. It counts the
-    CPU time of the machine, or with ``modelled_of = "agent"`` of this agent and its worker alone.
+    CPU time of the machine, or with ``modelled_of = "agent"`` of this agent and its worker alone. ``battery_wh`` is
+    what the battery holds when full; None: what its gauge says.
     """
 
     sensor: str = "auto"
@@ -42,6 +46,7 @@ class EnergyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     joules_per_mb_up: NotNegative | None = None
     joules_per_mb_down: NotNegative | None = None
     plug: PlugConfig | None = None
+    battery_wh: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
     @property
     def has_model(self) -> bool:
@@ -49,8 +54,12 @@ class EnergyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.calibration is not None or self.busy_watts is not None
 
 
-def check_energy_config(config: EnergyConfig, job_joules: float | None) -> None:
+def check_energy_config(config: EnergyConfig, limits: Mapping[str, float | None]) -> None:
     """Refuses what the types cannot.
+
+    Args:
+        config: the section.
+        limits: those of joules, by their keys in ``[limits]``.
 
     Raises:
         ConfigError: keys that exclude or need each other, or a number that is not finite.
@@ -65,8 +74,9 @@ def check_energy_config(config: EnergyConfig, job_joules: float | None) -> None:
         raise ConfigError("energy.joules_per_mb_up and energy.joules_per_mb_down belong together; set both")
     if config.radio is not None and config.joules_per_mb_up is not None:
         raise ConfigError("energy.radio and energy.joules_per_mb_* say the same thing; leave one of them out")
-    if job_joules is not None and config.sensor == "none":
-        raise ConfigError('limits.job_joules cannot be kept with energy.sensor = "none"; name a sensor, or "auto"')
+    for key, limit in limits.items():
+        if limit is not None and config.sensor == "none":
+            raise ConfigError(f'limits.{key} cannot be kept with energy.sensor = "none"; name a sensor, or "auto"')
 
 
 def _check_model(config: EnergyConfig) -> None:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from edge_runtime.agent.limits import RETRY_S, Decline
 from edge_runtime.agent.pipe import Phase
 from edge_runtime.messages import BlobRef, EnergyUse, Job, JobStatus, UpdateId, UpdateMeta
 from edge_runtime.store.spool import RunChange, SpooledUpdate, State
@@ -14,7 +15,7 @@ from edge_runtime.store.spool import RunChange, SpooledUpdate, State
 # Events
 class JobArrived(msgspec.Struct, frozen=True):
     """A job came. From disk come ``known``, the state of this job's update in the spool, ``crashes`` of its bundle, and
-    ``held``: the version of the model that the job builds on is here.
+    ``held``: the version of the model that the job builds on is here. ``decline``: the device cannot afford it now.
     """
 
     now: float
@@ -22,6 +23,7 @@ class JobArrived(msgspec.Struct, frozen=True):
     known: State | None
     crashes: int
     held: bool = True
+    decline: Decline | None = None
 
 
 class JobCancelled(msgspec.Struct, frozen=True):
@@ -67,7 +69,7 @@ class PhaseBegun(msgspec.Struct, frozen=True):
 
 
 class LimitReached(msgspec.Struct, frozen=True):
-    """The running job has drawn the joules it may."""
+    """The running job, or the device on this day, has drawn the joules it may."""
 
     reason: str
 
@@ -116,11 +118,15 @@ class Connected(msgspec.Struct, frozen=True):
 
 
 class Paused(msgspec.Struct, frozen=True):
-    """Training may not run (reason), or may again (empty). ``keeps_work``: there is time to send what was trained."""
+    """Training may not run (reason), or may again (empty). ``keeps_work``: there is time to send what was trained.
+
+    ``for_s``: for about how long it may not.
+    """
 
     now: float
     reason: str
     keeps_work: bool = False
+    for_s: float = RETRY_S
 
 
 class Tick(msgspec.Struct, frozen=True):

@@ -8,8 +8,10 @@ A run has at most one update without a verdict here: a job that would make a sec
 settled. Such a job makes the agent offer the first again at once, which the coordinator answers with its verdict as
 soon as there is one; so nothing waits for a verdict that was lost on its way, and the job's deadline ends the rest.
 
-A job that meets its limit of joules, or heat, or a low battery, ends after the step that runs and sends what it
-reached. Before the first step there is nothing to send, so the worker is killed; once it encodes, it may finish.
+A job that the device cannot afford, or that comes while its owner's limits forbid training, is declined: rejected with
+the reason, and for how long it would be. One that meets its limit of joules, or heat, or a low battery, ends after the
+step that runs and sends what it reached. Before the first step there is nothing to send, so the worker is killed; once
+it encodes, it may finish.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from edge_runtime.agent.events import (
     VerdictArrived,
     WorkerCrashed,
 )
+from edge_runtime.agent.limits import Decline
 from edge_runtime.agent.pipe import Phase
 from edge_runtime.messages import BlobRef, EnergyUse, Job, JobStatus, ModelRef, UpdateId
 from edge_runtime.store.spool import SpooledUpdate, State
@@ -91,6 +94,11 @@ class Entry(msgspec.Struct):
         return self.job.epochs is not None or self.job.steps is not None
 
 
+def update_of(job: Job, device: str) -> UpdateId:
+    """The identity of the update that a job makes."""
+    return UpdateId(job.run, device, job.assignment, job.sequence)
+
+
 class OpenUpdate(msgspec.Struct):
     """An update without a verdict; ``trained``: it has bytes, and is not only an evaluation."""
 
@@ -109,6 +117,7 @@ class AgentState(msgspec.Struct):
     running: Key | None = None
     paused: str = ""  # why no training may run now (heat, battery, memory); empty: it may
     paused_at: float = 0.0
+    paused_for_s: float = 0.0
 
     @classmethod
     def restore(cls, device: str, capabilities: Capabilities, updates: Iterable[SpooledUpdate]) -> AgentState:
@@ -171,23 +180,27 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
 
 def _job_arrived(state: AgentState, event: JobArrived) -> list[Effect]:
     job, key = event.job, (event.job.run, event.job.assignment)
-    update = UpdateId(job.run, state.device, job.assignment, 0)
+    update = update_of(job, state.device)
     if event.known in ("ready", "delivered") or update in state.updates:  # a full disk may keep it out of the spool
         return [Offer(update, push=False)]
     if event.known is not None:  # a coordinator that knows this verdict no longer waits for the job
         return [_report(job, "rejected", _closed(event.known))]
     entry = state.jobs.get(key)
-    if entry is not None:
+    if entry is not None and (entry.running or entry.job.sequence == job.sequence):
         return _job_repeated(state, entry, event)
+    effects = [] if entry is None else _remove(state, key, "", report=False)  # an older one of a standing assignment
     reason = _unfit(state, event)
     if reason:
-        return [_report(job, "rejected", reason)]
+        return [*effects, _report(job, "rejected", reason)]
+    declined = _declined(state, event)
+    if declined is not None:
+        return [*effects, _report(job, "rejected", declined.reason, declined_s=declined.for_s)]
     state.crashes.pop(job.bundle.sha256, None)  # the disk knows better: a quarantine may have been lifted
     if event.crashes:
         state.crashes[job.bundle.sha256] = event.crashes
     entry = Entry(_lean(job), event.now + job.deadline_s, {blob.sha256 for blob in _blobs(job)})
     state.jobs[key] = entry
-    return [*_ask_for_verdicts(state, entry), *_fetch(job, entry.missing)]
+    return [*effects, *_ask_for_verdicts(state, entry), *_fetch(job, entry.missing)]
 
 
 def _job_repeated(state: AgentState, entry: Entry, event: JobArrived) -> list[Effect]:
@@ -239,7 +252,7 @@ def _closed(verdict: str) -> str:
 def _paused(state: AgentState, event: Paused) -> list[Effect]:
     if event.reason and not state.paused:
         state.paused_at = event.now
-    state.paused = event.reason
+    state.paused, state.paused_for_s = event.reason, event.for_s
     if event.reason and state.running is not None:
         return _end_early(state, event.reason) if event.keeps_work else [StopTraining(event.reason)]
     return _start_next(state, event.now)
@@ -259,12 +272,24 @@ def _end_early(state: AgentState, reason: str) -> list[Effect]:
 
 
 def _give_up_waiting(state: AgentState, now: float) -> list[Effect]:
-    """Jobs that a pause kept waiting too long fail, so that the coordinator can ask another device."""
+    """Jobs that a pause kept waiting too long are declined, so that the coordinator can ask another device."""
     effects: list[Effect] = []
     if state.paused and now - state.paused_at >= PAUSE_PATIENCE_S:
-        for key in [key for key, entry in state.jobs.items() if not entry.running]:
-            effects += _remove(state, key, f"training is paused here: {state.paused}")
+        for key, entry in [(key, entry) for key, entry in state.jobs.items() if not entry.running]:
+            effects += _remove(state, key, "", report=False)
+            effects.append(_report(entry.job, "rejected", _pause(state), declined_s=state.paused_for_s))
     return effects
+
+
+def _declined(state: AgentState, event: JobArrived) -> Decline | None:
+    """What the device's owner, or what it has left, forbids."""
+    if event.decline is not None:
+        return event.decline
+    return Decline(_pause(state), state.paused_for_s) if state.paused else None
+
+
+def _pause(state: AgentState) -> str:
+    return f"training is paused here: {state.paused}"
 
 
 def _unfit(state: AgentState, event: JobArrived) -> str:  # noqa: PLR0911 - one reason each
@@ -276,8 +301,6 @@ def _unfit(state: AgentState, event: JobArrived) -> str:  # noqa: PLR0911 - one 
     ):
         if name not in known:
             return f"{kind} {name!r} is not on this device (it has {', '.join(sorted(known)) or 'none'})"
-    if state.paused:
-        return f"training is paused here: {state.paused}"
     if not math.isfinite(job.deadline_s):
         return f"a deadline of {job.deadline_s} s is no duration"
     size = max(blob.size_bytes for blob in _blobs(job))
@@ -340,7 +363,7 @@ def _trained(state: AgentState, event: Trained) -> list[Effect]:
         return []
     entry = state.jobs.pop(state.running)
     state.running = None
-    update = UpdateId(entry.job.run, state.device, entry.job.assignment, 0)
+    update = update_of(entry.job, state.device)
     state.updates[update] = OpenUpdate("ready", trained=entry.trains)
     spooled = SpooledUpdate(update=update, file=event.file, blob=event.blob, meta=event.meta, key=event.key)
     effects: list[Effect] = [SpoolUpdate(spooled, event.change), Offer(update, push=True)]
@@ -398,6 +421,12 @@ def _stop_fetch(state: AgentState, missing: set[str]) -> list[Effect]:
 
 
 def _report(
-    job: Job, status: Literal["failed", "rejected"], reason: str = "", energy: EnergyUse | None = None
+    job: Job,
+    status: Literal["failed", "rejected"],
+    reason: str = "",
+    energy: EnergyUse | None = None,
+    *,
+    declined_s: float | None = None,
 ) -> Report:
-    return Report(JobStatus(run=job.run, assignment=job.assignment, status=status, reason=reason, energy=energy))
+    said = JobStatus(run=job.run, assignment=job.assignment, status=status, reason=reason, energy=energy)
+    return Report(said if declined_s is None else msgspec.structs.replace(said, declined_s=declined_s))

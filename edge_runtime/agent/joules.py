@@ -109,9 +109,9 @@ class Joules:
             self._meter.sample()  # no window is open: a better sensor that failed may take over again
             self._idle.begin(self._meter)
 
-    def job_begins(self, job: Job) -> None:
-        """From here on what is drawn counts for this job."""
-        self._limit, self._limit_told = self._limit_of(job), False
+    def job_begins(self, job: Job, day_joules: float | None = None) -> None:
+        """From here on what is drawn counts for this job; ``day_joules``: left of the device's limit for this day."""
+        self._limit, self._limit_told = self._limit_of(job, day_joules), False
         self._job_name, self._switched = f"{job.run}/{job.assignment}", False
         if self._meter is None or self._meter.source is None:
             if self._limit is not None:
@@ -249,8 +249,12 @@ class Joules:
                 *(self._job_name, name, limit, "nothing" if drawn is None else f"{drawn:.3g} J"),
             )
 
-    def _limit_of(self, job: Job) -> tuple[float, str] | None:
-        limits = [(self._job_joules, "limits.job_joules"), (job.joule_limit, "job_joules of its plan")]
+    def _limit_of(self, job: Job, day_joules: float | None) -> tuple[float, str] | None:
+        limits = [
+            (self._job_joules, "limits.job_joules"),
+            (job.joule_limit, "job_joules of its plan"),
+            (day_joules, "joules_left of limits.joules_per_day"),
+        ]
         return min(((value, name) for value, name in limits if value is not None), default=None)
 
     def _is_own(self, job: Measurement | None) -> bool:

@@ -1,4 +1,6 @@
-"""Joules of the radio, modelled from bytes: no device measures them apart.
+"""The interface of the connection: whether it is metered, and joules of the radio, modelled from bytes.
+
+No device measures the radio apart.
 
 While data flows at ``r`` Mbit/s a radio draws ``alpha * r + beta`` mW, so a megabyte costs ``8 * (alpha + beta / r)``
 mJ (Huang et al., "A close examination of performance and power characteristics of 4G LTE networks", MobiSys 2012, the
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from edge_runtime.agent.energy_config import EnergyConfig
 
 _MODEM_NAMES = ("wwan", "wwp", "rmnet", "ppp")
+_TETHERS = ("rndis_host", "ipheth", "qmi_wwan", "cdc_mbim", "huawei_cdc_ncm", "sierra_net")  # phones and modems by USB
 
 
 class Radio(NamedTuple):
@@ -61,6 +64,35 @@ def radio_of(config: EnergyConfig, local_host: str | None, root: Path) -> Radio:
     if name is None:
         return Radio(None, None, "by the interface of the connection; or set energy.radio")
     return _of_interface(name, root / "sys/class/net" / name)
+
+
+def metered_by(local_host: str | None, root: Path) -> bool | None:
+    """Whether every byte over this connection is probably paid for, by its interface.
+
+    Modems and phones on a cable are metered, other cables are not; a wireless LAN may be a phone's hot spot, so of it
+    nothing is known.
+
+    Args:
+        local_host: this end's address of the connection; None: there is none yet.
+        root: where ``sys`` is looked for.
+    """
+    name = None if local_host is None else _interface(local_host)
+    if name is None:
+        return None
+    folder = root / "sys/class/net" / name
+    if name.startswith(_MODEM_NAMES) or "DEVTYPE=wwan" in _text(folder / "uevent") or _driver(folder) in _TETHERS:
+        return True
+    if (folder / "wireless").exists() or (folder / "phy80211").exists():
+        return None
+    return False if name == "lo" or (folder / "device").exists() else None
+
+
+def _driver(folder: Path) -> str:
+    """Of the device behind an interface; empty: it has none, as a tunnel."""
+    try:
+        return (folder / "device/driver").readlink().name
+    except OSError:
+        return ""
 
 
 def _interface(local_host: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_runtime import messages, topics
+from edge_runtime.agent.rates import Throughput
 from edge_runtime.errors import EdgeError, StorageError, TransferError
 from edge_runtime.store.blobs import BlobReader, BlobStore, hash_file
 from edge_runtime.transport.transfer import WRONG_LIMIT, ChunkPump, Incoming, pack_first_chunk, unpack_chunk
@@ -36,6 +37,7 @@ class Downloads:
     Args:
         on_ready: called with the hash of a blob that is whole on disk.
         on_failed: called with the hash and the reason when a blob cannot be had.
+        rate: learns what the link carries.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Downloads:
         *,
         on_ready: Callable[[str], None],
         on_failed: Callable[[str, str], None],
+        rate: Throughput | None = None,
     ) -> None:
         self._device, self._cache, self._loop, self._link = device, cache, loop, link
+        self._rate = rate or Throughput()
         self._on_ready, self._on_failed = on_ready, on_failed
         self._incoming: dict[str, Incoming] = {}  # by half hash
         self._queue: dict[str, BlobRef] = {}  # by half hash, those whose turn is still to come
@@ -88,6 +92,8 @@ class Downloads:
             complete=lambda: self._complete(blob),
         )
         self._incoming[incoming.half_hash] = incoming
+        to_come = min(blob.size_bytes, partial.missing * blob.chunk_bytes)
+        self._rate.begins(self._loop.now(), incoming.half_hash, to_come)
         self._ask(incoming)
         if not partial.missing:  # all of it had arrived before a restart
             self._loop.call_soon(lambda: self._complete(blob))
@@ -132,6 +138,8 @@ class Downloads:
     def _end(self, sha256: str) -> None:
         incoming = self._incoming.pop(sha256[:32], None)
         if incoming is not None:
+            if incoming.partial.missing:
+                self._rate.stops()
             self._link.unsubscribe(topics.blob(sha256))
             incoming.close()
 
@@ -174,6 +182,7 @@ class Downloads:
             self._fail(blob.sha256, str(error))
             return
         self._trusted.add(blob.sha256)
+        self._rate.ends(self._loop.now(), blob.sha256[:32])
         self.stop(blob.sha256)
         self._on_ready(blob.sha256)
 
@@ -196,12 +205,24 @@ class Downloads:
 class Uploads:
     """Offers updates until the coordinator has spoken, and sends the chunks it asks for.
 
-    Where chunk 0 is all of an update, the first offer carries it and leaves hash and size to the receiver.
+    Where chunk 0 is all of an update, the first offer carries it and leaves hash and size to the receiver. ``rate``
+    learns what the link carries: an update is under way until the coordinator says that it has all of it.
     """
 
-    def __init__(self, device: str, spool: Spool, loop: Loop, link: Link, *, pump: ChunkPump, random: Random) -> None:
+    def __init__(
+        self,
+        device: str,
+        spool: Spool,
+        loop: Loop,
+        link: Link,
+        *,
+        pump: ChunkPump,
+        random: Random,
+        rate: Throughput | None = None,
+    ) -> None:
         self._device, self._spool, self._loop, self._link = device, spool, loop, link
         self._pump, self._random = pump, random
+        self._rate = rate or Throughput()
         self._waiting: dict[UpdateId, tuple[Timer, float]] = {}
 
     def offer(self, update: UpdateId, *, push: bool, wait_s: float = OFFER_FIRST_S) -> None:
@@ -225,6 +246,8 @@ class Uploads:
             whole = bool(first) and blob.size_bytes <= blob.chunk_bytes
             message = messages.UpdateOffer(update=update, blob=None if whole else blob, meta=spooled.meta, first=first)
             self._link.publish(topics.from_device(self._device, "message"), messages.encode(message))
+            if first:
+                self._rate.begins(self._loop.now(), update, blob.size_bytes)
         except EdgeError as error:
             log.error("update %s cannot be offered: %s", update, error)  # noqa: TRY400 - one line for the user
             return
@@ -258,6 +281,7 @@ class Uploads:
 
     def delivered(self, update: UpdateId) -> None:
         """The coordinator has the bytes: stop sending them, go on waiting for the verdict."""
+        self._rate.ends(self._loop.now(), update)
         spooled = self._spool.get(update)
         if spooled is not None:
             self._pump.forget(spooled.blob.sha256)

@@ -151,6 +151,12 @@ class Spool:
         rows = self._rows(_ONE, msgspec.structs.astuple(update))
         return rows[0] if rows else None
 
+    def last_sequence(self, run: str, assignment: str) -> int | None:
+        """The highest number that an update of an assignment has here, whatever became of it; None: there is none."""
+        query = "SELECT max(sequence) FROM updates WHERE run=? AND assignment=?"
+        found = self._execute(query, (run, assignment)).fetchone()[0]
+        return None if found is None else int(found)
+
     def open_updates(self) -> list[SpooledUpdate]:
         """Updates without a verdict, oldest first."""
         return self._rows("WHERE state IN ('ready', 'delivered') ORDER BY rowid", ())

@@ -70,6 +70,16 @@ def test_check_says_what_joules_would_come_from(agent, capsys):
         assert "energy: refused: thor: " in out
 
 
+def test_check_says_which_limits_are_in_force(agent, capsys):
+    """As agent.toml has them; none is said too."""
+    assert "limits: none" in run(agent, capsys, "check")[1]
+    limits = '[limits]\nonly_when_charging = true\nhours = "22:00-06:00"\nbattery_reserve_percent = 30\n'
+    (agent / "agent.toml").write_text(AGENT + limits)
+    said = ["only_when_charging = true", 'hours = "22:00-06:00"', "battery_reserve_percent = 30"]
+    assert "limits: " + ", ".join(said) in run(agent, capsys, "check")[1]
+    assert json.loads(run(agent, capsys, "check", "--json")[1])["limits"] == said
+
+
 def test_check_refuses_a_state_folder_that_run_would_refuse(agent, capsys):
     """A file in its place, or a spool of newer software; a folder that is not there yet is no fault, and not made."""
     assert run(agent, capsys, "check")[0] == 0

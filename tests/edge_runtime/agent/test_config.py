@@ -52,6 +52,18 @@ def test_energy_has_defaults_and_paths_of_its_own(tmp_path):
     assert config.limits.job_joules == 100.0
 
 
+def test_limits_link_and_telemetry_have_defaults(tmp_path):
+    """Without them nothing is forbidden, the link is looked at, and no file is read."""
+    config = load(tmp_path, GOOD)
+    assert (config.limits.hours, config.limits.only_when_charging, config.limits.battery_reserve_percent) == (
+        *(None, False, None),
+    )
+    assert (config.link.metered, config.telemetry.file, config.heartbeat_interval_s) == ("auto", None, 50.0)
+    text = '[link]\nmetered = true\n[telemetry]\nfile = "gauges.json"\n[energy]\nsensor = "none"\n[limits]\n'
+    config = load(tmp_path, GOOD.replace("[limits]\n", text + 'hours = "22:00-06:00"\njoules_per_day = 500\n'))
+    assert (config.link.metered, config.telemetry.file) == (True, str(tmp_path / "gauges.json"))
+
+
 def test_password_is_read_anew_and_belongs_to_the_device(tmp_path):
     """The password file is read at every connection; without a user name the device's name is it."""
     settings = link_settings(load(tmp_path, GOOD))
@@ -105,6 +117,20 @@ def test_password_is_read_anew_and_belongs_to_the_device(tmp_path):
         ("[limits]", "[energy]\nidle_watts = 1\nbusy_watts = inf\n[limits]", r"energy\.busy_watts = inf"),
         ("[limits]", '[energy.plug]\nurl = "mqtt://a"\nkind = "kasa"\ntopic = "t"\n[limits]', r"energy\.plug\.kind"),
         ("[limits]", '[energy]\nsensor = "none"\n[limits]\njob_joules = 9', r"limits\.job_joules cannot be kept with"),
+        ("worker_nice = 5", 'hours = "22-6"', r'limits\.hours = "22-6" is no list of hours; write "22:00-06:00, 12:00'),
+        ("worker_nice = 5", 'hours = "08:00-08:00"', r'"08:00-08:00" is no span of a day; write "00:00-24:00"'),
+        ("worker_nice = 5", 'hours = "20:00-24:30"', r'"20:00-24:30" is no span of a day'),
+        ("worker_nice = 5", "battery_reserve_percent = 101", r"battery_reserve_percent must be a number <= 100"),
+        ("worker_nice = 5", "data_mb_per_month = 0", r"limits\.data_mb_per_month must be a number > 0"),
+        ("worker_nice = 5", 'only_when_charging = "yes"', r"only_when_charging is text in quotes, but must be true"),
+        (
+            "[limits]",
+            '[energy]\nsensor = "none"\n[limits]\njoules_per_day = 9',
+            r"limits\.joules_per_day cannot be kept",
+        ),
+        ("[limits]", "[energy]\nbattery_wh = 0\n[limits]", r"energy\.battery_wh must be a number > 0"),
+        ("[limits]", '[link]\nmetered = "maybe"\n[limits]', r"link\.metered"),
+        ("[limits]", '[telemetry]\nfiles = "t.json"\n[limits]', r"'files' in \[telemetry\]; did you mean 'file'"),
         ("worker_nice = 5", "job_joules = 0", r"limits\.job_joules must be a number > 0"),
         ('device = "pi-7"', 'device = "pi 7"', "device name 'pi 7'"),
         ('device = "pi-7"', "", "device"),

@@ -14,10 +14,9 @@ pytest.importorskip("numpy")
 
 from edge_runtime import messages, topics
 from edge_runtime.agent import daemon, events, pipe, transfers
-from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig
+from edge_runtime.agent.config import AgentConfig, BrokerConfig, LimitsConfig, TelemetryConfig
 from edge_runtime.agent.daemon import Agent
 from edge_runtime.agent.energy_config import EnergyConfig
-from edge_runtime.agent.health import unhealthy
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.messages import BlobRef, Job, ModelRef, UpdateMeta
@@ -38,31 +37,6 @@ def config(folder, url: str = "mqtt://localhost:1", **fields) -> AgentConfig:
         "data": [DatasetConfig(name="digits", path="digits.npz")],
     }
     return AgentConfig(**values | fields)
-
-
-def measured(**fields) -> messages.Telemetry:
-    return messages.Telemetry(uptime_s=1.0, clock_unix_s=1.0, **fields)
-
-
-@pytest.mark.parametrize(
-    ("limits", "values", "said"),
-    [
-        ({"max_temperature_c": 80.0}, {"temperature_c": 81.0}, "max_temperature_c = 80"),
-        ({"max_temperature_c": 80.0}, {"temperature_c": 80.0}, ""),
-        ({"max_temperature_c": 80.0}, {}, ""),
-        ({"min_battery_percent": 30.0}, {"battery_percent": 29.0}, "min_battery_percent = 30"),
-        ({"min_battery_percent": 30.0}, {"battery_percent": 29.0, "on_external_power": False}, "min_battery_percent"),
-        ({"min_battery_percent": 30.0}, {"battery_percent": 29.0, "on_external_power": True}, ""),
-        ({"min_free_memory_mb": 100.0}, {"free_memory_bytes": 99_000_000}, "99 MB"),
-        ({"min_free_memory_mb": 100.0}, {"free_memory_bytes": 101_000_000}, ""),
-        ({}, {"temperature_c": 200.0, "battery_percent": 0.0, "free_memory_bytes": 0}, ""),
-    ],
-)
-def test_unhealthy_by_the_limits_of_the_configuration(tmp_path, limits, values, said):
-    """Only a limit that is set and a value that was measured can pause training, and the reason names the limit."""
-    found = unhealthy(measured(**values), config(tmp_path, limits=LimitsConfig(**limits)))
-    assert said in (found.reason if found else "")
-    assert bool(said) == bool(found)
 
 
 def test_second_agent_on_one_folder_is_refused(tmp_path):
@@ -294,8 +268,8 @@ def test_models_that_others_build_on_are_kept(world):
     world.until(lambda: world.requests)
     world.tell(world.job("a2", model=ModelRef(base=4, **chain)))
     world.until(lambda: ("run", "a2") in agent.state.jobs)
-    assert agent._pinned("run") == [3, 4]
-    assert agent._pinned("other") == []
+    assert agent.files.pinned("run") == [3, 4]
+    assert agent.files.pinned("other") == []
 
 
 def test_large_update_is_offered_with_its_hash(world):
@@ -613,9 +587,13 @@ def test_held_models_share_the_quota_of_the_cache(world):
 def test_heat_pauses_and_says_so_once(tmp_path, caplog):
     """While it is too hot no job starts; the log says it when it begins and when it ends, not at every reading."""
     caplog.set_level(logging.INFO, "edge.agent")
-    agent = Agent(config(tmp_path, limits=LimitsConfig(max_temperature_c=60.0)))
+    path = tmp_path / "telemetry.json"
+    path.write_text("{}")
+    told = TelemetryConfig(file=str(path))
+    agent = Agent(config(tmp_path, limits=LimitsConfig(max_temperature_c=60.0), telemetry=told))
     for heat in (61.0, 62.0, 63.0, 50.0, 50.0):
-        agent._check_health(measured(temperature_c=heat))
+        path.write_text(f'{{"temperature_c": {heat}}}')
+        agent._check_limits()
         assert bool(agent.state.paused) == (heat > 60)
     assert caplog.text.count("training paused") == caplog.text.count("training may run again") == 1
     agent.close()
@@ -654,7 +632,7 @@ def test_sample_counts_are_announced_when_they_are_news(world, monkeypatch):
     agent._announce()
     agent._samples["digits"] = 500
     agent._tick()
-    assert agent._announced_samples == {"digits": 1}
+    assert agent._announced == {"digits": 1}
 
 
 def test_two_agents_with_one_name_are_told(world, tmp_path, caplog):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.agent import jobs as j
+from edge_runtime.agent.limits import Decline
 from edge_runtime.messages import BlobRef, EnergyUse, Job, ModelRef, UpdateId, UpdateMeta
 from edge_runtime.store.spool import RunChange, SpooledUpdate
 
@@ -161,17 +162,53 @@ def test_paused_device_rejects_jobs_with_the_reason():
     assert len(state.jobs) == 1
 
 
-def test_jobs_that_a_pause_keeps_waiting_fail_after_a_minute():
-    """Waiting jobs stay for a minute, a pause may be short; then they fail with the reason of now."""
+def test_jobs_that_a_pause_keeps_waiting_are_declined_after_a_minute():
+    """Waiting jobs stay for a minute, a pause may be short; then they go back with the reason of now, as declined."""
     state = fresh()
     arrive(state, now=0.0)
     j.step(state, j.Paused(10.0, "hot"))
-    j.step(state, j.Paused(60.0, "hotter"))
+    j.step(state, j.Paused(60.0, "hotter", for_s=120.0))
     assert reports(j.step(state, j.Tick(69.0))) == []
     effects = j.step(state, j.Tick(70.0))
-    assert reports(effects) == [("a1", "failed")]
+    assert reports(effects) == [("a1", "rejected")]
     assert "paused here: hotter" in effects[-1].status.reason
+    assert effects[-1].status.declined_s == 120.0
     assert state.jobs == {}
+
+
+def test_job_that_cannot_be_afforded_is_declined():
+    """What the daemon found too dear goes back with its reason and for how long; what is here already is offered."""
+    state = fresh()
+    too_dear = Decline("the battery would be empty", 900.0)
+    (effect,) = j.step(state, j.JobArrived(0.0, job(), None, 0, True, too_dear))
+    said = effect.status
+    assert (said.status, said.reason, said.declined_s) == ("rejected", "the battery would be empty", 900.0)
+    assert state.jobs == {}
+    assert j.step(state, j.JobArrived(0.0, job(), "ready", 0, True, too_dear)) == [j.Offer(update(), push=False)]
+    (effect,) = j.step(state, j.JobArrived(0.0, job(dataset="faces"), None, 0, True, too_dear))
+    assert effect.status.declined_s is None  # it could never be done here
+
+
+def test_updates_of_one_assignment_have_numbers():
+    """Jobs of a standing assignment follow each other under one name; each makes the update with its own number."""
+    state = fresh()
+    for number in (4, 5):
+        running(state, job(sequence=number))
+        (spool, *_) = trained(state)
+        assert spool.update.update == UpdateId("run", "dev", "a1", number)
+        j.step(state, j.VerdictArrived(1.0, spool.update.update, True, ""))
+
+
+def test_a_newer_number_takes_the_place_of_a_waiting_one():
+    """Of one standing assignment at most one job waits; the running one is left alone."""
+    state = fresh()
+    arrive(state, job(sequence=1))
+    effects = arrive(state, job(model="n", sequence=2))
+    assert j.StopFetch(blob("m").sha256) in effects
+    assert [entry.job.sequence for entry in state.jobs.values()] == [2]
+    ready(state, "b", "n")
+    assert arrive(state, job(model="n", sequence=3)) == []
+    assert [entry.job.sequence for entry in state.jobs.values()] == [2]
 
 
 def test_lifted_quarantine_starts_counting_anew():

@@ -53,12 +53,12 @@ class Eafl(Oort):
         """Oort's score and the charge, weighed."""
         oort = spread(super().exploit(table, tried, speed, marks))
         weight = self.options["weight"]
-        charge = self._after(table)[tried]
+        charge = np.maximum(self._after(table)[tried], 0.0)
         return np.asarray((weight * oort + (1.0 - weight) * charge) * table.fade[tried])
 
     def explore(self, table: Table, new: Rows, speed: Column) -> Column:
         """Oort's weight times the charge."""
-        return np.asarray(super().explore(table, new, speed) * self._after(table)[new])
+        return np.asarray(super().explore(table, new, speed) * np.maximum(self._after(table)[new], 0.0))
 
     def _after(self, table: Table) -> Column:
         return table.charge_after(table.joules(table.steps))

@@ -30,7 +30,8 @@ def utility(table: Table, rows: Rows) -> Column:
     NaN where the loss is not known.
     """
     worth = (table.samples * table.loss_rms)[rows]
-    bounded = np.minimum(clipped(worth), UTILITY_BOUND * median(worth, 1.0))
+    bound = UTILITY_BOUND * median(worth, 0.0)
+    bounded = np.minimum(clipped(worth), bound if bound > 0.0 else np.inf)
     greatest = np.nanmax(bounded) if np.isfinite(bounded).any() else 0.0
     return bounded / greatest if greatest > 0.0 else np.where(np.isnan(bounded), np.nan, 1.0)
 

@@ -33,7 +33,7 @@ class Oort:
 
     Other than the released code: the cut-off is the paper's 95 %, not 5 %; utilities come from all batches; failures
     lower the score for some rounds; the blacklist holds at most its share, and the rank that just is in always exists;
-    exploration decays by rounds, not by calls, and its places are rounded at random, so that single places explore, too.
+    exploration decays by rounds, not by calls, and its places are rounded at random, so single places explore, too.
 
     Options:
         exploration, exploration_decay, exploration_least: the share is ``max(least, exploration * decay^round)``.

@@ -208,8 +208,8 @@ class Table:
         return np.asarray(steps * self.step_j + (up * up_j + self.request.down_bytes * down_j) / 1e6)
 
     def charge_after(self, joules: Column) -> Column:
-        """Share of the battery left after a job, not under 0; 1 for devices that do not draw on one."""
-        left = np.maximum(filled(self.charge, UNKNOWN_CHARGE) - joules / self.capacity_j, 0.0)
+        """Share of the battery left after a job, under 0 where it would not do; 1 for those that draw on none."""
+        left = filled(self.charge, UNKNOWN_CHARGE) - joules / self.capacity_j
         return np.where(self.on_battery, left, 1.0)
 
     # What the run knows of them.
@@ -232,8 +232,8 @@ class Table:
     def fade(self) -> Column:
         """Factor for devices that failed, 1 for others: ``1 / (1 + f)``, and failures are forgotten.
 
-        ``f = failures * 0.5^(age / 10)`` with the rounds since it was asked last: whoever failed has its full weight again
-        in time, and is never left out for ever.
+        ``f = failures * 0.5^(age / 10)`` with the rounds since it was asked last: whoever failed has its full weight
+        again in time, and is never left out for ever.
         """
         age = np.clip(self.request.round - self.last_round, 0.0, 1e4)
         return np.asarray(1.0 / (1.0 + self.failures * 0.5 ** (age / FORGIVEN_ROUNDS)))

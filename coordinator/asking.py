@@ -37,19 +37,22 @@ def candidates(state: RunState, work: Work, fleet: FleetView) -> list[str]:
     there = (fleet.arrivals(state.need), clock.freed)
     if clock.nobody is not None and clock.nobody[:2] == there and work.now < clock.nobody[2]:
         return []
-    waiting = {update.device for update in state.pending}
-    asked = state.asked if state.mode == "synchronous" else ()
-    free = set(fleet.eligible(state.need)).difference(state.busy, asked, waiting)
-    found, first = [], math.inf
-    for device in free:
-        row = state.histories.get(device)
-        if row is None or row.not_before_unix_s <= work.now:
-            found.append(device)
-        else:
-            first = min(first, row.not_before_unix_s)
-    clock.nobody = None if found else (*there, first)
-    found.sort()
+    taken = _taken(state, work.now)
+    found = [name for name in fleet.names(state.need) if name not in taken]
+    if found:
+        clock.nobody = None
+        return found
+    ends = (row.not_before_unix_s for row in state.histories.values() if row.not_before_unix_s > work.now)
+    clock.nobody = (*there, min(ends, default=math.inf))
     return found
+
+
+def _taken(state: RunState, now: float) -> set[str]:
+    """Devices that may not be asked now."""
+    asked = state.asked if state.mode == "synchronous" else ()
+    waiting = (update.device for update in state.pending)
+    left_alone = (name for name, row in state.histories.items() if row.not_before_unix_s > now)
+    return {*state.busy, *asked, *waiting, *left_alone}
 
 
 def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: int) -> tuple[int, int]:
@@ -63,12 +66,12 @@ def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: i
     request = _request(state, free, min(count, len(free)), memory)
     selection = state.selector.select(work.now, fleet, request)
     run.selector_memory = memory
-    busy = why_busy(state, work.now, set(fleet.eligible(state.need)).difference(free))
+    eligible, taken = fleet.eligible(state.need), _taken(state, work.now)
+    busy = why_busy(state, work.now, taken.intersection(eligible))
     chosen: dict[str, Choice] = {}
-    there = set(free)
     for choice in selection.choices[: request.count]:
-        if choice.device in there:  # a selector cannot ask a device twice, nor one that is not free
-            there.discard(choice.device)
+        if choice.device in eligible and choice.device not in taken:  # nobody twice, and nobody who is not free
+            taken.add(choice.device)
             chosen[choice.device] = choice
     mean = _mean_samples(state, fleet)
     for choice in chosen.values():

@@ -107,6 +107,15 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--watch", action="store_true", help="follow the run until it has ended")
     add("runs", cli_status.runs, "list all runs", "edge-coordinator runs --json")
     add("devices", cli_status.devices, "list the devices", "edge-coordinator devices")
+    sub = add(
+        "explain",
+        commands.explain,
+        "say why each device was chosen for a round, or not",
+        "edge-coordinator explain digits-1 3 --device device-a",
+    )
+    sub.add_argument("run", help="the run")
+    sub.add_argument("round", type=_round, help="the round, counted from 1; of the last 100")
+    sub.add_argument("--device", metavar="NAME", help="only this device")
     sub = add("model", commands.model, "write a trained model to a file", "edge-coordinator model digits-1 -o out.onnx")
     sub.add_argument("run", help="the run")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="FILE.onnx or FILE.safetensors")
@@ -122,6 +131,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("run", help="the run; its plan must say retain_updates = 'all'")
     return parser
+
+
+def _round(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no round; they count from 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,18 @@ def submit(options: argparse.Namespace) -> int:
     return watch(store, run, as_json=options.json)
 
 
+def explain(options: argparse.Namespace) -> int:
+    """Says why each device was chosen for a round, or not."""
+    from coordinator.explain import explanation, explanation_lines
+
+    told = explanation(open_store(options), options.run, options.round - 1, options.device)
+    if options.json:
+        print_json({"run": options.run, "selections": told})
+    else:
+        print("\n".join(explanation_lines(told, options.run)))
+    return 0
+
+
 def stop(options: argparse.Namespace) -> int:
     """Asks the server to end a run."""
     store = open_store(options)

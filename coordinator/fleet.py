@@ -18,7 +18,7 @@ from coordinator.ledger import LONGEST_TEXT
 from edge_runtime.messages import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from coordinator.plan import Plan
     from edge_runtime.messages import DatasetInfo, DeviceState, EnergySource, Heartbeat
@@ -116,6 +116,10 @@ class FleetView(Protocol):
         """Names of the devices that are online, not in conflict, and announced all that is needed."""
         ...
 
+    def names(self, need: Requirement) -> Sequence[str]:
+        """The eligible devices, sorted."""
+        ...
+
     def unfit_reasons(self, need: Requirement) -> Mapping[str, str]:
         """Why each other device cannot take part."""
         ...
@@ -142,6 +146,9 @@ class Fleet:
 
     def eligible(self, need: Requirement) -> Collection[str]:
         return self._by(need).fit
+
+    def names(self, need: Requirement) -> Sequence[str]:
+        return self._by(need).names()
 
     def unfit_reasons(self, need: Requirement) -> Mapping[str, str]:
         return self._by(need).unfit
@@ -243,22 +250,30 @@ class Fleet:
 class _Sorted:
     """All devices for one requirement: who is fit, and why the others are not."""
 
-    __slots__ = ("arrivals", "fit", "unfit")
+    __slots__ = ("_names", "arrivals", "fit", "unfit")
 
     def __init__(self) -> None:
+        self._names: list[str] | None = []
         self.fit: set[str] = set()
         self.unfit: dict[str, str] = {}
         self.arrivals = 0
 
     def put(self, device: Device, need: Requirement) -> None:
-        reason = unfit(device, need)
+        reason, known = unfit(device, need), device.name in self.fit
         if reason:
-            self.fit.discard(device.name)
             self.unfit[device.name] = reason
-        elif device.name not in self.fit:
+            self.fit.discard(device.name)
+        elif not known:
             self.unfit.pop(device.name, None)
             self.fit.add(device.name)
             self.arrivals += 1
+        if known == bool(reason):
+            self._names = None
+
+    def names(self) -> list[str]:
+        if self._names is None:
+            self._names = sorted(self.fit)
+        return self._names
 
 
 def unfit(device: Device, need: Requirement) -> str:

@@ -8,12 +8,14 @@ from coordinator.budget import FLOAT_BYTES
 from coordinator.evaluation_numbers import accuracy, mean_loss
 from coordinator.fleet import requirement, unfit_row
 from coordinator.ledger import energy_totals, grouped, ledger_entry
+from edge_runtime.messages import DECLINES
 
 if TYPE_CHECKING:
     from coordinator.events import DeviceRow, RoundRow, RunRow
     from coordinator.ledger import EnergySums
     from coordinator.store import Store
     from coordinator.store.store import StoredRun
+    from edge_runtime.messages import Heartbeat
 
 _HEARTBEAT = (  # what is shown of it
     "battery_percent",
@@ -42,7 +44,7 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
     is in no ratio of the run and has none),
     ``encode_cpu_ms`` and ``written_bytes`` (means per update, as devices reported them), ``elements`` (of the model),
     ``seconds`` (to the end, to ``now`` for a running run if given, else to the last round), ``devices`` (that were
-    asked), ``updates`` by verdict, ``energy`` (of all jobs that reported their end; see
+    asked), ``declined_jobs``, ``updates`` by verdict, ``energy`` (of all jobs that reported their end; see
     :func:`coordinator.ledger.energy_totals`), ``stopped_jobs`` (that trained less than was asked), and ``history`` with
     one entry per round, its energy being that of the jobs which this round gave out. What was not measured is None.
 
@@ -67,6 +69,7 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
         "rounds": len(rounds),
         "rounds_planned": stored.plan.rounds,
         "version": row.version,
+        "mode": stored.plan.participation.mode,
         "accuracy": _latest(history, "accuracy") if measured else initial,
         "best_accuracy": max(measured, default=initial),
         "initial_accuracy": initial,
@@ -78,6 +81,7 @@ def run_summary(store: Store, run: str, *, now: float | None = None) -> dict[str
         "seconds": end - row.submitted_unix_s,
         "samples": sum(entry.samples for entry in rounds),
         "devices": store.participants(run),
+        "declined_jobs": store.declined(run),
         "updates": {"counted": 0, "refused": 0, "pending": 0, **store.update_counts(run)},
         "late_updates": sum(entry.late_updates for entry in rounds),
         **_energy(energy),
@@ -98,22 +102,32 @@ def run_ledger(store: Store, run: str, *, ended_early: int | None = None) -> lis
 
 
 def round_progress(store: Store, stored: StoredRun) -> dict[str, int]:
-    """The open round: devices ``asked``, and how many of them have ``delivered``, ``failed`` or are ``open``."""
-    rows = store.assignments(stored.row.run, stored.row.round)
-    counts = {"asked": len(rows), "delivered": 0, "failed": 0, "open": 0}
+    """The open round: devices ``asked``, and how many of them ``delivered``, ``failed``, ``declined``, are ``open``.
+
+    In a run without rounds ``open`` are all that are at work or hold a standing assignment, and ``delivered`` the
+    updates that the next model will be made of.
+    """
+    run, round_ = stored.row.run, stored.row.round
+    rows = store.assignments(run, round_)
+    counts = {"asked": len(rows), "delivered": 0, "failed": 0, "declined": 0, "open": 0}
     for row in rows:
-        key = {"received": "delivered", "open": "open"}.get(row.status, "failed")
+        key = {"received": "delivered", "open": "open", "declined": "declined"}.get(row.status, "failed")
         counts[key] += 1
+    if stored.plan.participation.mode != "synchronous":
+        counts["open"], counts["delivered"] = store.open_assignments(run), store.updates_waiting(run, round_)
     return counts
 
 
 def failures(store: Store, stored: StoredRun) -> list[dict[str, Any]]:
-    """Jobs of the open round, or of the last one, that ended without an update: ``device``, ``round``, ``reason``."""
+    """Jobs of the open round, or of the last one, that ended without an update: ``device``, ``round``, ``reason``.
+
+    ``declined``: the device did not begin, because of its owner's limits.
+    """
     last = min(stored.row.round, stored.plan.rounds - 1)
     return [
-        {"device": row.device, "round": row.round, "reason": row.reason}
+        {"device": row.device, "round": row.round, "reason": row.reason, "declined": row.status == "declined"}
         for row in store.assignments(stored.row.run, last)
-        if row.status == "failed"
+        if row.status in ("failed", "declined")
     ]
 
 
@@ -134,11 +148,18 @@ def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:
         "last_contact_unix_s": row.last_contact_unix_s,
         "platform": row.state.platform,
         "datasets": {entry.name: entry.samples for entry in row.state.datasets},
-        "heartbeat": None if heartbeat is None else {name: getattr(heartbeat, name) for name in _HEARTBEAT},
+        "heartbeat": None if heartbeat is None else _heartbeat(heartbeat),
         "energy_source": None if source is None else {name: getattr(source, name) for name in _SOURCE},
         "conflict": row.conflict,
         "unfit": unfit,
     }
+
+
+def _heartbeat(heartbeat: Heartbeat) -> dict[str, Any]:
+    """``declines`` is the owner's limit for which the device would decline any job now; empty: none."""
+    code = heartbeat.declines
+    limit = DECLINES[code] if code < len(DECLINES) else "a limit that this version does not know"
+    return {**{name: getattr(heartbeat, name) for name in _HEARTBEAT}, "declines": limit}
 
 
 def _costs(rounds: list[RoundRow], elements: int, run: RunRow | None = None) -> dict[str, Any]:

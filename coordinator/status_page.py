@@ -22,6 +22,7 @@ from coordinator.wording import (
 if TYPE_CHECKING:
     from coordinator.store import Store
 
+_HEARTBEAT = ("battery", "heat", "link", "available")  # columns that show what devices say of themselves
 _SHOWN_ROUNDS = 10
 _SHOWN_DEVICES = 12
 _SHOWN_FAILURES = 5
@@ -47,7 +48,10 @@ def page(store: Store, run: str, width: int | None = None) -> list[str]:
     if summary["stopped_jobs"]:
         lines += _early_lines(run_ledger(store, run, ended_early=_SHOWN_EARLY), summary["stopped_jobs"])
     failed = failures(store, stored)
-    lines += [f"  {entry['device']} failed: {entry['reason']}" for entry in failed[-_SHOWN_FAILURES:]]
+    lines += [
+        f"  {entry['device']} {'declined' if entry['declined'] else 'failed'}: {entry['reason']}"
+        for entry in failed[-_SHOWN_FAILURES:]
+    ]
     if summary["history"]:
         lines += ["", *_round_table(summary["history"][-_SHOWN_ROUNDS:], width)]
         if not summary["bytes_complete"]:
@@ -99,17 +103,21 @@ def phase(store: Store, run: str) -> str:
         wanted = stored.plan.participation.target
         return f"round {row.round + 1} waits for devices: {len(fit)} fit, {wanted} wanted"
     if row.phase == "open":
-        counts = round_progress(store, stored)
+        counts, rules = round_progress(store, stored), stored.plan.participation
+        declined = f", {counts['declined']} declined" if counts["declined"] else ""
+        anarchic = rules.mode == "anarchic"
         return (
-            f"round {row.round + 1}: {counts['delivered']} of {counted(stored.plan.participation.target, 'update')}, "
-            f"{counted(counts['open'], 'device')} at work, {counts['failed']} failed, attempt {row.attempt + 1}"
+            f"{'round' if rules.mode == 'synchronous' else f'{rules.mode}, model'} {row.round + 1}: "
+            f"{counts['delivered']} of {counted(rules.target, 'update')}, {counted(counts['open'], 'device')} "
+            f"{'with a standing assignment' if anarchic else 'at work'}, {counts['failed']} failed{declined}"
+            + (f", attempt {row.attempt + 1}" if rules.mode == "synchronous" else "")
         )
     return "makes the next model" if row.phase == "aggregating" else "evaluates the last model"
 
 
 def device_table(report: list[dict[str, Any]], now: float, *, lives: bool) -> list[str]:
-    """One line per device; the columns about energy are there if any device knows something of it."""
-    rows = [["device", "state", "last contact", "energy", "sensor", "datasets", "note"]]
+    """One line per device; columns of which no device knows anything are left out."""
+    rows = [["device", "state", "last contact", *_HEARTBEAT, "energy", "sensor", "datasets", "note"]]
     for entry in report:
         datasets = ", ".join(
             name if count is None else f"{name} ({count})" for name, count in entry["datasets"].items()
@@ -119,13 +127,44 @@ def device_table(report: list[dict[str, Any]], now: float, *, lives: bool) -> li
                 entry["device"],
                 ("online" if entry["online"] else "offline") if lives else "unknown",
                 f"{max(0.0, now - entry['last_contact_unix_s']):.0f} s ago",
+                *_heartbeat_words(entry["heartbeat"]),
                 energy_words(entry["energy"]) if "energy" in entry else "-",
                 source_words(entry["energy_source"]),
                 datasets,
-                entry["conflict"] or (entry["unfit"] if entry["online"] else ""),
+                entry["conflict"] or (_note(entry) if entry["online"] else ""),
             ]
         )
-    return table(_without(rows, [name for name in ("energy", "sensor") if _is_empty(rows, name)]))
+    return table(_without(rows, [name for name in (*_HEARTBEAT, "energy", "sensor") if _is_empty(rows, name)]))
+
+
+def _note(entry: dict[str, Any]) -> str:
+    limit = "" if entry["heartbeat"] is None else entry["heartbeat"]["declines"]
+    return entry["unfit"] or (f"declines jobs: {limit}" if limit else "")
+
+
+def _heartbeat_words(heartbeat: dict[str, Any] | None) -> list[str]:
+    """Battery, temperature, link and availability, as the device says; "-" for what it cannot know."""
+    if heartbeat is None:
+        return ["-"] * len(_HEARTBEAT)
+    battery, heat, margin = (heartbeat[key] for key in ("battery_percent", "temperature_c", "temperature_margin_c"))
+    plugged = {True: " plugged in", False: "", None: ""}[heartbeat["on_external_power"]]
+    link = "-"
+    if heartbeat["up_kbit_s"] is not None or heartbeat["down_kbit_s"] is not None:
+        up, down = (_rate(heartbeat[key]) for key in ("up_kbit_s", "down_kbit_s"))
+        link = f"{up} up, {down} down"
+    if heartbeat["link_metered"]:
+        link = "metered" if link == "-" else f"{link}, metered"
+    likely = heartbeat["availability_percent"]
+    return [
+        ("-" if not plugged else plugged.strip()) if battery is None else f"{battery} %{plugged}",
+        "-" if heat is None else f"{heat} C" + ("" if margin is None else f", {margin} below its cap"),
+        link,
+        "-" if likely is None else f"{likely} %",
+    ]
+
+
+def _rate(kbit_s: float | None) -> str:
+    return "?" if kbit_s is None else f"{kbit_s / 1000:.3g} Mbit/s"
 
 
 def figures(summary: dict[str, Any]) -> list[str]:

@@ -315,6 +315,13 @@ class Store:
         wanted = sa.select(u).where(u.c.run == run, u.c.counted_round == round_, u.c.verdict == "counted")
         return sorted((convert.UPDATES.row(entry) for entry in self._select(wanted)), key=lambda row: row.update)
 
+    def updates_of_round(self, run: str, round_: int) -> list[UpdateRow]:
+        """The updates of the assignments that one round made, whenever they came."""
+        u, a = tables.updates, tables.assignments
+        names = sa.select(a.c.assignment).where(a.c.run == run, a.c.round == round_)
+        wanted = sa.select(u).where(u.c.run == run, u.c.assignment.in_(names))
+        return sorted((convert.UPDATES.row(entry) for entry in self._select(wanted)), key=lambda row: row.update)
+
     def update_counts(self, run: str) -> dict[str, int]:
         """How many updates of a run are counted, refused and pending."""
         u = tables.updates
@@ -371,6 +378,23 @@ class Store:
         a = tables.assignments
         wanted = sa.select(a.c.assignment, a.c.role).where(a.c.run == run, a.c.role != "trainer")
         return {entry["assignment"]: entry["role"] for entry in self._select(wanted)}
+
+    def open_assignments(self, run: str) -> int:
+        """How many assignments of a run are open, standing ones too."""
+        return self._count(tables.assignments, run, tables.assignments.c.status == "open")
+
+    def updates_waiting(self, run: str, round_: int) -> int:
+        """How many updates wait for the model of this round."""
+        u = tables.updates
+        return self._count(u, run, (u.c.counted_round == round_) & (u.c.verdict == "pending"))
+
+    def declined(self, run: str) -> int:
+        """How many jobs of a run their devices declined."""
+        return self._count(tables.assignments, run, tables.assignments.c.status == "declined")
+
+    def _count(self, table: sa.Table, run: str, condition: Any) -> int:
+        wanted = sa.select(sa.func.count().label("n")).select_from(table).where(table.c.run == run, condition)
+        return int(self._select(wanted)[0]["n"])
 
     def participants(self, run: str) -> int:
         """How many different devices were asked by a run."""

@@ -18,6 +18,7 @@ import msgspec
 
 import edge_runtime
 from coordinator.background import DISK_RETRY_S
+from coordinator.device_news import DeviceNews
 from coordinator.errors import StoreError
 from coordinator.executors.local import LocalExecutor
 from coordinator.fleet import Fleet
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.coordinator")
 
 DEVICE_SAVE_S = 1.0
+DEVICE_SAVE_AGAIN_S = 0.1  # where many devices have news, so that their messages are handled in between
 BROKER_CHECK_S = 1.0
 
 
@@ -68,13 +70,13 @@ class Coordinator:
         self._connection_file = folder / "connection.json"  # there while this server can be reached
         self.fleet = Fleet()
         self._session = os.urandom(8).hex()
-        self._dirty_devices: set[str] = set()
         self._next_heartbeat_s = 0.0
         with ExitStack() as undo:
             lock = lock_folder(folder, "another coordinator runs on this state folder; stop it, or name another folder")
             undo.callback(os.close, lock)
             self.store = Store(folder, settings.database_url)
             undo.callback(self.store.close)
+            self._news = DeviceNews(self.fleet, self.store.save)
             self.store.blobs.sweep()
             self._connection_file.unlink(missing_ok=True)
             self.connection = Connection(settings)
@@ -91,7 +93,8 @@ class Coordinator:
         return Link(
             self.connection.link,
             self.loop,
-            topics=[f"{topics.ROOT}/d/+/{leaf}" for leaf in ("state", "heartbeat", "message", "chunk")],
+            topics=[f"{topics.ROOT}/d/+/{leaf}" for leaf in ("state", "message", "chunk")],
+            newest_only=[f"{topics.ROOT}/d/+/heartbeat"],
             on_message=self._on_message,
             on_up=self._on_up,
             on_down=self._on_down,
@@ -227,33 +230,36 @@ class Coordinator:
                 return  # the device will offer what it still has
 
     def _heard_heartbeat(self, device: str, heartbeat: messages.Heartbeat) -> None:
+        known = self.fleet.get(device)
+        first = known is not None and known.heartbeat is None
         self.fleet.measured(self.clock(), device, heartbeat)
-        self._dirty_devices.add(device)
+        if first:
+            self._news.changed(device)
+        elif known is not None:
+            self._news.beaten(device)
 
     def _announced(self, now: float, state: messages.DeviceState) -> None:
         before = self.fleet.get(state.device)
         conflict = "" if before is None else before.conflict
         was_online = before is not None and before.online
         joined = self.fleet.announce(now, state)
-        self._dirty_devices.add(state.device)
+        self._news.changed(state.device)
         known = self.fleet.get(state.device)
         if known is not None and not known.online:  # not so for the last will of a connection already replaced
             if was_online:
-                log.info("device %s left", state.device)
+                self._news.say(state.device, "left")
             self.shell.on_left(now, state.device)
         if joined:
-            log.info("device %s joined", state.device)
+            self._news.say(state.device, "joined")
             if known is not None and known.conflict and not conflict:
                 log.error("%s", known.conflict)
             self.shell.on_joined(now, state.device)
 
     def _save_devices(self) -> None:
         """Stores what other processes may look at: the devices that have news, and that this server lives."""
-        devices = [self.fleet.get(name) for name in sorted(self._dirty_devices)]
+        more = False
         try:
-            if devices:
-                self.store.save([device.row() for device in devices if device is not None])
-                self._dirty_devices.clear()
+            more = self._news.save(self.loop.now())
             if self.loop.now() >= self._next_heartbeat_s:
                 self.store.server_lives(self.settings.name, self.clock())
                 self._next_heartbeat_s = self.loop.now() + HEARTBEAT_S
@@ -261,7 +267,9 @@ class Coordinator:
             log.error("%s; trying again in %g s", error, DISK_RETRY_S)  # noqa: TRY400 - one line for the operator
             self.loop.call_later(DISK_RETRY_S, self._save_devices)
             return
-        self.loop.call_later(DEVICE_SAVE_S, self._save_devices)
+        if not more:
+            self._news.sum_up()
+        self.loop.call_later(DEVICE_SAVE_AGAIN_S if more else DEVICE_SAVE_S, self._save_devices)
 
 
 def steady_unix_clock() -> Callable[[], float]:

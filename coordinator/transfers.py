@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.transfer")
 
 GATHER_S = 0.05  # how long the first request for a blob waits for the other devices that were told of it
+CRC_BYTES = 4  # before the data of the chunk that an offer carries
 UNANSWERED_LIMIT = 8  # requests over some minutes; a device that lives offers again by itself
 
 
@@ -185,6 +186,9 @@ class Uplink:
         elif store.has(blob.sha256):
             self._arrived(offer.update, blob, offer.meta)
             return
+        elif len(offer.first) == CRC_BYTES + blob.size_bytes:
+            self._take_whole(store, offer)
+            return
         else:
             try:
                 partial = store.receive(blob)
@@ -206,6 +210,20 @@ class Uplink:
         self._add_first(upload, offer)
         if not upload.incoming.partial.missing and half in self._uploads:
             self._complete(half)  # all of it had arrived before a restart
+
+    def _take_whole(self, store: BlobStore, offer: UpdateOffer) -> None:
+        """The offer carries all of the update: no bookkeeping of chunks."""
+        assert offer.blob is not None
+        data = memoryview(offer.first)[CRC_BYTES:]
+        if hashlib.sha256(data).hexdigest() != offer.blob.sha256:
+            log.warning("the offer of update %s carries a damaged chunk; it will be offered again", offer.update)
+            return
+        try:
+            store.put(data)
+        except StorageError as error:
+            log.error("%s; update %s stays on its device", error, offer.update)  # noqa: TRY400
+            return
+        self._arrived(offer.update, offer.blob, offer.meta)
 
     def on_chunk(self, device: str, payload: bytes) -> None:
         """Takes a chunk packet; one of a blob that this device does not offer is ignored."""
@@ -300,9 +318,9 @@ def named(offer: UpdateOffer) -> UpdateOffer:
     """
     if offer.blob is not None:
         return offer
-    if len(offer.first) < 4 or zlib.crc32(memoryview(offer.first)[4:]) != int.from_bytes(offer.first[:4], "little"):
+    crc, data = int.from_bytes(offer.first[:CRC_BYTES], "little"), memoryview(offer.first)[CRC_BYTES:]
+    if len(offer.first) < CRC_BYTES or zlib.crc32(data) != crc:
         raise TransferError(f"the offer of update {offer.update} carries a damaged chunk; it will be offered again")
-    data = memoryview(offer.first)[4:]
     blob = messages.BlobRef(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
     if len(data) > blob.chunk_bytes:
         blob = with_chunk_size(blob, len(data))

@@ -12,7 +12,7 @@ import logging
 import select
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -138,6 +138,7 @@ class Link:
         settings: where and as whom to connect.
         loop: the event loop that drives it.
         topics: subscribed (QoS 1) at every connection, before ``on_up``.
+        newest_only: subscribed at QoS 0: of these the next message makes up for a lost one, and none is acknowledged.
         on_message: called with (topic, payload).
         on_up: the connection stands and the topics are subscribed.
         on_down: the connection ended, with the reason.
@@ -156,6 +157,7 @@ class Link:
         on_down: Callable[[str], None],
         random: Random,
         will: tuple[str, Callable[[], bytes]] | None = None,
+        newest_only: Sequence[str] = (),
     ) -> None:
         self.address = parse_url(settings.url, insecure=settings.insecure)
         check_tls(settings)
@@ -166,7 +168,7 @@ class Link:
         self.rapid_losses = 0  # connections in a row that ended soon after they stood
         self._settings = settings
         self._loop = loop
-        self._topics = topics
+        self._topics = [*((topic, 1) for topic in topics), *((topic, 0) for topic in newest_only)]
         self._on_message, self._on_up, self._on_down = on_message, on_up, on_down
         self._will = will
         self._random = random
@@ -360,7 +362,7 @@ class Link:
             self._inflight = receive_maximum
             self._loop.call_soon(lambda: self._drop(f"the broker takes {receive_maximum} messages at a time"))
             return
-        client.subscribe([(topic, 1) for topic in self._topics])
+        client.subscribe(self._topics)
 
     def _subscribed(self, client: paho.Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
         if client is not self._client:

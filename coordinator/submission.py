@@ -11,6 +11,7 @@ from coordinator.aggregation.making import make_initial
 from coordinator.budget import FLOAT_BYTES, LEAST_BYTES, change_budget, smallest_budget
 from coordinator.plan import check_codecs, check_finite, check_mode
 from coordinator.run_state import RunState
+from coordinator.scheduling import SELECTORS
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.pipeline import MODEL_CHANNEL, CodecSpec, encode
 from edge_runtime.errors import BundleError, CodecError, ConfigError, DataError, TrainingError
@@ -147,7 +148,7 @@ def check_budgets(plan: Plan, bundle: Bundle) -> None:
 
     layout = bundle.layout()
     channels = client_methods.create_method(plan.method, plan.options).channels
-    up = smallest_budget(plan.uplink, layout.size * len(channels))
+    up, for_whom = _least_uplink(plan, layout.size * len(channels))
     down = change_budget(plan.downlink.target_ratio, plan.downlink.budget_bytes, layout.size)
     noise = (_PROBE_SCALE * np.random.default_rng(0).standard_normal(layout.size)).astype(np.float32)
     for table, compression, names, budget in (
@@ -173,12 +174,24 @@ def check_budgets(plan: Plan, bundle: Bundle) -> None:
         least = _least(fits, budget, raw_bytes)
         buffers = layout.only(buffers=True).size
         dense = f" ({buffers} buffers, as of BatchNorm, travel dense)" if buffers else ""
-        share = " for the device with the fewest samples" if plan.uplink.by_samples and table == "uplink" else ""
+        share = for_whom if table == "uplink" else ""
         wanted = f"target_ratio = {ratio:g}" if ratio is not None else f"budget_bytes = {compression.budget_bytes}"
         raise ConfigError(
             f"plan {plan.name!r}: [{table}] {wanted} is too little for codec {compression.codec!r} and this model"
             f"{dense}; it needs {least} bytes{share}, of {raw_bytes} as float32: a ratio of {raw_bytes / least:.0f}"
         )
+
+
+def _least_uplink(plan: Plan, elements: int) -> tuple[int | None, str]:
+    """The least bytes that any device gets for an update, None where the codec chooses itself; and which devices."""
+    budget, rules = smallest_budget(plan.uplink, elements), plan.participation
+    if budget is not None and plan.uplink.by_samples:
+        return budget, " for the device with the fewest samples"
+    share = float(getattr(SELECTORS.create(rules.selector, rules.selector_options), "least_update_share", 1.0))
+    if budget is None or share >= 1.0:
+        return budget, ""
+    words = f" for slow links, where selector {rules.selector!r} has least_update_share = {share:g}"
+    return max(LEAST_BYTES, int(budget * share)), words
 
 
 def _least(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -13,7 +13,7 @@ from coordinator.scheduling import energy_queue
 from coordinator.scheduling.base import Selection
 from coordinator.scheduling.draws import Rows, chances, draw
 from coordinator.scheduling.energy_score import even_weights, factors
-from coordinator.scheduling.energy_work import LEAST_UPDATE, Work, fit_work
+from coordinator.scheduling.energy_work import Work, fit_work
 from coordinator.scheduling.notes import Marks
 from coordinator.scheduling.roles import as_anchor, draw_anchors
 from coordinator.scheduling.table import Table
@@ -48,14 +48,14 @@ class EnergyAware:
         mains_weight: 1: joules from mains count as those of batteries, 0: they are free.
         queue_jobs: jobs beyond its share that halve a device's score.
         round_joules: of one device in a round that put nothing into its queue; 0: its share of what the round drew.
-        upload_share: of the deadline that an update may take before it is made smaller.
+        upload_share: of the deadline that an update may take before it is made smaller; least_update_share: of the
+            plan's bytes that it has at least. 1: no update is made smaller.
         anchors: 1: who cannot do the least work may be an anchor.
         anchor_probability: as of ``random``.
         adaptive_target: 1: late updates on their way are asked for no second time; at least half the target is.
     """
 
     name: ClassVar[str] = "energy_aware"
-    least_update_share: ClassVar[float] = LEAST_UPDATE
     defaults: ClassVar[Mapping[str, float]] = {
         "exploit_share": 0.5,
         "energy_exponent": 0.5,
@@ -71,6 +71,7 @@ class EnergyAware:
         "queue_jobs": 10.0,
         "round_joules": 0.0,
         "upload_share": 0.25,
+        "least_update_share": 0.25,
         "anchors": 0.0,
         "anchor_probability": 0.0,
         "adaptive_target": 1.0,
@@ -80,7 +81,7 @@ class EnergyAware:
         **dict.fromkeys(("anchors", "anchor_probability", "adaptive_target"), (0.0, 1.0)),
         **dict.fromkeys(("energy_exponent", "speed_exponent"), (0.0, 8.0)),
         **dict.fromkeys(("reserve_percent", "margin_percent"), (0.0, 100.0)),
-        **dict.fromkeys(("headroom", "upload_share"), (1e-3, 1.0)),
+        **dict.fromkeys(("headroom", "upload_share", "least_update_share"), (0.01, 1.0)),
         "least_temperature_margin_c": (0.0, 100.0),
         "least_free_memory_mb": (0.0, 1e6),
         "queue_jobs": (1e-3, 1e9),
@@ -93,6 +94,11 @@ class EnergyAware:
     @classmethod
     def from_options(cls, options: Mapping[str, float]) -> EnergyAware:
         return cls(options)
+
+    @property
+    def least_update_share(self) -> float:
+        """Of the plan's bytes for an update, that every device is given at least."""
+        return self.options["least_update_share"]
 
     def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:  # noqa: ARG002
         table, marks = Table(fleet, request), Marks(request.candidates)

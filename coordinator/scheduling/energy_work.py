@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from coordinator.scheduling.notes import Marks
 
-LEAST_UPDATE = 0.25  # of the plan's bytes
 DATA_ROUNDS = 20.0  # what is left of a data cap shall do for so many more rounds
 
 
@@ -68,9 +67,9 @@ def fit_work(table: Table, options: Mapping[str, float], marks: Marks) -> Work:
     """Gates and work of all candidates; notes why a device is left out.
 
     Options: ``reserve_percent``, ``margin_percent``, ``least_availability``, ``least_temperature_margin_c``,
-    ``least_free_memory_mb``, ``upload_share``, ``anchors``.
+    ``least_free_memory_mb``, ``upload_share``, ``least_update_share``, ``anchors``.
     """
-    up = update_bytes(table, options["upload_share"])
+    up = update_bytes(table, options["upload_share"], options["least_update_share"])
     ready = _gates(table, options, up, marks)
     reserve = np.where(np.isnan(table.reserve), options["reserve_percent"] / 100.0, table.reserve)
     floor = np.asarray(reserve + options["margin_percent"] / 100.0)
@@ -100,8 +99,8 @@ def _fit_steps(table: Table, costs: _Costs) -> tuple[Column, Mask]:
         steps = np.where(over, np.maximum(np.floor(steps / 2.0), least), steps)
 
 
-def update_bytes(table: Table, upload_share: float) -> Column:
-    """Bytes of each device's update, ``LEAST_UPDATE`` of the plan's or more.
+def update_bytes(table: Table, upload_share: float, least_share: float) -> Column:
+    """Bytes of each device's update, the least share of the plan's or more.
 
     Less than the plan's where the upload would take more than its share of the deadline, or where the data cap would
     not do for ``DATA_ROUNDS`` more rounds. Only plans with rate control allow it.
@@ -112,7 +111,7 @@ def update_bytes(table: Table, upload_share: float) -> Column:
         return np.full(table.count, wanted)
     by_time = upload_share * request.plan.participation.deadline_s * table.up_bytes_per_s
     by_cap = np.nan_to_num(table.data_left_bytes, nan=np.inf) / DATA_ROUNDS - request.down_bytes
-    least = max(min(LEAST_BYTES, wanted), np.ceil(LEAST_UPDATE * wanted))
+    least = max(min(LEAST_BYTES, wanted), np.ceil(least_share * wanted))
     return np.asarray(np.clip(np.floor(np.minimum(by_time, by_cap)), least, wanted))
 
 

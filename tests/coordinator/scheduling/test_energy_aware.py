@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.plan import Training, Uplink
 from coordinator.scheduling import SELECTORS
 from coordinator.scheduling.energy_queue import SPENT, close_round, next_queue
+from coordinator.submission import check_budgets
+from edge_runtime.compression import Layout
+from edge_runtime.errors import ConfigError
 from tests.coordinator.scheduling import world as w
 
 
@@ -99,6 +102,24 @@ def test_slow_or_capped_links_get_smaller_updates():
     assert select([w.beat(up_kbit_s=40)], up_bytes=400_000)[0].byte_budget is None
 
 
+class Statistics:
+    """A bundle of one small matrix and many running statistics, which travel dense."""
+
+    def layout(self):
+        return Layout(("w", "mean"), ((20, 50), (400,)), frozenset({"mean"}))
+
+
+def test_a_budget_must_hold_for_slow_links():
+    """A plan whose smallest update the codec cannot make is refused, and the message names the option."""
+    uplink = Uplink(codec="default", budget_bytes=1600)
+    with pytest.raises(
+        ConfigError, match=r"for slow links, where selector 'energy_aware' has least_update_share = 0.25"
+    ):
+        check_budgets(w.h.plan(uplink=uplink, selector="energy_aware"), Statistics())
+    whole = {"least_update_share": 1.0}
+    check_budgets(w.h.plan(uplink=uplink, selector="energy_aware", selector_options=whole), Statistics())
+
+
 def test_half_of_the_places_go_by_score():
     """The most useful devices are in more often, and all share the even half."""
     rows = [w.past(number, loss_rms=3.0 if number < 2 else 1.0, counted=5) for number in range(10)]
@@ -136,6 +157,7 @@ def test_every_factor_counts(worse, beat):
     assert scores[0] < 0.8 * scores[1]
 
 
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     drawn=st.lists(st.lists(st.none() | st.floats(0, 100), min_size=3, max_size=3), max_size=20),
     share=st.floats(0, 50),

@@ -55,7 +55,7 @@ def _fail(error: EdgeError | str, code: int) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``command`` to its function."""
     from coordinator import cli_commands as commands
-    from coordinator import cli_serve, cli_status
+    from coordinator import cli_serve, cli_simulate, cli_status
 
     parser = argparse.ArgumentParser(
         prog="edge-coordinator", description="Federated training: the server's side.", epilog=_EPILOG
@@ -63,7 +63,13 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(
-        name: str, command: Callable[[argparse.Namespace], int], about: str, example: str, *, json: bool = True
+        name: str,
+        command: Callable[[argparse.Namespace], int],
+        about: str,
+        example: str,
+        *,
+        json: bool = True,
+        store: bool = True,
     ) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
             name,
@@ -72,19 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {example}\n\n{_EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument(
-            "--state",
-            type=Path,
-            default=Path(os.environ.get("EDGE_STATE") or "edge-state"),
-            metavar="DIR",
-            help="state folder (default: $EDGE_STATE, else ./edge-state)",
-        )
-        sub.add_argument(
-            "--database",
-            default=os.environ.get("EDGE_DATABASE") or None,
-            metavar="URL",
-            help="database elsewhere, as postgresql+psycopg://... (default: $EDGE_DATABASE, else SQLite in DIR)",
-        )
+        if store:
+            _add_store(sub)
         if json:
             sub.add_argument("--json", action="store_true", help="print one JSON value for machines")
         sub.set_defaults(command=command)
@@ -130,7 +125,32 @@ def make_parser() -> argparse.ArgumentParser:
         "edge-coordinator verify digits-1",
     )
     sub.add_argument("run", help="the run; its plan must say retain_updates = 'all'")
+    cli_simulate.arguments(
+        add(
+            "simulate",
+            cli_simulate.simulate,
+            "run a plan on a virtual fleet, in virtual time",
+            "edge-coordinator simulate plan.toml --devices 1000 --data train.npz --partition dirichlet:0.3",
+            store=False,
+        )
+    )
     return parser
+
+
+def _add_store(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--state",
+        type=Path,
+        default=Path(os.environ.get("EDGE_STATE") or "edge-state"),
+        metavar="DIR",
+        help="state folder (default: $EDGE_STATE, else ./edge-state)",
+    )
+    sub.add_argument(
+        "--database",
+        default=os.environ.get("EDGE_DATABASE") or None,
+        metavar="URL",
+        help="database elsewhere, as postgresql+psycopg://... (default: $EDGE_DATABASE, else SQLite in DIR)",
+    )
 
 
 def _round(text: str) -> int:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from coordinator.simulation.settings import CHUNK_BYTES
+from coordinator.simulation.standing import VirtualStanding
 from coordinator.simulation.training import Order, Refused
 from edge_runtime.agent import events, jobs
+from edge_runtime.agent.limits import decline
 from edge_runtime.errors import EdgeError
 from edge_runtime.messages import (
     BlobRef,
@@ -20,6 +22,7 @@ from edge_runtime.messages import (
     EnergyUse,
     Job,
     Need,
+    Standing,
     UpdateId,
     Verdict,
 )
@@ -71,6 +74,7 @@ class VirtualAgent:
         "_run_state",
         "_since_s",
         "_spool",
+        "_standing",
         "_stepping",
         "_steps",
         "_training",
@@ -89,6 +93,7 @@ class VirtualAgent:
         self._held: int | None = None  # version of the shared model
         self._crashes: dict[str, int] = {}
         self._number = 0
+        self._standing: VirtualStanding | None = None  # until there is one
         self._start()
 
     def _start(self) -> None:
@@ -109,6 +114,8 @@ class VirtualAgent:
             self._waited(key)
         self._device.free_link()
         self._start()
+        if self._standing is not None:
+            self._standing.restart(tuple(self._spool))
 
     # The link
 
@@ -130,7 +137,7 @@ class VirtualAgent:
             download.number = 0
         self._device.free_link()
 
-    def receive(self, message: FromCoordinator) -> None:
+    def receive(self, message: FromCoordinator) -> None:  # noqa: C901 - one arm per message
         """A message of the coordinator."""
         now = self._world.timeline.now_s
         match message:
@@ -139,9 +146,17 @@ class VirtualAgent:
             case Done(update=update):
                 self._step(events.DoneArrived(update))
             case Verdict(update=update, counted=counted, reason=reason):
+                if self._standing is not None and not counted:
+                    self._standing.refused(update, reason)
                 self._step(events.VerdictArrived(now, update, counted, reason))
             case Cancel(run=run, assignment=assignment):
+                if self._standing is not None:
+                    self._standing.cancelled(run, assignment)
                 self._step(events.JobCancelled(run, assignment))
+            case Standing():
+                if self._standing is None:
+                    self._standing = VirtualStanding(self._device, self)
+                self._standing.arrived(message)
             case Need(sha256=name):
                 for update, row in self._spool.items():
                     if row.blob.sha256 == name and row.state in ("ready", "delivered"):
@@ -154,7 +169,11 @@ class VirtualAgent:
         held = job.model.base is None or job.model.base in (0, self._held)
         self._since_s.setdefault((job.assignment, job.sequence), now)
         crashes = self._crashes.get(job.bundle.sha256, 0)
-        self._step(events.JobArrived(now, job, known, crashes, held))
+        if self._standing is not None:
+            self._standing.job_came(job.run, job.assignment, job.sequence)
+        fetch_bytes = sum(blob.size_bytes for blob in (job.bundle, *job.model.blobs) if blob.sha256 not in self._cache)
+        declined = decline(job, self._device.known(fetch_bytes), self._device.owner_limits)
+        self._step(events.JobArrived(now, job, known, crashes, held, declined))
         if (job.run, job.assignment) in self.state.jobs:
             self._world.timeline.at(now + job.deadline_s, self.tick, self._device.session)
         elif known is None and (job.assignment, job.sequence) not in self._at_work():
@@ -179,6 +198,8 @@ class VirtualAgent:
             for effect in jobs.step(self.state, self._steps.popleft()):
                 _EFFECTS[type(effect)](self, effect)
         self._stepping = False
+        if self._standing is not None:
+            self._standing.look()
 
     def _fetch(self, effect: events.FetchBlob) -> None:
         name = effect.blob.sha256
@@ -349,6 +370,8 @@ class VirtualAgent:
 
     def _spool_update(self, effect: events.SpoolUpdate) -> None:
         self._spool[effect.update.update] = effect.update
+        if self._standing is not None:
+            self._standing.job_ended(effect.update.update.run, effect.update.update.assignment, trained=True)
         for returned in effect.change.returned if effect.change is not None else ():
             self._forget(returned, "refused")
 
@@ -403,6 +426,8 @@ class VirtualAgent:
     def _report(self, effect: events.Report) -> None:
         for key in [key for key in self._since_s if key[0] == effect.status.assignment]:
             self._waited(key)
+        if self._standing is not None:
+            self._standing.job_ended(effect.status.run, effect.status.assignment, trained=False)
         if self._device.connected:
             self._world.to_server(self._device, "status", effect.status)
 

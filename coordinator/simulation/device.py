@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from coordinator.simulation.agent import VirtualAgent
 from coordinator.simulation.battery import Battery
 from coordinator.simulation.settings import START_UNIX_S
+from edge_runtime.agent.availability import Availability
+from edge_runtime.agent.hours import DAY_S, HOUR_S
+from edge_runtime.agent.limits import Known, Rate, held
 from edge_runtime.heartbeat import heartbeat_of
 from edge_runtime.messages import DatasetInfo, DeviceState, Telemetry
 
@@ -21,7 +24,13 @@ if TYPE_CHECKING:
 
 RETURN_PERCENT = 5.0  # above its reserve a device that was lost to its battery comes back
 ANNOUNCE_INTERVAL_S = 60.0  # as the daemon: between announcements of how many samples there are
+FORESEES_S = 600.0  # so long what it foresees of its own presence is taken for true
 _MB = 1e6
+_MONDAY_S = 3 * DAY_S  # 1970 began on a Thursday
+
+
+def _week_second(unix_s: float) -> float:
+    return (unix_s + _MONDAY_S) % (7 * DAY_S)
 
 
 class VirtualDevice:
@@ -30,10 +39,14 @@ class VirtualDevice:
     __slots__ = (
         "_announced_at_s",
         "_announced_samples",
+        "_availability",
         "_busy_down_s",
         "_busy_up_s",
         "_charging",
+        "_foresees",
+        "_foresees_until_s",
         "_number_of_power",
+        "_seen_s",
         "agent",
         "battery",
         "connected",
@@ -43,6 +56,7 @@ class VirtualDevice:
         "lost_to_battery",
         "name",
         "number",
+        "owner_limits",
         "presence",
         "session",
         "step_s",
@@ -67,6 +81,10 @@ class VirtualDevice:
         self._announced_at_s = 0.0
         self._busy_up_s = self._busy_down_s = 0.0
         self._number_of_power = 0
+        self._availability: Availability | None = None
+        self._seen_s, self._foresees_until_s = 0.0, -1.0
+        self._foresees: float | None = None
+        self.owner_limits = world.limits_of(trace)
 
     # Presence
 
@@ -243,6 +261,7 @@ class VirtualDevice:
         now = world.timeline.now_s
         at = now + trace.link_offset_s
         knows_step = self.trained_samples is not None
+        limit = held(self.known(), self.owner_limits) if world.settings.keep_reserve else None
         telemetry = Telemetry(
             uptime_s=now,
             clock_unix_s=START_UNIX_S + now + world.clock_offset_s(self.number),
@@ -252,13 +271,55 @@ class VirtualDevice:
         )
         return heartbeat_of(
             telemetry,
+            declines="" if limit is None else limit.limit,
             reserve_percent=None if trace.battery_wh is None else trace.reserve_percent,
             up_kbit_s=self.link.rate_kbit_s(at, up=True),
             down_kbit_s=self.link.rate_kbit_s(at, up=False),
             bundle_sha256=world.bundle.sha256,
             step_s=self.step_s if knows_step else None,
             step_joules=self.step_s * (trace.training_watts + trace.idle_watts) if knows_step else None,
+            availability=self._availability_now(now),
         )
+
+    def known(self, fetch_bytes: int | None = None) -> Known:
+        """What its agent decides by; ``fetch_bytes`` would have to come for the job that is asked about."""
+        world, trace, samples = self.world, self.trace, self.trained_samples
+        at = world.timeline.now_s + trace.link_offset_s
+        rates = {}
+        if samples is not None:
+            rates[world.bundle.sha256] = Rate(self.step_s, self.step_s * (trace.training_watts + trace.idle_watts))
+        return Known(
+            battery_percent=self.battery.percent(world.timeline.now_s),
+            on_external_power=True if trace.battery_wh is None else self._charging,
+            battery_wh=trace.battery_wh,
+            free_memory_bytes=trace.memory_mb * 1e6,
+            up_kbit_s=self.link.rate_kbit_s(at, up=True),
+            down_kbit_s=self.link.rate_kbit_s(at, up=False),
+            joules_per_mb_up=trace.radio_joules_per_mb_up,
+            joules_per_mb_down=trace.radio_joules_per_mb_down,
+            rates=rates,
+            samples={} if samples is None else {world.plan.dataset: samples},
+            fetch_bytes=fetch_bytes,
+        )
+
+    def _availability_now(self, now: float) -> float | None:
+        """What the device foresees, by its own table of the hours in which it was there; anew every ten minutes."""
+        if now < self._foresees_until_s:
+            return self._foresees
+        table = self._availability
+        if table is None:
+            table = self._availability = Availability()
+            self._seen_s = -self.world.settings.history_days * DAY_S
+        offset, at = self.trace.presence_offset_s, self._seen_s
+        while at < now:
+            unix_s = START_UNIX_S + at
+            place = at + offset
+            table.seen(unix_s, _week_second(unix_s), self.presence.online_at(place))
+            at = min(at + HOUR_S, self.presence.next_change_s(place) - offset, now)
+        table.seen(START_UNIX_S + now, _week_second(START_UNIX_S + now), self.here)
+        self._seen_s, self._foresees_until_s = now, now + FORESEES_S
+        self._foresees = table.predict(_week_second(START_UNIX_S + now))
+        return self._foresees
 
     def receive(self, session: int, message: FromCoordinator | Any) -> None:
         """A message of the coordinator arrived, unless the connection that it was sent to is gone."""

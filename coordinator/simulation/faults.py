@@ -47,13 +47,15 @@ NO_FAULTS = FaultPlan()
 
 
 def parse_faults(text: str) -> FaultPlan:
-    """From ``broker=2,agents=0.05``, or ``default``.
+    """From ``broker=2,agents=0.05``, or ``default``, or empty for none.
 
     Raises:
         ConfigError: an unknown fault, or no number.
     """
     if text == "default":
         return DEFAULT_FAULTS
+    if not text:
+        return NO_FAULTS
     known = FaultPlan.__struct_fields__
     values: dict[str, float] = {}
     for part in text.split(","):

@@ -35,6 +35,8 @@ class Recorder:
         self._verdicts: dict[UpdateId, bool] = {}
         self._spent: dict[_Key, float] = {}
         self._lost: set[_Key] = set()
+        self._pulled: dict[str, _Key] = {}  # the last pull of every standing assignment
+        self._answered: set[_Key] = set()  # pulls with an update
 
     def spend(self, device: int, key: _Key | None, kind: str, joules: float) -> None:
         """A device drew joules, for a job or (what broken transfers took) for none that is known."""
@@ -59,6 +61,8 @@ class Recorder:
             if isinstance(row, e.AssignmentRow):
                 self._assignment(row)
             elif isinstance(row, e.UpdateRow):
+                if row.update.assignment in self._pulled:
+                    self._answered.add((row.update.assignment, row.update.sequence))
                 if row.verdict == "counted":
                     self.counted += 1
                     self._spent.pop((row.update.assignment, row.update.sequence), None)
@@ -72,12 +76,23 @@ class Recorder:
 
     def _assignment(self, row: e.AssignmentRow) -> None:
         key = (row.assignment, row.sequence)
+        if row.standing and key not in self.jobs:
+            self._next_pull(key)
         if row.sequence >= 0:
             self.jobs[key] = AssignmentReport(
                 row.round, row.device, row.steps, row.role, row.version, row.assignment, row.sequence, row.status
             )
         if row.status in _ENDS:
             self._waste(key)
+
+    def _next_pull(self, key: _Key) -> None:
+        """A device goes on with its standing assignment: a job before that without an update has failed."""
+        before = self._pulled.get(key[0])
+        self._pulled[key[0]] = key
+        if before in self.jobs and before not in self._answered:
+            self.jobs[before] = msgspec.structs.replace(self.jobs[before], status="failed")
+            self._waste(before)
+        self._answered.discard(before)
 
     def _waste(self, key: _Key) -> None:
         self._lost.add(key)

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.simulation.settings import StepSource
 from edge_runtime.messages import Role
 
 
@@ -92,6 +93,7 @@ class SimulationReport(msgspec.Struct, kw_only=True):
     seed: int
     devices: int
     step_s: float
+    step_source: StepSource
     training: bool
     virtual_s: float = 0.0
     wall_s: float = 0.0
@@ -166,6 +168,7 @@ def as_text(report: SimulationReport, *, rows: int = 12) -> str:
         f"devices: {report.devices}, of which {contributed} contributed (Jain {report.jain:.2f}); "
         f"{report.lost_to_battery} times one was lost to its battery"
     )
+    lines.append(f"a step of the reference device: {1000 * report.step_s:.3g} ms ({report.step_source})")
     lines.append(f"jobs: {counts or 'none'}; {report.trained} trained, {report.device_rounds_per_s:.0f} a second")
     parts = f"training {joules.training:.1f}, radio {joules.radio:.1f}, idle while at work {joules.idle_wait:.1f}"
     lines.append(

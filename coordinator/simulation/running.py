@@ -169,6 +169,7 @@ class _Simulation:
             seed=self._settings.seed,
             devices=len(devices),
             step_s=self._settings.step_s,
+            step_source=self._settings.step_source,
             training=self._shares is not None,
             virtual_s=world.timeline.now_s,
             wall_s=wall_s,

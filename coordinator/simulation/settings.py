@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
 START_UNIX_S = 1_767_225_600.0  # 2026-01-01 00:00 UTC, when every simulation begins
 CHUNK_BYTES = 96 * 1024
+StepSource: TypeAlias = Literal["given", "measured", "assumed"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,17 +16,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``seed`` is of everything that the world draws: partition, echoes, faults. The plan has its own, of selection and
     training. ``step_s`` is what one training step takes on the reference device, of which the traces say by how much
-    each device is slower. ``samples`` has a device whose trace says nothing, where no data is given. Where ``leaving``
-    is "ends", a device that goes stops its agent, and what it had not finished is lost; with "continues" it only loses
-    its connection. ``limit_s`` ends the run after so much virtual time. ``device_accuracy``: at the end the final model
-    is evaluated on the data of every device.
+    each device is slower; ``step_source`` says where that comes from. ``samples`` has a device whose trace says
+    nothing, where no data is given.
+
+    Where ``leaving`` is "ends", a device that goes stops its agent, and what it had not finished is lost; with
+    "continues" it only loses its connection. With ``keep_reserve`` owners have told their agents the reserve of the
+    trace (``limits.battery_reserve_percent``), so they decline jobs that would go below it; else an agent takes them,
+    and the device is lost when it is down to its reserve. With ``free_steps`` devices with a standing assignment choose
+    any number of steps each time, else the most that they can afford. Before the run begins, devices have watched their
+    own presence for ``history_days``.
+
+    ``limit_s`` ends the run after so much virtual time. ``device_accuracy``: at the end the final model is evaluated on
+    the data of every device.
     """
 
     seed: int = 0
     step_s: float = 0.01
+    step_source: StepSource = "given"
     samples: int = 100
     heartbeat_interval_s: float = 60.0
     tick_s: float = 1.0
     leaving: Literal["ends", "continues"] = "ends"
+    keep_reserve: bool = False
+    free_steps: bool = False
+    history_days: float = 7.0
     limit_s: float | None = None
     device_accuracy: bool = False

@@ -7,16 +7,20 @@ in which processes finish.
 from __future__ import annotations
 
 import os
+import statistics
+import time
 from collections import OrderedDict
 from concurrent.futures import CancelledError
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 
 from coordinator.errors import ExecutorError
-from coordinator.simulation.data import FACTORY, packed
+from coordinator.simulation.data import FACTORY, Share, packed
 from edge_runtime.agent.pipe import RefusedUpdate, TrainRequest
 from edge_runtime.data.config import DatasetConfig
 from edge_runtime.messages import BlobRef, Job, ModelRef, UpdateId, UpdateMeta
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
     from coordinator.evaluation import TestSet
     from coordinator.executors.base import Executor, Shared
+    from coordinator.plan import Plan
     from coordinator.simulation.data import Shares
     from edge_runtime.bundle import Bundle
     from edge_runtime.messages import Evaluation
@@ -37,6 +42,7 @@ _MODELS_SHARED = 32
 _ATTEMPTS = 3  # of a task whose process died
 _DEVICES_A_TASK = 32  # that are evaluated
 _EVALUATION_BATCH = 256
+_MEASURED_STEPS, _MEASURED_BATCHES = 40, 8
 _VIEWS_KEPT = 512  # datasets of virtual devices that a process keeps open and checked
 
 
@@ -164,6 +170,30 @@ class _Running:
 
     def cancel(self) -> None:
         self._future.cancel()
+
+
+def measure_step_s(plan: Plan, shares: Shares) -> float:
+    """Seconds of one training step on this machine: the median of some, with the plan's bundle and batch size.
+
+    Raises:
+        EdgeError: bundle and data do not fit one another.
+    """
+    from edge_runtime.bundle import Bundle
+    from edge_runtime.data.view import View, Window
+    from edge_runtime.training.base import TrainSettings
+    from edge_runtime.training.onnx_trainer import OnnxTrainer
+
+    bundle = Bundle.open(Path(plan.bundle))
+    trainer = OnnxTrainer()
+    trainer.load(bundle, plan.variant)
+    share = Share(shares.data.x, shares.data.y, np.arange(len(shares.data.y)))
+    view = View(plan.dataset, share, bundle.manifest, Window(max_samples=_MEASURED_BATCHES * plan.training.batch_size))
+    settings = TrainSettings(
+        epochs=None, steps=_MEASURED_STEPS, batch_size=plan.training.batch_size, hyper=plan.training.hyper
+    )
+    times_s: list[float] = []
+    trainer.train(bundle.initial_vector(), view, settings, on_step=lambda *_: times_s.append(time.perf_counter()))
+    return statistics.median(after - before for before, after in pairwise(times_s))
 
 
 # In the process of a task

@@ -11,6 +11,7 @@ from coordinator.simulation.recorder import Recorder
 from coordinator.simulation.server import VirtualServer
 from coordinator.simulation.timeline import Timeline
 from edge_runtime import compression, methods
+from edge_runtime.agent.config import LimitsConfig
 from edge_runtime.agent.jobs import Capabilities
 from edge_runtime.messages import EnergySource, Limits
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from coordinator.simulation.report import VersionReport
     from coordinator.simulation.settings import Settings
     from coordinator.simulation.store import MemoryStore
-    from coordinator.simulation.traces import Traces
+    from coordinator.simulation.traces import DeviceTrace, Traces
     from coordinator.simulation.training import Trainer
     from edge_runtime.bundle import Bundle
     from edge_runtime.messages import BlobRef, Evaluation, FromCoordinator
@@ -94,6 +95,8 @@ class World:
             methods=frozenset(self.methods),
             blob_limit_bytes=_BLOB_LIMIT_BYTES,
         )
+        self._no_limits = LimitsConfig()
+        self._reserves: dict[float, LimitsConfig] = {}
         self.server = VirtualServer(self, store, run)
         self.devices = [VirtualDevice(self, number, trace) for number, trace in enumerate(traces.devices)]
         self.by_name = {device.name: device for device in self.devices}
@@ -136,6 +139,14 @@ class World:
         if self.shares is not None:
             return self.shares.count(number)
         return self.traces.devices[number].samples or self.settings.samples
+
+    def limits_of(self, trace: DeviceTrace) -> LimitsConfig:
+        """What the owner of a device has set."""
+        if not self.settings.keep_reserve or trace.battery_wh is None:
+            return self._no_limits
+        return self._reserves.setdefault(
+            trace.reserve_percent, LimitsConfig(battery_reserve_percent=trace.reserve_percent)
+        )
 
     def clock_offset_s(self, number: int) -> float:
         """By how much the clock of a device is wrong."""

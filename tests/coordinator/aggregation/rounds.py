@@ -57,9 +57,11 @@ def vectors(count: int, seed: int = 0, size: int = LAYOUT.size) -> list[np.ndarr
 class Server:
     """A run's aggregation without the round machine: models, states and table rows go through blobs."""
 
-    def __init__(self, folder: Path, plan: Plan, layout: Layout = LAYOUT, executor: Any = None) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, layout: Layout = LAYOUT, executor: Any = None, base: np.ndarray | None = None
+    ) -> None:
         self.blobs, self.plan, self.layout, self.executor = BlobStore(folder), plan, layout, executor
-        self.base = np.random.default_rng(9).normal(size=layout.size).astype(np.float32)
+        self.base = np.random.default_rng(9).normal(size=layout.size).astype(np.float32) if base is None else base
         self.made = making.make_initial(self.blobs, plan, self.base, layout)
         self.run = h.start(plan).run
         self.run.initial_model, self.run.initial_method_state = self.made.model, self.made.method_state

@@ -43,7 +43,7 @@ class RayExecutor:
         except ModuleNotFoundError as error:
             cure = 'pip install "edge-training-runtime[ray]"'
             raise ConfigError(f"Ray is not installed; the coordinator needs its extra: {cure}") from error
-        self._ray = ray
+        self._ray: Any = ray
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         options: dict[str, Any] = {"address": address} if address else {"address": "local", "num_cpus": workers}
@@ -52,7 +52,7 @@ class RayExecutor:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = f"at {address}" if address else "on this machine"
             raise ConfigError(f"no Ray {where}: {' '.join(str(error).split())[:300]}") from error
-        self.workers = int(ray.cluster_resources().get("CPU", workers))
+        self.workers = int(self._ray.cluster_resources().get("CPU", workers))
         self._run = ray.remote(max_retries=0)(_call)
 
     def share(self, data: bytes) -> Shared:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edge_runtime.messages import Role, UpdateMeta
 
 PAUSES = 10  # in the patience of a round: how often a selector is asked again that chose fewer than wanted
+CROWD = 1000  # candidates; to select among so many takes some ms, and a whole site may leave at once:
+CROWD_PAUSE_S = 0.5  # then the places that become free meanwhile are given on together
 
 
 def candidates(state: RunState, work: Work, fleet: FleetView) -> list[str]:
@@ -78,6 +80,8 @@ def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: i
         _assign(state, work, fleet, choice, mean)
     if len(chosen) < request.count:
         run.select_after_unix_s = work.now + state.patience_s / PAUSES
+    elif len(free) >= CROWD:
+        run.select_after_unix_s = work.now + CROWD_PAUSE_S
     report = pack(Report(chosen=chosen, notes=selection.notes, unfit=dict(fleet.unfit_reasons(state.need)), busy=busy))
     row = e.SelectionRow(
         run=run.run,
@@ -129,7 +133,7 @@ def due(row: e.AssignmentRow) -> list[e.Effect]:
 def repeat_jobs(state: RunState, work: Work) -> None:
     """Tells all devices again what they are to do: their jobs may have been lost."""
     for row in state.assignments.values():
-        if row.status == "open":
+        if row.status == "open" and row.assigned_unix_s < work.now:
             work.out += due(row)
 
 

@@ -36,8 +36,7 @@ def flow(state: RunState, work: Work, fleet: FleetView) -> None:
         if len(fleet.eligible(state.need)) < rules.minimum:
             return
         run.phase = "open"
-        run.deadline_unix_s = work.now + rules.deadline_s
-        work.save(run)
+        _start_waiting(state, work)
     if run.phase != "open":
         return
     _expire(state, work)
@@ -47,7 +46,10 @@ def flow(state: RunState, work: Work, fleet: FleetView) -> None:
         return
     wanted = state.places - state.at_work
     if wanted > 0 and work.now >= run.select_after_unix_s:
-        ask(state, work, fleet, candidates(state, work, fleet), wanted)
+        idle = not state.at_work
+        asked, _ = ask(state, work, fleet, candidates(state, work, fleet), wanted)
+        if asked and idle:
+            _start_waiting(state, work)
     if there >= rules.minimum and not _at_work(state):
         soon = work.now + state.patience_s
         if soon < run.deadline_unix_s:
@@ -62,8 +64,12 @@ def note_arrival(state: RunState, work: Work) -> None:
     run = state.run
     if state.mode != "synchronous" and run.phase == "open":
         run.attempt = 0
-        run.deadline_unix_s = work.now + state.plan.participation.deadline_s
-        work.save(run)
+        _start_waiting(state, work)
+
+
+def _start_waiting(state: RunState, work: Work) -> None:
+    state.run.deadline_unix_s = work.now + state.plan.participation.deadline_s
+    work.save(state.run)
 
 
 def pulled(state: RunState, work: Work, event: e.Pulled) -> None:
@@ -89,6 +95,8 @@ def pulled(state: RunState, work: Work, event: e.Pulled) -> None:
 def _begin(state: RunState, work: Work, row: e.AssignmentRow, event: e.Pulled) -> None:
     run = state.run
     least, most = step_bounds(state.plan)
+    if not state.pulls:
+        _start_waiting(state, work)
     state.forget_updates(row.assignment)
     state.pull(
         row,
@@ -133,8 +141,7 @@ def _silence(state: RunState, work: Work, there: int) -> None:
     if there >= rules.minimum:
         close(state, work)
         return
-    run.deadline_unix_s = work.now + rules.deadline_s
-    work.save(run)
+    _start_waiting(state, work)
     if not _was_tried(state):
         return
     if run.attempt + 1 >= rules.attempts:

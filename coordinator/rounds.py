@@ -49,8 +49,9 @@ def step(state: RunState, event: e.Event, fleet: FleetView) -> list[e.Effect]:
     Events of any order, repeated, or about things unknown are fine; none raises.
     """
     work = Work(event.now, fleet)
-    if event.now < state.clock.now - state.plan.participation.deadline_s:  # the clock was set back
-        work.save(*state.bound_times(event.now))
+    back_s = state.clock.now - event.now
+    if back_s > state.plan.participation.deadline_s:  # the clock was set back
+        work.save(*state.bound_times(event.now, back_s))
     state.clock.now = event.now
     _HANDLERS[type(event)](state, work, event)
     (round_flow if state.mode == "synchronous" else free_flow).flow(state, work, fleet)

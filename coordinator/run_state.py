@@ -78,6 +78,7 @@ class RunState:
     open_round: int = 0  # open assignments of this round
     open_attempt: int = 0  # those of them that this attempt made, of devices that are not away
     at_work: int = 0  # open assignments of any round, of devices that are not away
+    pulls: int = 0  # standing assignments of which an update is still to come
     # What makes a step cheap, and may be forgotten at any time:
     clock: Clock = field(default_factory=Clock, compare=False)
 
@@ -190,27 +191,34 @@ class RunState:
             row = self.histories[device] = HistoryRow(run=self.run.run, device=device)
         return row
 
-    def bound_times(self, now: float) -> list[Row]:
-        """After the clock was set back: no time of a row may lie further ahead than it could; the rows that changed."""
-        rules = self.plan.participation
-        run = self.run
+    def bound_times(self, now: float, back_s: float = 0.0) -> list[Row]:
+        """After the clock was set back: no time lies further ahead than it could; the rows that changed.
+
+        Args:
+            now: unix seconds by the clock as it is.
+            back_s: by how much it was set back, where that is known; then what is ahead moves with it.
+        """
         changed: list[Row] = []
-        bounds = {"deadline_unix_s": now + rules.deadline_s, "opened_unix_s": now, "short_since_unix_s": now}
-        bounds["select_after_unix_s"] = now + self.patience_s
-        for name, limit in bounds.items():
-            value = getattr(run, name)
-            if value is not None and value > limit:
-                setattr(run, name, limit)
-                changed = [run]
-        for row in self.assignments.values():
-            if row.status == "open" and row.deadline_unix_s > now + rules.deadline_s:
-                row.deadline_unix_s = now + rules.deadline_s
-                row.assigned_unix_s = min(row.assigned_unix_s, now)
+        deadline_s = self.plan.participation.deadline_s
+
+        def move(row: Row, **latest: float) -> None:
+            before = {name: getattr(row, name) for name in latest}
+            after = {
+                name: value if value is None or value <= now else min(max(now, value - back_s), latest[name])
+                for name, value in before.items()
+            }
+            if after != before:
                 changed.append(row)
+                for name, value in after.items():
+                    setattr(row, name, value)
+
+        move(self.run, deadline_unix_s=now + deadline_s, select_after_unix_s=now + self.patience_s)
+        move(self.run, opened_unix_s=now, short_since_unix_s=now)
+        for row in self.assignments.values():
+            if row.status == "open":
+                move(row, assigned_unix_s=now, deadline_unix_s=now + deadline_s)
         for history in self.histories.values():
-            if history.not_before_unix_s > now + LONGEST_DECLINE_S:
-                history.not_before_unix_s = now + LONGEST_DECLINE_S
-                changed.append(history)
+            move(history, not_before_unix_s=now + LONGEST_DECLINE_S)
         self.clock = Clock()
         return changed
 
@@ -317,6 +325,7 @@ class RunState:
         self.by_device.setdefault(row.device, []).append(row.assignment)
         if self._was_asked(row):
             self.asked.add(row.device)
+        self.pulls += row.pulled
         if row.status == "open":
             self.busy[row.device] = self.busy.get(row.device, 0) + 1
             self._count_open(row, 1)
@@ -329,7 +338,8 @@ class RunState:
             if not self.busy[row.device]:
                 del self.busy[row.device]
             self.clock.freed += 1
-        row.status, row.reason, row.pulled = status, reason, False
+        self.end_pull(row, reason)
+        row.status = status
         if self.mode == "synchronous" and row.round == self.run.round:
             if status == "received":
                 self.asked.add(row.device)
@@ -342,6 +352,7 @@ class RunState:
         """Begins a new update of a standing assignment, from the newest model."""
         run = self.run
         self._count_open(row, -1)
+        self.pulls += not row.pulled
         row.round, row.attempt, row.version = run.round, run.attempt, run.version
         row.model, row.vector_sha256 = run.down or run.model, run.vector_sha256
         row.base_version = self.base_for(row.device)
@@ -351,6 +362,7 @@ class RunState:
 
     def end_pull(self, row: AssignmentRow, reason: str = "") -> None:
         """The last pull of a standing assignment brought its update, or will bring none for this reason."""
+        self.pulls -= row.pulled
         row.pulled, row.reason = False, reason
 
     def set_away(self, row: AssignmentRow, away: bool) -> None:

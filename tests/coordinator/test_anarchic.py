@@ -1,0 +1,228 @@
+"""Anarchic runs: devices hold standing assignments, and choose themselves when they train, and how much."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from coordinator import events as e
+from coordinator.fleet import Fleet
+from coordinator.job_message import make_job, make_standing
+from coordinator.plan import Training, check_mode
+from coordinator.rounds import resume, step
+from coordinator.run_state import RunState
+from edge_runtime.errors import ConfigError
+from tests.coordinator import helpers as h
+
+
+def running(*names, steps=10, min_steps=2, **changes):
+    """A run whose devices have their standing assignments; by device."""
+    training = Training(steps=steps, min_steps=min_steps)
+    state = h.start(h.plan(**{"mode": "anarchic", "rounds": 5, "training": training, **changes}))
+    fleet = Fleet()
+    for name in names:
+        fleet.announce(0.0, h.device(name, abilities=["standing"]))
+    effects = step(state, e.Tick(0.0), fleet)
+    return state, fleet, {effect.assignment.device: effect.assignment for effect in h.of(e.SendStanding, effects)}
+
+
+def pull(state, fleet, row, sequence, *, now=1.0, steps=5, device=None):
+    """What follows from a pull."""
+    return step(state, e.Pulled(now, device or row.device, row.assignment, sequence, steps), fleet)
+
+
+def next_model(state, fleet, now=9.0):
+    """The open round's model is there."""
+    return step(state, e.Aggregated(now, state.run.round, h.blob(20 + state.run.round)), fleet)
+
+
+def test_every_able_device_gets_a_standing_assignment_and_none_is_told_to_train():
+    """Those that do not know such assignments get none; one that joins later gets one too."""
+    state, fleet, standing = running("a", "b")
+    fleet.announce(0.0, h.device("old"))
+    assert sorted(standing) == ["a", "b"]
+    assert not h.jobs(step(state, e.DeviceJoined(1.0, "old"), fleet))
+    fleet.announce(2.0, h.device("c", abilities=["standing"]))
+    effects = step(state, e.DeviceJoined(2.0, "c"), fleet)
+    assert h.one(e.SendStanding, effects).assignment.device == "c"
+    assert not h.jobs(effects)
+
+
+def test_concurrency_limits_how_many_hold_one():
+    """And one who leaves makes place for another."""
+    state, fleet, standing = running("a", "b", "c", concurrency=2)
+    assert len(standing) == 2
+    gone = next(iter(standing))
+    fleet.announce(1.0, h.device(gone, online=False, abilities=["standing"]))
+    effects = step(state, e.DeviceLeft(1.0, gone), fleet)
+    assert h.one(e.SendStanding, effects).assignment.device not in standing
+
+
+def test_a_pull_gets_the_newest_model_for_the_steps_that_the_device_chose():
+    """Within what the plan allows; repeated, it gets the same job."""
+    state, fleet, standing = running("a", "b", target=1)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0, steps=5))
+    assert (job.sequence, job.steps, job.version, job.pulled) == (0, 5, 0, True)
+    assert h.jobs(pull(state, fleet, standing["a"], 0, steps=7)) == [job]
+    for chosen, given in ((1, 2), (10_000, 10)):
+        state, fleet, standing = running("a")
+        assert h.jobs(pull(state, fleet, standing["a"], 0, steps=chosen))[0].steps == given
+
+
+def test_every_target_updates_make_a_model_and_a_device_goes_on_by_number():
+    """Each pull is an update of its own with the next number; all of them count once."""
+    state, fleet, standing = running("a", "b", target=2)
+    for sequence in range(3):
+        jobs = [h.jobs(pull(state, fleet, standing[name], sequence, now=sequence))[0] for name in "ab"]
+        assert [job.version for job in jobs] == [sequence, sequence]
+        step(state, h.arrived(jobs[0], sequence=sequence), fleet)
+        effects = step(state, h.arrived(jobs[1], sequence=sequence), fleet)
+        names = [row.update for row in h.one(e.Aggregate, effects).updates]
+        assert [(name.device, name.sequence) for name in names] == [("a", sequence), ("b", sequence)]
+        verdicts = h.of(e.SendVerdict, next_model(state, fleet))
+        assert [verdict.counted for verdict in verdicts] == [True, True]
+    assert [row.status for row in state.assignments.values()] == ["open", "open"]
+    assert len(state.updates) == 2  # only the last of each stay in memory
+
+
+def test_nothing_is_pulled_before_the_verdict():
+    """A device with an undecided update is told again that it is durable."""
+    state, fleet, standing = running("a", "b", target=2)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    step(state, h.arrived(job), fleet)
+    assert pull(state, fleet, standing["a"], 1) == [e.SendDone(h.update_id(job))]
+
+
+@pytest.mark.parametrize(("sequence", "kind"), [(0, e.AnswerFromStore), (2, e.SendVerdict)])
+def test_only_the_update_pulled_last_is_taken(sequence, kind):
+    """An earlier one is answered from the store, one that was never pulled refused; nothing of it is stored."""
+    state, fleet, standing = running("a", target=1)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    step(state, h.arrived(job), fleet)
+    next_model(state, fleet)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 1))
+    effects = step(state, h.arrived(job, sequence=sequence), fleet)
+    assert [type(effect) for effect in effects] == [kind]
+
+
+def test_an_update_of_another_version_than_pulled_is_refused():
+    """The device must have started from what it was given."""
+    state, fleet, standing = running("a", target=1)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    effects = step(state, h.arrived(job, model_version=3), fleet)
+    assert "from model version 3" in h.one(e.SendVerdict, effects).reason
+    assert state.assignments[job.assignment].status == "open"
+
+
+def test_who_pulls_and_never_delivers_may_pull_again_after_the_deadline():
+    """Before it the same job is owed; after it the next number gets a new one, and the old one counts no more."""
+    state, fleet, standing = running("a", target=1)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    assert h.jobs(pull(state, fleet, standing["a"], 1, now=50.0)) == [job]
+    (other,) = h.jobs(pull(state, fleet, standing["a"], 1, now=102.0))
+    assert other.sequence == 1
+    assert h.of(e.AnswerFromStore, step(state, h.arrived(job, 103.0), fleet))
+    assert h.of(e.Aggregate, step(state, h.arrived(other, 104.0, sequence=1), fleet))
+
+
+def test_a_failed_or_declined_pull_leaves_the_assignment():
+    """Only what its owner forbids or what failed is over; the next number may be pulled at once."""
+    state, fleet, standing = running("a", target=1)
+    for sequence, event in enumerate([{}, {"rejected": True, "declined_s": 60.0}]):
+        (job,) = h.jobs(pull(state, fleet, standing["a"], sequence))
+        step(state, e.JobReported(2.0, "a", job.assignment, "too hot", **event), fleet)
+        row = state.assignments[job.assignment]
+        assert (row.status, row.pulled, row.reason) == ("open", False, "too hot")
+    assert state.histories["a"].failures == 1
+
+
+def test_a_device_that_joins_again_hears_what_is_due():
+    """The number of its next update; and the job that it pulled and has not answered."""
+    state, fleet, standing = running("a", target=2)
+    plan, run = state.plan, state.run
+    effects = step(state, e.DeviceJoined(1.0, "a"), fleet)
+    assert make_standing(plan, run, h.one(e.SendStanding, effects).assignment, chunk_bytes=1000).sequence == 0
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    for due in (step(state, e.DeviceJoined(2.0, "a"), fleet), resume(state)):
+        message = make_standing(plan, run, h.one(e.SendStanding, due).assignment, chunk_bytes=1000)
+        assert (message.sequence, message.min_steps, message.max_steps) == (0, 2, 10)
+        assert h.jobs(due) == [job]
+    sent = make_job(plan, run, job, state.model_of(job), now=2.0, chunk_bytes=1000)
+    assert (sent.sequence, sent.steps, sent.epochs, sent.role) == (0, 5, None, "trainer")
+    step(state, h.arrived(job), fleet)
+    effects = step(state, e.DeviceJoined(3.0, "a"), fleet)
+    assert make_standing(plan, run, h.one(e.SendStanding, effects).assignment, chunk_bytes=1000).sequence == 1
+    assert not h.jobs(effects)
+
+
+def test_a_number_from_before_is_answered_with_the_next_one():
+    """A device that was restored from an old copy learns where it is."""
+    state, fleet, standing = running("a", target=1)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 7))
+    step(state, h.arrived(job, sequence=7), fleet)
+    next_model(state, fleet)
+    (told,) = pull(state, fleet, standing["a"], 3)
+    assert make_standing(state.plan, state.run, told.assignment, chunk_bytes=1000).sequence == 8
+
+
+def test_pulls_of_nothing_are_answered_and_those_of_others_ignored():
+    """Who pulls what is over is told so; nobody pulls for somebody else."""
+    state, fleet, standing = running("a", "b", target=1)
+    stranger = e.Pulled(1.0, "a", "r0-99", 0, 5)
+    assert h.one(e.SendCancel, step(state, stranger, fleet)).assignment == "r0-99"
+    assert pull(state, fleet, standing["a"], 0, device="b") == []
+    step(state, e.StopRequested(2.0), fleet)
+    assert h.one(e.SendCancel, pull(state, fleet, standing["a"], 0)).reason.startswith("run has ended")
+
+
+def test_a_pull_too_old_to_count_is_over():
+    """Its update is refused by name, its model is not sent again, and the device may pull the next."""
+    state, fleet, standing = running("a", "b", target=1, max_staleness=0)
+    (old,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    (job,) = h.jobs(pull(state, fleet, standing["b"], 0))
+    step(state, h.arrived(job), fleet)
+    next_model(state, fleet)
+    assert not h.jobs(step(state, e.DeviceJoined(10.0, "a"), fleet))
+    assert "stale" in h.one(e.SendVerdict, step(state, h.arrived(old, 11.0), fleet)).reason
+    assert h.jobs(pull(state, fleet, standing["a"], 1, now=12.0))[0].version == 1
+
+
+def test_silence_is_no_failure_where_nobody_pulled():
+    """Devices choose their moments: a run without any pull waits; owed updates that never come end it."""
+    state, fleet, standing = running("a", attempts=2, target=1)
+    for now in range(100, 2000, 100):
+        assert not h.of(e.Finished, step(state, e.Tick(float(now)), fleet))
+    pull(state, fleet, standing["a"], 0, now=2000.0)
+    effects = [effect for now in (2100.0, 2200.0, 2300.0) for effect in step(state, e.Tick(now), fleet)]
+    assert "1 device never answered" in h.one(e.Finished, effects).reason
+
+
+def test_a_restart_changes_nothing():
+    """Old pulls, the last update and its verdict are where they were."""
+    state, fleet, standing = running("a", "b", target=1, max_staleness=0, rounds=9)
+    for sequence in range(4):
+        (job,) = h.jobs(pull(state, fleet, standing["a"], sequence))
+        step(state, h.arrived(job, sequence=sequence), fleet)
+        next_model(state, fleet)
+    rows = [state.run, *state.assignments.values(), *state.updates.values(), *state.histories.values()]
+    rebuilt = RunState.from_rows(state.plan, rows)
+    assert rebuilt.assignments == state.assignments
+    assert rebuilt.updates == state.updates
+    assert {row.device for row in rebuilt.assignments.values()} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "training", "reason"),
+    [
+        ({"mode": "anarchic"}, Training(epochs=1), "needs training.steps"),
+        ({"mode": "synchronous", "concurrency": 3}, Training(epochs=1), "concurrency is for mode"),
+        ({"mode": "buffered", "interval_s": 3.0}, Training(epochs=1), "interval_s is for mode"),
+        ({"mode": "anarchic"}, Training(steps=3, min_steps=4), "min_steps is above"),
+    ],
+)
+def test_keys_that_do_not_fit_the_mode_are_refused(rules, training, reason):
+    """The message names the key."""
+    plan = h.plan(training=training, **rules)
+    with pytest.raises(ConfigError, match=reason):
+        check_mode(plan)
+    check_mode(msgspec.structs.replace(plan, training=Training(steps=3), participation=h.plan().participation))

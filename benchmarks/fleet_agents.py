@@ -9,9 +9,7 @@ Requests and answers are JSON objects: ``{"do": "connect", "per_s": 100}``, ``{"
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import sys
 import time
 from collections import deque
@@ -19,39 +17,17 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.fleet_helper import Control, stamp
 from benchmarks.light_agent import LightAgent, Updates
 from edge_runtime.bundle import Bundle
 from edge_runtime.messages import Heartbeat
 from edge_runtime.transport.link import LinkSettings
-from edge_runtime.transport.loop import READ, Loop
+from edge_runtime.transport.loop import Loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PACE_S = 0.01  # how often what is due is sent
-
-
-class Control:
-    """Answers requests on standard input from within a loop; the end of input stops the loop."""
-
-    def __init__(self, loop: Loop, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self._loop, self._answer, self._text = loop, answer, b""
-        loop.watch(0, READ, self._ready)
-
-    def _ready(self, _events: int) -> None:
-        data = os.read(0, 65536)
-        if not data:
-            self._loop.unwatch(0)
-            self._loop.stop()
-            return
-        *lines, self._text = (self._text + data).split(b"\n")
-        for line in lines:
-            print(json.dumps(self._answer(json.loads(line))), flush=True)
-
-
-def stamp() -> int:
-    """Milliseconds of the machine's monotonic clock, in 32 bits; what a beat carries as its uptime."""
-    return int(time.monotonic() * 1000) & 0xFFFFFFFF
 
 
 class Pacer:

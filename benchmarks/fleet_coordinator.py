@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fleet_agents import Control, stamp
+from benchmarks.fleet_helper import Control, stamp
 from coordinator.server import Coordinator
 from coordinator.settings import ServerSettings
 from edge_runtime.errors import MessageError

@@ -380,6 +380,19 @@ def test_the_place_of_a_device_that_left_is_given_on_at_once():
     assert state.assignments[jobs[stays].assignment].status == "open"
 
 
+def test_places_that_many_devices_leave_are_given_on_together():
+    """In a large fleet a whole site may leave at once: one selection gives all its places on, not one for each."""
+    names = [f"d{number:04d}" for number in range(1200)]
+    state, fleet, jobs = open_round(h.plan(target=100, deadline_s=100.0), *names)
+    asked = []
+    for number, name in enumerate(sorted(jobs)[:50]):
+        fleet.announce(1.0, h.device(name, online=False))
+        asked.append(len(h.jobs(step(state, e.DeviceLeft(1.0 + number / 1000, name), fleet))))
+    assert asked == [1] + 49 * [0]
+    assert len(h.jobs(step(state, e.Tick(2.0), fleet))) == 49
+    assert state.run.next_selection == 3
+
+
 def test_without_a_replacement_the_round_waits_for_the_device_that_left():
     """Leaving is no failure: its update closes the round when it comes."""
     state, fleet, jobs = open_round(h.plan(target=2, minimum=1), "a", "b")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -126,7 +125,7 @@ def _check(options: argparse.Namespace) -> int:
     energy, limits = _energy(config), in_force(config.limits)
     if options.json:
         about = {"device": config.device, "broker": config.broker.url, "energy": energy, "limits": limits}
-        print(json.dumps({**about, "datasets": found, **fits}))
+        _print_json({**about, "datasets": found, **fits})
     else:
         print(f"device {config.device}, broker {config.broker.url}")
         for line in _energy_lines(energy, config):
@@ -220,7 +219,7 @@ def _quarantine(options: argparse.Namespace) -> int:
         spool.close()
     left = [{"bundle": bundle, "crashes": count} for bundle, count in held.items() if bundle not in lifted]
     if options.json:
-        print(json.dumps({"quarantined": left, "lifted": lifted}))
+        _print_json({"quarantined": left, "lifted": lifted})
         return EXIT_OK
     for bundle in lifted:
         print(f"lifted: bundle {bundle}")
@@ -229,6 +228,12 @@ def _quarantine(options: argparse.Namespace) -> int:
     if not left:
         print("no bundle is in quarantine")
     return EXIT_OK
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    import json  # `run` does without it
+
+    print(json.dumps(found))
 
 
 def _chosen(lift: str, held: dict[str, int]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Standing assignments at work: carries out what :mod:`.standing` decides. One file keeps them (``standing``)."""
+"""Standing assignments at work: carries out what :mod:`.standing` decides. One file keeps them (``standing``).
+
+A device without such an assignment does not load that machine.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge_runtime.agent import standing
 from edge_runtime.errors import StorageError
-from edge_runtime.files import write_durably
+from edge_runtime.files import remove, write_durably
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from random import Random
 
+    from edge_runtime.agent import standing
     from edge_runtime.agent.config import LimitsConfig
     from edge_runtime.agent.jobs import AgentState
     from edge_runtime.agent.limits import Known
@@ -60,72 +63,101 @@ class StandingWork:
     ) -> None:
         self._path, self._loop, self._jobs = folder / _FILE, loop, jobs
         self._known, self._link, self._send = known, link, send
+        self._limits, self._random = limits, random
         self._timer: Timer | None = None
         self._unkept = False
-        self.state = standing.StandingState(limits, random)
-        self.state.restore(_read(self._path), lambda key: spool.last_sequence(*key), loop.now())
+        self.state: standing.StandingState | None = None
+        if self._path.exists():
+            self._begin().restore(_read(self._path), lambda key: spool.last_sequence(*key), loop.now())
 
     def arrived(self, wanted: Standing) -> None:
         """The coordinator gives a standing assignment, or says it again."""
-        if (wanted.run, wanted.assignment) not in self.state.held:
+        from edge_runtime.agent import standing
+
+        state = self.state or self._begin()
+        if (wanted.run, wanted.assignment) not in state.held:
             log.info("run %s: takes up to %d steps whenever this device chooses", wanted.run, wanted.max_steps)
-        self._step(standing.StandingArrived(self._loop.now(), wanted))
+        self._step(state, standing.StandingArrived(self._loop.now(), wanted))
         self.look()
 
     def cancelled(self, run: str, assignment: str) -> None:
         """The coordinator no longer wants it."""
-        self._step(standing.StandingEnded(run, assignment))
+        self._ended(run, assignment)
 
     def refused(self, run: str, assignment: str, reason: str) -> None:
         """An update got the verdict that it does not count."""
         if reason.startswith(_ENDED):
-            self._step(standing.StandingEnded(run, None if reason.startswith(_ENDED[0]) else assignment))
+            self._ended(run, None if reason.startswith(_ENDED[0]) else assignment)
 
     def job_came(self, run: str, assignment: str, sequence: int) -> None:
         """A job arrived, of a standing assignment or not."""
-        self._step(standing.JobCame(run, assignment, sequence))
+        if self.state is not None:
+            from edge_runtime.agent import standing
+
+            self._step(self.state, standing.JobCame(run, assignment, sequence))
 
     def job_ended(self, run: str, assignment: str, *, trained: bool) -> None:
         """A job ended, of a standing assignment or not; ``trained``: with an update."""
-        self._step(standing.JobEnded(self._loop.now(), run, assignment, trained))
+        if self.state is not None:
+            from edge_runtime.agent import standing
+
+            self._step(self.state, standing.JobEnded(self._loop.now(), run, assignment, trained))
 
     def look(self) -> None:
         """Something changed, or time has passed: pulls if it is time for that. Costs next to nothing if it is not."""
-        if not self.state.held or not self._link.is_up:
+        if self.state is None or not self.state.held or not self._link.is_up:
             return
+        from edge_runtime.agent import standing
+
         now, idle = self._loop.now(), not self._jobs.jobs
         unsettled = frozenset(name.run for name, update in self._jobs.updates.items() if update.trained)
         if self.state.may_pull(now, idle, unsettled):
-            self._step(standing.Moment(now, idle, unsettled, self._known()))
-        self._arm(now)
+            self._step(self.state, standing.Moment(now, idle, unsettled, self._known()))
+        self._arm(now, self.state.next_s())
 
     def close(self) -> None:
         """Forgets its timer."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _arm(self, now: float) -> None:
+    def _begin(self) -> standing.StandingState:
+        from edge_runtime.agent import standing
+
+        self.state = standing.StandingState(self._limits, self._random)
+        return self.state
+
+    def _ended(self, run: str, assignment: str | None) -> None:
+        if self.state is not None:
+            from edge_runtime.agent import standing
+
+            self._step(self.state, standing.StandingEnded(run, assignment))
+
+    def _arm(self, now: float, next_s: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        next_s = self.state.next_s()
         self._timer = self._loop.call_later(next_s - now, self.look) if next_s is not None and next_s > now else None
 
-    def _step(self, event: standing.Event) -> None:
-        for effect in standing.step(self.state, event):
+    def _step(self, state: standing.StandingState, event: standing.Event) -> None:
+        from edge_runtime.agent import standing
+
+        for effect in standing.step(state, event):
             match effect:
                 case standing.Keep():
                     self._unkept = True
-                    self._keep()
+                    self._keep(state)
                 case standing.SendPull(pull):
-                    if self._keep():  # a number is on disk before anyone hears of it
+                    if self._keep(state):  # a number is on disk before anyone hears of it
                         log.info("run %s: asks for %d steps as update %d", pull.run, pull.steps, pull.sequence)
                         self._send(pull)
 
-    def _keep(self) -> bool:
+    def _keep(self, state: standing.StandingState) -> bool:
         if not self._unkept:
             return True
         try:
-            write_durably(self._path, msgspec.msgpack.encode(self.state.kept()))
+            if state.held:
+                write_durably(self._path, msgspec.msgpack.encode(state.kept()))
+            else:
+                remove(self._path)
         except StorageError as error:
             log.error("%s", error)  # noqa: TRY400 - one line, the user's disk is full
             return False
@@ -134,6 +166,8 @@ class StandingWork:
 
 
 def _read(path: Path) -> list[standing.Kept]:
+    from edge_runtime.agent import standing
+
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=list[standing.Kept])
     except FileNotFoundError:

@@ -77,9 +77,10 @@ def metered_by(local_host: str | None, root: Path) -> bool | None:
         root: where ``sys`` is looked for.
     """
     name = None if local_host is None else _interface(local_host)
-    if name is None:
-        return None
-    folder = root / "sys/class/net" / name
+    return None if name is None else _is_metered(name, root / "sys/class/net" / name)
+
+
+def _is_metered(name: str, folder: Path) -> bool | None:
     if name.startswith(_MODEM_NAMES) or "DEVTYPE=wwan" in _text(folder / "uevent") or _driver(folder) in _TETHERS:
         return True
     if (folder / "wireless").exists() or (folder / "phy80211").exists():

@@ -91,7 +91,9 @@ class World:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[pipe.TrainRequest] = []
         self.answer_needs = True
-        self.coordinator = Peer(loop, url, "coord", ("fl/v1/d/+/state", "fl/v1/d/+/message"))
+        self.heartbeats: list[messages.Heartbeat] = []
+        leaves = ("state", "message", "heartbeat")
+        self.coordinator = Peer(loop, url, "coord", tuple(f"fl/v1/d/+/{leaf}" for leaf in leaves))
         self.coordinator.handler = self.on_message
         self.store = BlobStore(folder / "coordinator")
         self.pump = ChunkPump(self.coordinator.link)
@@ -111,6 +113,10 @@ class World:
         agent.close()
 
     def on_message(self, topic: str, payload: bytes) -> None:
+        if topic.endswith("/heartbeat"):
+            assert len(payload) <= messages.HEARTBEAT_LIMIT_BYTES
+            self.heartbeats.append(messages.decode_heartbeat(payload))
+            return
         message = messages.decode_from_device(payload)
         if topic.endswith("/state"):
             self.states.append(message)
@@ -270,6 +276,99 @@ def test_models_that_others_build_on_are_kept(world):
     world.until(lambda: ("run", "a2") in agent.state.jobs)
     assert agent.files.pinned("run") == [3, 4]
     assert agent.files.pinned("other") == []
+
+
+def test_a_job_that_the_owner_forbids_is_declined_with_its_reason(world, tmp_path):
+    """The coordinator hears why and for how long; the heartbeat says which limit holds; with the limit goes the no."""
+    gauges = tmp_path / "gauges.json"
+    gauges.write_text('{"on_external_power": false, "battery_percent": 55}')
+    limits = LimitsConfig(only_when_charging=True, battery_reserve_percent=30.0)
+    agent = world.agent(limits=limits, telemetry=TelemetryConfig(file=str(gauges)))
+    world.until(lambda: world.states and world.heartbeats)
+    assert world.states[-1].abilities == ["anchor", "standing"]
+    assert messages.DECLINES[world.heartbeats[-1].declines] == "charging"
+    world.tell(world.job())
+    world.until(lambda: world.heard(messages.JobStatus))
+    (status,) = world.heard(messages.JobStatus)
+    assert (status.status, status.declined_s) == ("rejected", 900.0)
+    assert status.reason == "no external power, and limits.only_when_charging is set"
+    assert world.requests == []
+    gauges.write_text('{"on_external_power": true, "battery_percent": 55}')
+    agent._send_heartbeat()
+    world.until(lambda: len(world.heartbeats) == 2)
+    assert (world.heartbeats[-1].declines, world.heartbeats[-1].reserve_percent) == (0, 30)
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+
+
+def test_a_job_that_is_too_slow_here_is_declined_once_its_steps_are_known(world):
+    """The first job teaches what a step takes; a later one that cannot meet its deadline goes back, one that can does
+    not. What the link carries is learnt, too."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(world.job(steps=10, epochs=None))
+    world.until(lambda: world.requests)
+    train(world, agent, meta=UpdateMeta(round=0, model_version=0, samples=3, steps=10), train_s=5.0)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    world.tell(messages.Verdict(update=world.heard(messages.UpdateOffer)[0].update, counted=True))
+    world.tell(world.job("a2", steps=1000, epochs=None, deadline_s=60.0))
+    world.until(lambda: world.heard(messages.JobStatus))
+    (status,) = world.heard(messages.JobStatus)
+    assert "the job would take about 500 s here (1000 steps in 500 s" in status.reason
+    assert status.declined_s is not None
+    world.tell(world.job("a3", steps=100, epochs=None, deadline_s=60.0))
+    world.until(lambda: len(world.requests) == 2)
+    assert agent.conditions.down.kbit_s > 1000
+
+
+def test_a_standing_assignment_is_pulled_trained_and_pulled_again(world):
+    """The device asks by itself, its updates have ever higher numbers, one at a time waits for its verdict, also over a
+    restart; a cancelled assignment is over."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    wanted = messages.Standing(
+        run="run", assignment="s1", sequence=3, dataset="digits", bundle=world.job().bundle, max_steps=40
+    )
+    world.tell(wanted)
+    for number in (3, 4):
+        world.until(lambda number=number: any(pull.sequence == number for pull in world.heard(messages.Pull)))
+        assert world.heard(messages.Pull)[-1].steps == 40
+        asked = len(world.requests)
+        world.tell(world.job("s1", steps=40, epochs=None, sequence=number))
+        world.until(lambda asked=asked: len(world.requests) > asked)
+        train(world, agent, b"update %d" % number)
+        world.until(lambda number=number: any(o.update.sequence == number for o in world.heard(messages.UpdateOffer)))
+        assert {pull.sequence for pull in world.heard(messages.Pull)} == set(range(3, number + 1))
+        if number == 3:
+            update = world.heard(messages.UpdateOffer)[-1].update
+            world.tell(messages.Done(update=update))
+            world.tell(messages.Verdict(update=update, counted=True))
+    world.close(agent)
+    world.said.clear()
+    agent = world.agent()
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    assert world.heard(messages.Pull) == []
+    world.tell(messages.Verdict(update=world.heard(messages.UpdateOffer)[0].update, counted=False, reason="late"))
+    world.until(lambda: world.heard(messages.Pull))
+    assert world.heard(messages.Pull)[0].sequence == 5
+    world.tell(messages.Cancel(run="run", assignment="s1"))
+    world.until(lambda: not agent.standing.state.held)
+    assert not (Path(agent.config.state_dir) / "standing").exists()
+
+
+def test_a_run_that_has_ended_is_pulled_no_more(world):
+    """An update that came after its run's end ends the standing assignment, though no one cancelled it."""
+    agent = world.agent()
+    world.until(lambda: world.states)
+    world.tell(messages.Standing(run="run", assignment="s1", dataset="digits", bundle=world.job().bundle, max_steps=4))
+    world.until(lambda: world.heard(messages.Pull))
+    world.tell(world.job("s1", steps=4, epochs=None))
+    world.until(lambda: world.requests)
+    train(world, agent)
+    world.until(lambda: world.heard(messages.UpdateOffer))
+    update = world.heard(messages.UpdateOffer)[0].update
+    world.tell(messages.Verdict(update=update, counted=False, reason="run has ended: finished"))
+    world.until(lambda: not agent.standing.state.held)
 
 
 def test_large_update_is_offered_with_its_hash(world):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_runtime.agent.energy_config import EnergyConfig
-from edge_runtime.agent.radio import RADIOS, _of_interface, radio_of
+from edge_runtime.agent.radio import RADIOS, _is_metered, _of_interface, metered_by, radio_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -54,3 +54,34 @@ def test_the_interface_is_that_of_the_connection(tmp_path):
     assert radio_of(EnergyConfig(), LOOPBACK, tmp_path).about.startswith("lo:")
     for host in (None, "203.0.113.7"):
         assert radio_of(EnergyConfig(), host, tmp_path).joules(1, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "driver", "files", "metered"),
+    [
+        ("wwan0", "", [], True),
+        ("ppp0", "", [], True),
+        ("usb0", "rndis_host", [], True),
+        ("enxa2b1", "ipheth", [], True),
+        ("wlan0", "brcmfmac", ["wireless/status"], None),
+        ("eth0", "bcmgenet", [], False),
+        ("lo", "", [], False),
+        ("wg0", "", [], None),
+    ],
+)
+def test_the_interface_tells_whether_bytes_are_paid_for(tmp_path, name, driver, files, metered):
+    """Modems and phones are metered, other cables are not; of a wireless LAN and a tunnel nothing is known."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    if driver:
+        (tmp_path / "drivers" / driver).mkdir(parents=True)
+        (tmp_path / "device").mkdir()
+        (tmp_path / "device/driver").symlink_to(tmp_path / "drivers" / driver)
+    assert _is_metered(name, tmp_path) is metered
+
+
+def test_without_a_connection_it_is_not_known_whether_it_is_metered(tmp_path):
+    """Nor for an address of nobody; on loopback it is."""
+    assert metered_by(LOOPBACK, tmp_path) is False
+    assert metered_by(None, tmp_path) is metered_by("203.0.113.7", tmp_path) is None

@@ -1,0 +1,91 @@
+"""What a device expects of itself, from its own history."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.agent.availability import Availability
+
+H, WEEK = 3600.0, 7 * 86_400.0
+
+
+def live(table: Availability, hours: int, could, start_s: float = 0.0, tick_s: float = 300.0) -> float:
+    """Lets time pass; ``could`` by hour of the week."""
+    at = start_s
+    while at <= start_s + hours * H:
+        table.seen(1.8e9 + at, at % WEEK, could(int(at % WEEK // H)))
+        at += tick_s
+    return at
+
+
+def at_night(hour: int) -> bool:
+    return hour % 24 < 6
+
+
+def test_hours_are_learnt():
+    """After two weeks a device that may train at night knows which hours those are, also those that come in part."""
+    table = Availability()
+    assert table.predict(0.0) is None
+    live(table, 2 * 168, at_night)
+    assert table.predict(2 * H) > 0.7
+    assert table.predict(12 * H) < 0.12
+    assert 0.3 < table.predict(5.5 * H) < 0.6
+    assert table.predict(24 * H - 1800.0, horizon_s=7200.0) > table.predict(12 * H)
+
+
+def test_an_hour_that_was_never_seen_is_like_the_others():
+    """After one day the other days are guessed from the share of all hours."""
+    table = Availability()
+    live(table, 24, at_night)
+    assert abs(table.predict(3 * 86_400.0 + 2 * H) - 0.25) < 0.05
+    assert table.predict(2 * H) > 0.5
+
+
+def test_the_latest_weeks_count_most():
+    """A device whose owner changed the hours has relearnt them after some weeks."""
+    table = Availability()
+    end = live(table, 4 * 168, at_night)
+    live(table, 5 * 168, lambda hour: not at_night(hour), end + WEEK - end % WEEK)
+    assert table.predict(2 * H) < 0.4
+    assert table.predict(12 * H) > 0.8
+
+
+def test_jumps_of_the_clock_add_nothing():
+    """Back, or by more than an hour: what lies between is not history. Nor is what a clock says that was never set."""
+    table = Availability()
+    live(table, 168, lambda _hour: True)
+    before = table.predict(50 * H)
+    for clock, week in ((1.9e9, 0.0), (1.7e9, 100.0), (1.7e9 + 2 * H, 50 * H), (5.0, None), (1.95e9, 50 * H)):
+        table.seen(clock, week, False)
+    assert table.predict(50 * H) == before
+
+
+def test_the_table_survives_a_restart_in_little_space():
+    """Packed, it says the same but for what was seen in the last minutes; damaged, it begins anew."""
+    table = Availability()
+    live(table, 168, at_night)
+    data = table.pack()
+    assert len(data) < 1000
+    again = Availability(data)
+    for hour in range(0, 168, 5):
+        assert abs(again.predict(hour * H) - table.predict(hour * H)) < 0.02
+    assert Availability(data[:-1]).predict(0.0) is None
+    assert Availability(b"\x07" + data[1:]).predict(0.0) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    looks=st.lists(
+        st.tuples(st.floats(-1e12, 1e12), st.none() | st.floats(0, WEEK, exclude_max=True), st.booleans()), max_size=60
+    ),
+    at=st.floats(0, WEEK, exclude_max=True),
+    horizon=st.floats(1.0, 7 * H),
+)
+def test_a_prediction_is_a_share(looks, at, horizon):
+    """Whatever clocks do, the prediction is unknown, or from 0 to 1."""
+    table = Availability()
+    for look in looks:
+        table.seen(*look)
+    predicted = Availability(table.pack()).predict(at, horizon), table.predict(at, horizon)
+    assert all(value is None or -1e-9 <= value <= 1 + 1e-9 for value in predicted)

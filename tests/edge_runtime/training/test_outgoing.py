@@ -110,6 +110,27 @@ def test_a_refused_update_that_needs_its_model_finds_it(device, monkeypatch):
     np.testing.assert_allclose(device.residual(codec="predicting") + sent, device.trained, atol=1e-2)  # buffers: half
 
 
+def test_an_anchor_takes_a_refused_update_back_and_leaves_it_for_the_next(device, monkeypatch):
+    """A gradient is no step, so nothing refused goes into it; the model that came with more is found again."""
+    monkeypatch.setitem(registry._loaded, "predicting", Predicting)
+    zeros = np.zeros(device.layout.size, np.float32)
+    device.jobs.write_model(device.jobs.bundle.initial_vector(), anchor=zeros)
+    job = {"codec": "predicting", "method": "fedamd"}
+    device.settle("a", device.do("a", **job, model_version=4), counted=False)
+    trained = device.trained.copy()
+    anchor = JobRunner().run(
+        msgspec.structs.replace(
+            device.jobs.request(**job, assignment="b", role="anchor"),
+            state_path=device.state_path,
+            refused=device.refused,
+        )
+    )
+    assert anchor.returned == [refused.update for refused in device.refused]
+    assert anchor.key == ""
+    device.state_path, device.refused = anchor.state_path, []
+    np.testing.assert_allclose(device.residual(codec="predicting"), trained, atol=1e-2)  # buffers: half
+
+
 @pytest.mark.parametrize("predicts", [False, True])
 def test_only_bytes_that_need_the_model_keep_it(device, monkeypatch, predicts):
     """A codec that may predict does not always: most updates decode by themselves, and no model is written for them."""

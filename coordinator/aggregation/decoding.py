@@ -10,10 +10,8 @@ import numpy as np
 
 from coordinator.errors import ModelError
 from coordinator.model_blobs import held_vector, mapped
-from edge_runtime.compression.base import Codec
-from edge_runtime.compression.container import unpack, update_tag
+from edge_runtime.compression.container import update_tag
 from edge_runtime.compression.pipeline import decode
-from edge_runtime.compression.registry import codec_class
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
@@ -134,11 +132,8 @@ class Decoder:
         """See :func:`decode_update`."""
         data = mapped(source.payload) if isinstance(source.payload, Path) else source.payload
         layouts = dict.fromkeys(self.channels[source.role], self.layout)
-        reference = None
-        if self._held is not None:
-            codec = codec_class(unpack(data, layouts)[0].codec)
-            if codec.decode_against is not Codec.decode_against:
-                reference = self._held(source.version)
+        held, version = self._held, source.version
+        reference = None if held is None else lambda: held(version)
         limit = math.inf if max_norm is None else max_norm
         tag = update_tag(source.update)
         return decode(data, layouts, base_version=source.version, tag=tag, max_norm=limit, reference=reference)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from edge_runtime.compression.base import Layout, Request, Update, Value
+from edge_runtime.compression.base import Codec, Layout, Request, Update, Value
 from edge_runtime.compression.channel import Channel, check_finite
 from edge_runtime.compression.container import Header, header_bytes, pack, unpack
 from edge_runtime.compression.registry import codec_class
@@ -15,9 +15,9 @@ from edge_runtime.compression.transforms import OPTIONS, Transform, chain
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from edge_runtime.compression.base import Codec, State, Vector
+    from edge_runtime.compression.base import State, Vector
 
 MODEL_CHANNEL = "model"
 
@@ -107,7 +107,7 @@ def decode(
     base_version: int | None = None,
     tag: int | None = None,
     max_norm: float = math.inf,
-    reference: Vector | None = None,
+    reference: Vector | Callable[[], Vector] | None = None,
 ) -> dict[str, Update]:
     """Updates by channel, possibly views of ``data``.
 
@@ -117,7 +117,7 @@ def decode(
         base_version: refuse values relative to another model version; None: any.
         tag: refuse another update; None: any.
         max_norm: refuse a larger L2 norm of a channel's buffers, or of all else in it.
-        reference: what ``encode`` was given.
+        reference: what ``encode`` was given, or a function that gives it, called only if the codec may predict.
 
     Raises:
         CodecError: damaged, hostile, of an unknown codec, made for other tensors, another version or another update,
@@ -130,7 +130,10 @@ def decode(
         raise CodecError("the bytes are those of another update")
     if header.codec == "":
         raise CodecError("the codec has no name")
-    codec = codec_class(header.codec)()
+    cls = codec_class(header.codec)
+    codec = cls()
+    if callable(reference):
+        reference = reference() if cls.decode_against is not Codec.decode_against else None
     view = memoryview(data)
     updates = {}
     for name, (start, end) in sections.items():

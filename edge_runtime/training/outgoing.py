@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_runtime.compression.base import Codec
 from edge_runtime.compression.container import size_limit, unpack, update_tag
 from edge_runtime.compression.pipeline import CodecSpec, decode, encode, give_back, keeps_residual, predicts
 from edge_runtime.compression.registry import codec_class
@@ -91,14 +92,16 @@ def write_update(
     encode_cpu_s = time.process_time() - began_s
     if steps:
         state.codec = encoded.state
-    predicted = predicts(encoded.data, layouts)
+    may_predict = codec_class(spec.name).decode_against is not Codec.decode_against
+    predicted = may_predict and predicts(encoded.data, layouts)
     made_with = key + _KEY_SEPARATOR + _model_sha256(request, received) if predicted else key
     written = hold(request, received, predicts=predicted)
     stored = encode_state(state, job.bundle.sha256, key) if state else b""
-    state_path, path = _write(request, stored, encoded.data)
+    digest = hashlib.sha256(encoded.data).hexdigest()
+    state_path, path = _write(request, stored, encoded.data, digest)
     return Written(
         path=path,
-        sha256=hashlib.sha256(encoded.data).hexdigest(),
+        sha256=digest,
         size_bytes=len(encoded.data),
         state_path=state_path,
         key=made_with if keeps_residual(spec) else "",
@@ -164,12 +167,12 @@ def _read(path: Path, limit_bytes: int) -> bytes:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _write(request: TrainRequest, state: bytes | memoryview, data: bytes) -> tuple[str, str]:
-    """Paths of the state (empty if there is none) and of the update."""
+def _write(request: TrainRequest, state: bytes | memoryview, data: bytes, digest: str) -> tuple[str, str]:
+    """Paths of the state (empty if there is none) and of the update, whose hash is ``digest``."""
     paths = []
     try:
-        for kind, content in (("state", state), ("update", data)):
-            name = f"{request.job.run}.{request.job.assignment}.{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
+        for kind, content, hashed in (("state", state, hashlib.sha256(state).hexdigest()), ("update", data, digest)):
+            name = f"{request.job.run}.{request.job.assignment}.{hashed[:16]}.{kind}"
             paths.append(Path(request.output_folder) / name)
             if content:
                 write_durably(paths[-1], content)

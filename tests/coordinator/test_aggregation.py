@@ -230,7 +230,6 @@ def test_a_codec_may_predict_from_the_model_that_devices_hold(tmp_path, monkeypa
             seen.append(None if reference is None else reference.tobytes())
             return self.decode(payload, layout)
 
-    monkeypatch.setattr(decoding, "codec_class", lambda _codec: Predicts)
     monkeypatch.setattr("edge_runtime.compression.pipeline.codec_class", lambda _codec: Predicts)
     blobs, plan = BlobStore(tmp_path), h.plan(downlink=Downlink(codec="raw"))
     first = aggregation.make_initial(blobs, plan, np.ones(LAYOUT.size, np.float32), LAYOUT)

@@ -253,7 +253,7 @@ class Joules:
         limits = [
             (self._job_joules, "limits.job_joules"),
             (job.joule_limit, "job_joules of its plan"),
-            (day_joules, "joules_left of limits.joules_per_day"),
+            (day_joules, "joules left of limits.joules_per_day"),
         ]
         return min(((value, name) for value, name in limits if value is not None), default=None)
 

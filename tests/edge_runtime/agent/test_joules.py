@@ -87,7 +87,7 @@ class Device:
         blobs = [self.agent.cache.put(path.read_bytes()) for path in (self.jobs.bundle.path, self.jobs.model)]
         self.bundle, self.model = (BlobRef(sha256=blob.sha256, size_bytes=blob.size_bytes) for blob in blobs)
 
-    def measure(self, **values: float) -> None:
+    def measure(self, **values: float | bool) -> None:
         """What its gauges say from now on."""
         self._telemetry.write_bytes(msgspec.json.encode(values))
 
@@ -318,6 +318,36 @@ def test_a_job_ends_at_its_joules_and_keeps_its_work(device: Any, orin: Path, ow
     one.agent._handle(messages.Verdict(update=update.update, counted=True))
     one.give("b", steps=1)
     assert one.update("b").meta.stopped == ""
+
+
+def test_the_joules_of_the_day_end_training_and_decline_the_next_job(device: Any, orin: Path) -> None:
+    """What jobs before drew counts; what was reached is sent, the next job is declined until tomorrow, also after a
+    restart.
+    """
+    one = device(root=orin, limits=LimitsConfig(joules_per_day=12.0))
+    one.give("first", run="other", steps=None)  # only evaluates: what a step draws is unknown
+    one.until(lambda: one.agent.state.updates)
+    one.give(steps=2000)
+    update = one.update()
+    assert "J (measured), and joules left of limits.joules_per_day = " in update.meta.stopped
+    assert 0 < update.meta.steps < 2000
+    one.give("b", run="third", steps=1)
+    said = one.failure()
+    assert (said.status, "limits.joules_per_day = 12" in said.reason, said.declined_s > 0) == ("rejected", True, True)
+    assert one.agent.conditions.heartbeat().joules_left == 0
+
+
+def test_without_its_charger_a_device_ends_training_and_keeps_its_work(device: Any) -> None:
+    """Its owner lets it train while it charges; what it reached until then is sent."""
+    one = device(limits=LimitsConfig(only_when_charging=True))
+    one.measure(on_external_power=True)
+    one.give(steps=2000)
+    one.until_it_trains()
+    one.measure(on_external_power=False)
+    one.agent._check_limits()
+    meta = one.update().meta
+    assert meta.stopped == "no external power, and limits.only_when_charging is set"
+    assert 0 < meta.steps < 2000
 
 
 def test_a_limit_that_starting_uses_up_says_so(device: Any) -> None:

@@ -329,3 +329,46 @@ def test_schema_is_golden(name, dialect):
         ]
     text = "".join(f"{' '.join(part.split())};\n" for part in parts)
     assert text == (GOLDEN / f"schema-{name}.sql").read_text()
+
+
+def test_rows_of_a_methods_table_are_kept_until_they_are_replaced(store):
+    """The garbage collection leaves them, of every run that goes on; the newest one of a device comes back."""
+    state, other = submitted(store, h.plan()), submitted(store, h.plan())
+    name = state.run.run
+    for number in (71, 72):
+        store.save([e.TableRow(run=name, device="a", blob=h.blob(number), round=number)])
+    assert store.is_named(h.blob(72).sha256)
+    assert not store.is_named(h.blob(71).sha256)
+    assert not store.is_named(h.blob(72).sha256, besides=name)
+    rebuilt = RunState.from_rows(state.plan, store.load_run(name))
+    assert {device: row.blob for device, row in rebuilt.table.items()} == {"a": h.blob(72)}
+    assert store.load_run(other.run.run)[-1] == store.run(other.run.run).row
+    state.run.status = "finished"
+    store.save([state.run])
+    assert not store.is_named(h.blob(72).sha256)
+
+
+def test_open_standing_assignments_are_loaded_however_old(store):
+    """A device may hold one for weeks; closed ones of old versions stay where they are."""
+    state = submitted(store, h.plan(mode="anarchic", max_staleness=0))
+    state.run.version = state.run.round = 50
+    rows = [
+        e.AssignmentRow(
+            run=state.run.run,
+            assignment=f"r0-{number}",
+            device=device,
+            round=0,
+            version=0,
+            model=h.blob(2),
+            deadline_unix_s=9.0,
+            assigned_unix_s=1.0,
+            status=status,
+            standing=True,
+            sequence=3,
+        )
+        for number, (device, status) in enumerate([("a", "open"), ("b", "cancelled")])
+    ]
+    store.save([state.run, *rows])
+    rebuilt = RunState.from_rows(state.plan, store.load_run(state.run.run))
+    assert list(rebuilt.assignments.values()) == rows[:1]
+    assert store.open_assignments(state.run.run) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from edge_runtime.messages import DECLINES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coordinator.events import HistoryRow
-    from coordinator.fleet import Device, FleetView
+    from coordinator.fleet import FleetView
     from coordinator.scheduling.base import RoundRequest
     from coordinator.scheduling.notes import Marks
 
@@ -43,16 +42,24 @@ FORGIVEN_ROUNDS = 10.0  # in which half of a device's failures are forgotten
 FASTEST = 64.0  # times the median: what is said beyond is taken for that
 
 
-class _Past:
-    """Histories of those candidates that have one."""
+class _Known:
+    """Attributes of the objects of those candidates that have one."""
 
-    def __init__(self, rows: Sequence[HistoryRow | None]) -> None:
-        self._count = len(rows)
-        self._there = [number for number, row in enumerate(rows) if row is not None]
-        self._rows = rows if len(self._there) == self._count else [rows[number] for number in self._there]
+    def __init__(self, objects: Sequence[Any]) -> None:
+        self._count = len(objects)
+        self._there = [number for number, entry in enumerate(objects) if entry is not None]
+        self._objects = objects if len(self._there) == self._count else [objects[number] for number in self._there]
+
+    def values(self, name: str) -> list[Any]:
+        """Of those that have an object."""
+        return list(map(attrgetter(name), self._objects))
 
     def column(self, name: str, missing: float = np.nan) -> Column:
-        known = np.array(list(map(attrgetter(name), self._rows)), dtype=np.float64)  # None becomes NaN
+        return self.spread(self.values(name), missing)
+
+    def spread(self, values: list[Any], missing: float = np.nan) -> Column:
+        """One value per object as a column of all candidates; None becomes NaN."""
+        known = np.array(values, dtype=np.float64)
         if len(self._there) == self._count:
             return known
         column = np.full(self._count, missing)
@@ -72,11 +79,12 @@ class Table:
         self.request = request
         self.names = request.candidates
         self.count = len(self.names)
-        self._devices: list[Device | None] = list(map(fleet.get, self.names))
-        said = b"".join([NOTHING if device is None else device.numbers for device in self._devices])
+        devices = list(map(fleet.get, self.names))
+        said = b"".join([NOTHING if device is None else device.numbers for device in devices])
         rows = np.frombuffer(said, "<f8").reshape(self.count, len(COLUMNS))
         self._said: dict[str, Column] = dict(zip(COLUMNS, np.ascontiguousarray(rows.T), strict=True))
-        self._past = _Past(list(map(request.history.get, self.names)))
+        self._devices = _Known(devices)
+        self._past = _Known(list(map(request.history.get, self.names)))
 
     # What devices say of themselves.
     @cached_property
@@ -103,8 +111,7 @@ class Table:
     @cached_property
     def capacity_j(self) -> Column:
         """Of the full battery; announced."""
-        wh = np.array([None if entry is None else entry.state.battery_wh for entry in self._devices], dtype=float)
-        return filled(_within(wh, 1e-2, 1e6), UNKNOWN_BATTERY_WH) * 3600.0
+        return filled(_within(self._devices.column("state.battery_wh"), 1e-2, 1e6), UNKNOWN_BATTERY_WH) * 3600.0
 
     @cached_property
     def temperature_margin_c(self) -> Column:
@@ -167,14 +174,13 @@ class Table:
     def samples(self) -> Column:
         """Announced for the plan's dataset, else those of the last update; filled."""
         wanted = self.request.plan.dataset
-        offers = [() if device is None else device.state.datasets for device in self._devices]
         said = [
             offer[0].samples
             if len(offer) == 1 and offer[0].name == wanted
             else next((entry.samples for entry in offer if entry.name == wanted), None)
-            for offer in offers
+            for offer in self._devices.values("state.datasets")
         ]
-        known = self._or_past(np.array(said, dtype=float), "samples", 1.0, LARGEST_SAMPLES)
+        known = self._or_past(self._devices.spread(said), "samples", 1.0, LARGEST_SAMPLES)
         return filled(known, UNKNOWN_SAMPLES)
 
     @cached_property
@@ -266,7 +272,8 @@ class Table:
 
     def has(self, ability: str) -> Mask:
         """Whether devices announced an ability."""
-        return np.array([entry is not None and ability in entry.state.abilities for entry in self._devices], bool)
+        announced = [ability in abilities for abilities in self._devices.values("state.abilities")]
+        return np.asarray(self._devices.spread(announced, 0.0) == 1.0)
 
 
 def willing(table: Table, marks: Marks) -> Mask:

@@ -152,7 +152,7 @@ class Conditions:
             link_metered=known.link_metered,
             up_kbit_s=known.up_kbit_s,
             down_kbit_s=known.down_kbit_s,
-            bundle_sha256="" if rate == known.rate else bundle,
+            bundle_sha256=bundle,
             step_s=rate.step_s,
             step_joules=rate.step_joules,
             availability=predicted if told_percent is None else told_percent / 100.0,

@@ -37,7 +37,7 @@ class Held(msgspec.Struct):
     """One standing assignment. ``sequence`` is the number of the open pull, else of the next one.
 
     ``steps``: what the open pull asks for; 0: none is open. ``began``: its job came. ``next_s``: when to pull, or to
-    say the open pull again.
+    say the open pull again. ``most``: after a job that failed or was declined, fewer steps than the assignment allows.
     """
 
     standing: Standing
@@ -48,6 +48,7 @@ class Held(msgspec.Struct):
     next_s: float = 0.0
     wait_s: float = AGAIN_S
     failures: int = 0
+    most: int | None = None
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True):
@@ -201,12 +202,20 @@ def _ended(state: StandingState, event: JobEnded) -> list[Effect]:
     held = state.held.get((event.run, event.assignment))
     if held is None or not held.began:
         return []
+    held.failures, held.most = (0 if event.trained else held.failures + 1), _most(held, trained=event.trained)
     held.sequence, held.steps, held.began = held.sequence + 1, 0, False
-    held.failures = 0 if event.trained else held.failures + 1
     held.next_s = held.pulled_s + held.standing.interval_s * (1.0 + JITTER * state.random.random())
     if held.failures:
         held.next_s = max(held.next_s, event.now + min(FAILED_S * 2.0 ** (held.failures - 1), FAILED_LIMIT_S))
     return [Keep()]
+
+
+def _most(held: Held, *, trained: bool) -> int | None:
+    """Half as many steps after a failure (its deadline may be too short for more), then slowly more again."""
+    if not trained:
+        return max(held.standing.min_steps, held.steps // 2)
+    more = None if held.most is None else held.most + max(1, held.most // 8)
+    return None if more is None or more >= held.standing.max_steps else more
 
 
 def _say_again(state: StandingState, now: float) -> list[Effect]:
@@ -226,7 +235,10 @@ def _pull(state: StandingState, event: Moment) -> list[Effect]:
     for held in sorted(state.held.values(), key=lambda held: held.next_s):
         if held.steps or held.next_s > now or held.standing.run in event.unsettled:
             continue
-        steps = standing_steps(held.standing, event.known, state.limits)
+        of = held.standing
+        if held.most is not None and held.most < of.max_steps:
+            of = msgspec.structs.replace(of, max_steps=max(held.most, of.min_steps))
+        steps = standing_steps(of, event.known, state.limits)
         if not steps:
             held.next_s = now + LOOK_S
             continue

@@ -84,7 +84,7 @@ def test_the_heartbeat_says_what_is_known(tmp_path):
     assert (said.declines, said.availability_percent, said.up_kbit_s) == (0, 100, None)
     world.tell(temperature_c=81.0, step_s=0.5, step_joules=2.0, up_kbit_s=100, down_kbit_s=0, availability_percent=7)
     said = world.now.heartbeat()
-    assert (said.bundle, said.step_us, said.step_uj) == (b"", 500_000, 2_000_000)
+    assert (said.bundle, said.step_us, said.step_uj) == (bytes((10, 11, 12, 13)), 500_000, 2_000_000)
     assert (DECLINES[said.declines], said.availability_percent) == ("heat", 7)
     assert (said.up_kbit_s, said.down_kbit_s) == (100, 0)
 

@@ -80,18 +80,27 @@ def test_a_coordinator_that_never_answers_blocks_no_other():
 
 
 def test_a_job_that_failed_is_asked_for_anew_ever_later():
-    """With the next number: the coordinator heard that this one ended."""
+    """With the next number, since the coordinator heard that this one ended, and for fewer steps: the deadline may be
+    too short for more. When they go well there are more again."""
     state = fresh()
     s.step(state, s.StandingArrived(0.0, wanted()))
     now, waits = 0.0, []
     for number in range(4):
         (pull,) = moment(state, now)
-        assert pull.sequence == number
+        assert (pull.sequence, pull.steps) == (number, (40, 20, 10, 5)[number])
         s.step(state, s.JobCame("run", "a", number))
         s.step(state, s.JobEnded(now, "run", "a", False))
         waits.append(state.next_s() - now)
         now = state.next_s()
     assert waits == [30.0, 60.0, 120.0, 240.0]
+    steps = []
+    for number in range(4, 40):
+        (pull,) = moment(state, now)
+        steps.append(pull.steps)
+        s.step(state, s.JobCame("run", "a", number))
+        s.step(state, s.JobEnded(now, "run", "a", True))
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (2, 40)
 
 
 def test_the_end_of_an_assignment_is_the_end_of_its_pulls():

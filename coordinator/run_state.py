@@ -128,11 +128,13 @@ class RunState:
         """
         rows = list(rows)
         (run,) = [row for row in rows if isinstance(row, RunRow)]
+        method = create_method(plan)
+        model_bytes = run.initial_model.size_bytes * len(method.down_channels)
         state = cls(
             plan=plan,
             run=run,
-            need=requirement(plan, max(run.bundle.size_bytes, run.initial_model.size_bytes)),
-            method=create_method(plan),
+            need=requirement(plan, max(run.bundle.size_bytes, model_bytes)),
+            method=method,
             selector=SELECTORS.create(plan.participation.selector, plan.participation.selector_options),
         )
         assignments = [row for row in rows if isinstance(row, AssignmentRow) and state.remembers(row)]
@@ -172,8 +174,14 @@ class RunState:
 
     @property
     def goal(self) -> int:
-        """So many updates of the current version close a round: fewer than the target where fewer were chosen."""
-        return min(self.plan.participation.target, self.run.places or self.plan.participation.target)
+        """So many updates of the current version close a round: fewer than the target where fewer were chosen.
+
+        Also of fewer, ``over_commit`` says how many more than needed they are.
+        """
+        rules = self.plan.participation
+        if not self.run.places:
+            return rules.target
+        return min(rules.target, max(rules.minimum, math.ceil(self.run.places / rules.over_commit - 1e-9)))
 
     def remembers(self, row: AssignmentRow) -> bool:
         """Whether an assignment is recent enough, or still open."""

@@ -89,10 +89,10 @@ class Server:
         self.aggregate(self.rows(sent), members)
         return self.model().astype(np.float64) - before
 
-    def aggregate(self, rows: list[e.UpdateRow], members: int = 0) -> making.Made:
-        """Carries out the effect for these rows."""
+    def effect(self, rows: list[e.UpdateRow], members: int = 0) -> e.Aggregate:
+        """What the round machine asks for with these rows."""
         devices = {row.update.device for row in rows}
-        effect = e.Aggregate(
+        return e.Aggregate(
             "run",
             self.version,
             self.version,
@@ -104,6 +104,10 @@ class Server:
             table={device: blob for device, blob in self.table.items() if device in devices},
             members=members,
         )
+
+    def aggregate(self, rows: list[e.UpdateRow], members: int = 0) -> making.Made:
+        """Carries out the effect for these rows."""
+        effect = self.effect(rows, members)
         made = making.make_model(self.blobs, self.plan, effect, self.layout, executor=self.executor)
         record = e.RoundRow(
             run="run",

@@ -93,6 +93,17 @@ def test_the_order_of_arrival_does_not_matter(tmp_path, name):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("name", METHODS.names())
+def test_an_aggregation_that_is_repeated_after_a_crash_makes_the_same(tmp_path, name):
+    """Nothing that the first one wrote changes what the second one reads."""
+    server = Server(tmp_path, plan_of(name))
+    server.round(mixed(server), members=9)
+    effect = server.effect(server.rows(mixed(server, 1)), members=9)
+    once, again = (making.make_model(server.blobs, server.plan, effect, LAYOUT) for _ in range(2))
+    assert once == again
+    assert bool(once.table) == METHODS.create(name, {}).table
+
+
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AfaCd(FedAvg):
-    """Yang et al., "Anarchic Federated Learning", ICML 2022, algorithm 1 (cross-device).
+    """Yang et al., "Anarchic Federated Learning", ICML 2022: AFA-CD, for devices.
 
     The change is ``K / n * sum(delta_i / K_i)``: every device counts alike, however many steps ``K_i`` it chose.
     Option ``reference_steps``: ``K``, the steps that a change stands for; 0 (the default) takes the mean of the round's

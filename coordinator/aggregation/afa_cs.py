@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AfaCs(AfaCd):
-    """Yang et al., "Anarchic Federated Learning", ICML 2022, algorithm 2 (cross-silo).
+    """Yang et al., "Anarchic Federated Learning", ICML 2022: AFA-CS, for silos.
 
     The table holds ``G_i = delta_i / K_i`` of the last update of each device, zero before the first; those that arrived
     replace theirs, and the change is ``K / N * sum(G_i)`` over the ``N`` devices that have a row or may get one. So no

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Bulyan(Byzantine):
-    """El Mhamdi et al., "The Hidden Vulnerability of Distributed Learning in Byzantium", ICML 2018, section 4.
+    """El Mhamdi et al., "The Hidden Vulnerability of Distributed Learning in Byzantium", ICML 2018.
 
     Krum chooses one of ``n`` updates after the other, each time among those left, until there are
     ``n - 2 * byzantine``; every number of the change is the mean of those ``n - 4 * byzantine`` of the chosen values

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Krum(Byzantine):
-    """Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017, section 4; multi-Krum in section 6.
+    """Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017: Krum and multi-Krum.
 
     The score of an update is the sum of squared distances to its ``n - byzantine - 2`` nearest others; the change is
     the mean of the ``keep`` updates of least score. It takes ``n >= 2 * byzantine + 3``. Options: ``byzantine`` (1) and

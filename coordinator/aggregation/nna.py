@@ -14,7 +14,7 @@ class Nna(Byzantine):
     """Farhadkhani et al., "Robust Collaborative Learning with Linear Gradient Overhead" (MoNNA), ICML 2023.
 
     There each device takes the mean of its own and the vectors nearest to it. A server has none of its own, so it does
-    this for all (Allouah et al., "Fixing by Mixing", AISTATS 2023, algorithm 2): each of ``n`` updates becomes the mean
+    this for all (Allouah et al., "Fixing by Mixing", AISTATS 2023): each of ``n`` updates becomes the mean
     of the ``n - byzantine`` nearest to it, itself included, and of these every number is averaged without
     ``byzantine`` values at either end. It takes ``n >= 2 * byzantine + 1``; devices with differing data cost it less
     than Krum. Option ``byzantine`` (1); 0 is the plain mean. Updates are equals, whatever samples they claim.

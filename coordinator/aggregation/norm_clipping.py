@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class NormClipping(Robust):
-    """Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 3.2.
+    """Sun et al., "Can You Really Backdoor Federated Learning?", 2019: norm thresholding.
 
     The change is the mean of the updates, each shortened to an L2 norm of at most ``max_norm``, or, where that is 0, of
     ``multiple`` times the median norm of the round. It bounds what a liar can add, and does not take it out: with many

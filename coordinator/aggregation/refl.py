@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Refl(FedAvg):
-    """Abdelmoniem et al., "REFL: Resource-Efficient Federated Learning", EuroSys 2023, section 4.3.
+    """Abdelmoniem et al., "REFL: Resource-Efficient Federated Learning", EuroSys 2023: staleness-aware aggregation.
 
     With ``u`` the mean of the ``n`` fresh updates and ``u_s`` a late one of staleness ``t``::
 

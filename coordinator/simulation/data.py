@@ -189,7 +189,7 @@ def open_share(config: DatasetConfig) -> Share:
 
 @lru_cache(maxsize=_MAPPED)
 def _mapped(*paths: str) -> tuple[NDArray[Any], ...]:
-    return tuple(np.load(Path(path), mmap_mode="r", allow_pickle=False) for path in paths)
+    return tuple(np.asarray(np.load(Path(path), mmap_mode="r", allow_pickle=False)) for path in paths)
 
 
 class Share:

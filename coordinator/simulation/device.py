@@ -18,7 +18,7 @@ from edge_runtime.heartbeat import heartbeat_of
 from edge_runtime.messages import DatasetInfo, DeviceState, Telemetry
 
 if TYPE_CHECKING:
-    from coordinator.simulation.traces import DeviceTrace
+    from coordinator.simulation.traces import DeviceTrace, PresenceTrace
     from coordinator.simulation.world import World
     from edge_runtime.messages import FromCoordinator, Heartbeat
 
@@ -27,6 +27,15 @@ ANNOUNCE_INTERVAL_S = 60.0  # as the daemon: between announcements of how many s
 FORESEES_S = 600.0  # so long what it foresees of its own presence is taken for true
 _MB = 1e6
 _MONDAY_S = 3 * DAY_S  # 1970 began on a Thursday
+
+
+def see(table: Availability, presence: PresenceTrace, offset_s: float, begin_s: float, end_s: float) -> None:
+    """Tells a device's table what it saw of its own presence between two virtual times."""
+    at = begin_s
+    while at < end_s:
+        unix_s, place = START_UNIX_S + at, at + offset_s
+        table.seen(unix_s, _week_second(unix_s), presence.online_at(place))
+        at = min(at + HOUR_S, presence.next_change_s(place) - offset_s, end_s)
 
 
 def _week_second(unix_s: float) -> float:
@@ -260,7 +269,8 @@ class VirtualDevice:
         world, trace = self.world, self.trace
         now = world.timeline.now_s
         at = now + trace.link_offset_s
-        knows_step = self.trained_samples is not None
+        told = world.settings.told_step
+        knows_step = told or self.trained_samples is not None
         limit = held(self.known(), self.owner_limits) if world.settings.keep_reserve else None
         telemetry = Telemetry(
             uptime_s=now,
@@ -275,7 +285,7 @@ class VirtualDevice:
             reserve_percent=None if trace.battery_wh is None else trace.reserve_percent,
             up_kbit_s=self.link.rate_kbit_s(at, up=True),
             down_kbit_s=self.link.rate_kbit_s(at, up=False),
-            bundle_sha256=world.bundle.sha256,
+            bundle_sha256="" if told else world.bundle.sha256,
             step_s=self.step_s if knows_step else None,
             step_joules=self.step_s * (trace.training_watts + trace.idle_watts) if knows_step else None,
             availability=self._availability_now(now),
@@ -285,9 +295,7 @@ class VirtualDevice:
         """What its agent decides by; ``fetch_bytes`` would have to come for the job that is asked about."""
         world, trace, samples = self.world, self.trace, self.trained_samples
         at = world.timeline.now_s + trace.link_offset_s
-        rates = {}
-        if samples is not None:
-            rates[world.bundle.sha256] = Rate(self.step_s, self.step_s * (trace.training_watts + trace.idle_watts))
+        rate = Rate(self.step_s, self.step_s * (trace.training_watts + trace.idle_watts))
         return Known(
             battery_percent=self.battery.percent(world.timeline.now_s),
             on_external_power=True if trace.battery_wh is None else self._charging,
@@ -297,7 +305,7 @@ class VirtualDevice:
             down_kbit_s=self.link.rate_kbit_s(at, up=False),
             joules_per_mb_up=trace.radio_joules_per_mb_up,
             joules_per_mb_down=trace.radio_joules_per_mb_down,
-            rates=rates,
+            rate=rate if world.settings.told_step or samples is not None else Rate(),
             samples={} if samples is None else {world.plan.dataset: samples},
             fetch_bytes=fetch_bytes,
         )
@@ -308,14 +316,8 @@ class VirtualDevice:
             return self._foresees
         table = self._availability
         if table is None:
-            table = self._availability = Availability()
-            self._seen_s = -self.world.settings.history_days * DAY_S
-        offset, at = self.trace.presence_offset_s, self._seen_s
-        while at < now:
-            unix_s = START_UNIX_S + at
-            place = at + offset
-            table.seen(unix_s, _week_second(unix_s), self.presence.online_at(place))
-            at = min(at + HOUR_S, self.presence.next_change_s(place) - offset, now)
+            table = self._availability = Availability(self.world.presence_before(self.trace))
+        see(table, self.presence, self.trace.presence_offset_s, self._seen_s, now)
         table.seen(START_UNIX_S + now, _week_second(START_UNIX_S + now), self.here)
         self._seen_s, self._foresees_until_s = now, now + FORESEES_S
         self._foresees = table.predict(_week_second(START_UNIX_S + now))

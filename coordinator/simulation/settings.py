@@ -23,8 +23,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     "continues" it only loses its connection. With ``keep_reserve`` owners have told their agents the reserve of the
     trace (``limits.battery_reserve_percent``), so they decline jobs that would go below it; else an agent takes them,
     and the device is lost when it is down to its reserve. With ``free_steps`` devices with a standing assignment choose
-    any number of steps each time, else the most that they can afford. Before the run begins, devices have watched their
-    own presence for ``history_days``.
+    any number of steps each time, else the most that they can afford. With ``told_step`` agents know from the start
+    what a step takes, as from the file of ``[telemetry]``; else once they have trained. Before the run begins, devices
+    have watched their own presence for ``history_days``.
 
     ``limit_s`` ends the run after so much virtual time. ``device_accuracy``: at the end the final model is evaluated on
     the data of every device.
@@ -39,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     leaving: Literal["ends", "continues"] = "ends"
     keep_reserve: bool = False
     free_steps: bool = False
+    told_step: bool = False
     history_days: float = 7.0
     limit_s: float | None = None
     device_accuracy: bool = False

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from coordinator.simulation.device import VirtualDevice
+from coordinator.simulation.device import VirtualDevice, see
 from coordinator.simulation.faults import LARGEST_JUMP_S, LONGEST_DOWN_S, LONGEST_LOSS_S, Faults
 from coordinator.simulation.recorder import Recorder
 from coordinator.simulation.server import VirtualServer
 from coordinator.simulation.timeline import Timeline
 from edge_runtime import compression, methods
+from edge_runtime.agent.availability import Availability
 from edge_runtime.agent.config import LimitsConfig
+from edge_runtime.agent.hours import DAY_S
 from edge_runtime.agent.jobs import Capabilities
 from edge_runtime.messages import EnergySource, Limits
 
@@ -96,6 +98,7 @@ class World:
             blob_limit_bytes=_BLOB_LIMIT_BYTES,
         )
         self._no_limits = LimitsConfig()
+        self._histories: dict[tuple[str, float], bytes] = {}
         self._reserves: dict[float, LimitsConfig] = {}
         self.server = VirtualServer(self, store, run)
         self.devices = [VirtualDevice(self, number, trace) for number, trace in enumerate(traces.devices)]
@@ -147,6 +150,16 @@ class World:
         return self._reserves.setdefault(
             trace.reserve_percent, LimitsConfig(battery_reserve_percent=trace.reserve_percent)
         )
+
+    def presence_before(self, trace: DeviceTrace) -> bytes:
+        """What a device has learned of its own presence before the run; the same for all that follow one trace."""
+        key = (trace.presence, trace.presence_offset_s)
+        known = self._histories.get(key)
+        if known is None:
+            table = Availability()
+            see(table, self.traces.presences[key[0]], key[1], -self.settings.history_days * DAY_S, 0.0)
+            known = self._histories[key] = table.pack()
+        return known
 
     def clock_offset_s(self, number: int) -> float:
         """By how much the clock of a device is wrong."""

@@ -142,8 +142,9 @@ class Table:
     # What jobs take.
     @cached_property
     def _ours(self) -> Mask:
-        """Whether the heartbeat's seconds and joules per step are of this run's bundle."""
-        return np.asarray(self._said["bundle"] == bundle_number(self.request.bundle))
+        """Whether the heartbeat's seconds and joules per step are of this run's bundle, or of any."""
+        bundle = self._said["bundle"]
+        return np.asarray(np.isnan(bundle) | (bundle == bundle_number(self.request.bundle)))
 
     @cached_property
     def step_s(self) -> Column:

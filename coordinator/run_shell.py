@@ -209,7 +209,7 @@ class RunShell:
             ended = msgspec.structs.replace(stored.row, status="failed", phase="done", reason=str(error))
             self.store.save([ended])
             return
-        state.bound_times(self.clock())  # the clock may have been set back since; what changes is saved in time
+        self.store.save(state.bound_times(self.clock()))  # the clock may have been set back since
         self.runs[run], self.files[run] = state, files
         log.info("run %s: round %d of %d, %s", run, state.run.round + 1, plan.rounds, state.run.phase)
         for effect in resume(state):

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from coordinator.aggregation.options import take_options
-from coordinator.scheduling import energy_queue
+from coordinator.scheduling import energy_queue, frugality
 from coordinator.scheduling.base import Selection
 from coordinator.scheduling.draws import Rows, chances, draw
 from coordinator.scheduling.energy_score import even_weights, factors
@@ -36,7 +36,8 @@ class EnergyAware:
     The score (:mod:`energy_score`) is utility x speed x thrift x battery headroom x age, over ``(1 + n)^0.5``, the
     virtual energy queue (:mod:`energy_queue`) and failures; only devices whose loss is known have one. The other places
     are drawn from everybody left with weight ``thrift / (1 + n)``. Both are draws, so nobody is certain, and nobody is
-    never chosen. Of what the plan's ``over_commit`` asks for, only as many are taken as recent failures call for.
+    never chosen. Of what the plan's ``over_commit`` asks for, only as many are taken as recent failures call for, and
+    of the plan's target only the share that the falling loss calls for (:mod:`frugality`).
 
     Options:
         exploit_share: of the places that go by score.
@@ -53,6 +54,8 @@ class EnergyAware:
         anchors: 1: who cannot do the least work may be an anchor.
         anchor_probability: as of ``random``.
         adaptive_target: 1: late updates on their way are asked for no second time; at least half the target is.
+        first_share, share_step, stall_rounds, stall_gain: of the target, see :mod:`frugality`; ``first_share`` 1: all
+            of it from the first round on.
     """
 
     name: ClassVar[str] = "energy_aware"
@@ -75,13 +78,19 @@ class EnergyAware:
         "anchors": 0.0,
         "anchor_probability": 0.0,
         "adaptive_target": 1.0,
+        "first_share": 0.5,
+        "share_step": 0.1,
+        "stall_rounds": 10.0,
+        "stall_gain": 0.02,
     }
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **dict.fromkeys(("exploit_share", "speed_quantile", "least_availability", "mains_weight"), (0.0, 1.0)),
         **dict.fromkeys(("anchors", "anchor_probability", "adaptive_target"), (0.0, 1.0)),
         **dict.fromkeys(("energy_exponent", "speed_exponent"), (0.0, 8.0)),
         **dict.fromkeys(("reserve_percent", "margin_percent"), (0.0, 100.0)),
-        **dict.fromkeys(("headroom", "upload_share", "least_update_share"), (0.01, 1.0)),
+        **dict.fromkeys(("headroom", "upload_share", "least_update_share", "first_share"), (0.01, 1.0)),
+        **dict.fromkeys(("share_step", "stall_gain"), (0.0, 1.0)),
+        "stall_rounds": (1.0, 1e6),
         "least_temperature_margin_c": (0.0, 100.0),
         "least_free_memory_mb": (0.0, 1e6),
         "queue_jobs": (1e-3, 1e9),
@@ -120,9 +129,10 @@ class EnergyAware:
         over_commit = min(
             max(1.0 / max(request.memory.get("success", _SUCCESS_AT_FIRST), 1e-9), 1.0), _MOST_OVER_COMMIT
         )
-        places = math.ceil(rules.target * over_commit - 1e-9)
+        wanted = rules.target * frugality.share_now(request.memory, self.options)
+        places = math.ceil(wanted * over_commit - 1e-9)
         if self.options["adaptive_target"]:
-            places = max(math.ceil(rules.target / 2), places - request.expected_late)
+            places = max(math.ceil(wanted / 2), places - request.expected_late)
         return max(0, min(places, request.count))
 
     def _draw(self, table: Table, work: Work, places: int, marks: Marks) -> Rows:
@@ -165,7 +175,8 @@ class EnergyAware:
         histories: Mapping[str, HistoryRow],
         memory: dict[str, float],
     ) -> list[str]:
-        """Moves the energy queues."""
+        """Moves the energy queues, and the share of the target."""
+        frugality.note_round(outcomes, memory, self.options)
         return energy_queue.close_round(outcomes, histories, memory, self.options["round_joules"])
 
 

@@ -188,7 +188,7 @@ def test_queues_follow_what_devices_draw():
 
 def test_places_follow_recent_failures():
     """Of the over-commitment only what is needed is used; declined jobs do not count; late ones are not asked twice."""
-    selector, fleet = make(adaptive_target=0.0), w.fleet([w.beat()] * 40)
+    selector, fleet = make(adaptive_target=0.0, first_share=1.0), w.fleet([w.beat()] * 40)
     plan = w.plan(target=10, over_commit=1.5)
     memory: dict[str, float] = {}
 
@@ -204,9 +204,33 @@ def test_places_follow_recent_failures():
         selector.observe("d", w.outcome(0, failed=True), memory)
     assert places() == 15
     assert places(attempt=1) == 15
-    selector = make()
+    selector = make(first_share=1.0)
     assert places(expected_late=4) == 11
     assert places(expected_late=40) == 5
+
+
+def test_few_are_asked_while_the_loss_falls():
+    """A share of the target is enough at first; whenever the loss stalls for a window of rounds it grows, up to all."""
+    selector, fleet = make(first_share=0.5, share_step=0.25, stall_rounds=4, stall_gain=0.05), w.fleet([w.beat()] * 40)
+    plan, memory = w.plan(target=10, over_commit=1.3), {"success": 1.0}
+
+    def places() -> int:
+        return len(w.chosen(selector, fleet, w.request(13, 40, plan=plan, memory=dict(memory))))
+
+    def rounds(count: int, *losses: float | None) -> None:
+        for _ in range(count):
+            taken = [w.outcome(number, loss_rms=loss) for number, loss in enumerate(losses)]
+            selector.round_closed(0, taken, {}, memory)
+
+    assert places() == 5
+    rounds(4, 2.0, 2.2, 1.8)
+    rounds(4, 1.0, 1.2, 0.8)
+    assert places() == 5
+    rounds(4, 0.99, 1e30, None, float("nan"), 0.98)  # fallen by less than a twentieth, whatever one of them claims
+    assert places() == 8
+    rounds(4, 0.99)
+    rounds(4, 0.99)
+    assert places() == 10
 
 
 def test_energy_of_a_job_is_kept():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -150,6 +151,7 @@ class Bench:
             f"round_{participants}_lag_p99_ms": status["lag_p99_ms"],
             f"round_{participants}_lag_max_ms": status["lag_max_ms"],
             f"round_{participants}_mb_up": round(sum(entry.bytes_up for entry in closed) / rounds / MB, 1),
+            f"round_{participants}_mb_down": round(closed[-1].bytes_down / MB, 1),
         }
 
     def restart_broker(self) -> float:
@@ -247,6 +249,7 @@ def main() -> int:
     if options.quick:
         options.agents, options.participants, options.rounds = min(options.agents, 400), [50], 2
         options.steady_s, options.window_s, options.ramp_limit_per_s = 3.0, 1.5, 600.0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to end"))  # and everything that was started with it
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # what is started here inherits it
     if hard < options.agents + 100:

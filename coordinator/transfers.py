@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("edge.transfer")
 
-GATHER_S = 0.05  # how long the first request for a blob waits for the other devices that were told of it
+GATHER_S = 0.05  # how long the first request for a blob waits for the other devices that were told of it,
+GATHER_EACH_S = 0.001  # and for each of them: every answer goes to all that are still subscribed
+GATHER_LIMIT_S = 0.5  # under the patience of a device that asks
 CRC_BYTES = 4  # before the data of the chunk that an offer carries
 UNANSWERED_LIMIT = 8  # requests over some minutes; a device that lives offers again by itself
 
@@ -52,8 +54,8 @@ class Downlink:
     """Answers requests for chunks of models and bundles.
 
     Devices that were told of a blob ask for it at about the same time; the answer waits until all of them have asked
-    (at most ``GATHER_S``) and goes once to the topic they share. A chunk that a single device asks for goes to that
-    device alone.
+    (at most ``GATHER_LIMIT_S``) and goes once to the topic they share. A chunk that a single device asks for goes to
+    that device alone.
 
     Args:
         find: path and reference of a blob by hash, None if it is not here.
@@ -96,9 +98,11 @@ class Downlink:
             return
         gathering = self._gathering.get(need.sha256)
         if gathering is None:
-            timer = self._loop.call_later(GATHER_S, lambda: self._flush(need.sha256))
+            others = len(self._expected.get(need.sha256, ()))
+            wait_s = min(GATHER_LIMIT_S, GATHER_S + GATHER_EACH_S * others)
+            timer = self._loop.call_later(wait_s, lambda: self._flush(need.sha256))
             gathering = self._gathering[need.sha256] = _Gathering(timer)
-        gathering.ranges[device] = need.ranges[:RANGES_LIMIT]
+        gathering.ranges[device] = [*gathering.ranges.get(device, ()), *need.ranges][:RANGES_LIMIT]
         self._flush_if_complete(need.sha256)
 
     def reset(self) -> None:
@@ -136,9 +140,9 @@ class Downlink:
 
 
 def chunk_payloads(blob: BlobRef, ranges: Iterable[tuple[int, int]]) -> Iterable[int]:
-    """Bytes of payload of each chunk packet in ``ranges`` of (first, count)."""
+    """Bytes of payload of each chunk packet in ``ranges`` of (first, count), each once."""
     chunks = -(-blob.size_bytes // blob.chunk_bytes)
-    for index in indexes(ranges, chunks):
+    for index in dict.fromkeys(indexes(ranges, chunks)):
         yield CHUNK_HEADER_BYTES + min(blob.chunk_bytes, blob.size_bytes - index * blob.chunk_bytes)
 
 

@@ -22,6 +22,7 @@ from edge_runtime.errors import ConfigError, MessageError
 from edge_runtime.transport.loop import READ, WRITE, Loop, Timer
 from edge_runtime.transport.paho import (
     CallbackAPIVersion,
+    Client,
     MQTTErrorCode,
     MQTTProtocolVersion,
     PacketTypes,
@@ -38,6 +39,7 @@ PACKET_LIMIT_BYTES = 128 * 1024  # the smallest limit of a cloud broker in use; 
 CHUNK_BYTES = 96 * 1024
 CONNECT_TIMEOUT_S = 10.0  # TCP and TLS
 ANSWER_TIMEOUT_S = 5.0  # CONNACK and SUBACK; some 3.1.1-only brokers never answer an MQTT 5 client
+READ_S = 0.02  # then it is the turn of timers, and of what is to be written
 STABLE_S = 20.0  # a connection that lived this long resets the back-off
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -172,7 +174,7 @@ class Link:
         self._on_message, self._on_up, self._on_down = on_message, on_up, on_down
         self._will = will
         self._random = random
-        self._client: paho.Client | None = None
+        self._client: Client | None = None
         self._fd = -1
         self._attempt = 0
         self._up_at = 0.0
@@ -251,7 +253,7 @@ class Link:
             self._client.unsubscribe(topic)
 
     @staticmethod
-    def _flush(client: paho.Client) -> None:
+    def _flush(client: Client) -> None:
         """Writes what is queued, for one second at most."""
         for _ in range(20):
             sock = client.socket()
@@ -264,7 +266,7 @@ class Link:
 
     def _connect(self) -> None:
         settings = self._settings
-        client = paho.Client(
+        client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
             protocol=self._protocol,
@@ -439,12 +441,13 @@ class Link:
     def _socket_ready(self, client: paho.Client, events: int) -> None:
         if events & WRITE and client is self._client:
             client.loop_write()
-        if events & READ and client is self._client:
-            client.loop_read()
+        if events & READ and self._client is not None and client is self._client:
+            end_s = self._loop.now() + READ_S
+            self._client.read(lambda: self._loop.now() < end_s)
             sock = client.socket()
-            while isinstance(sock, ssl.SSLSocket) and client is self._client and sock.pending():
-                client.loop_read()  # bytes already decrypted do not wake the selector
-                sock = client.socket()
+            if isinstance(sock, ssl.SSLSocket) and client is self._client and sock.pending():
+                # Bytes already decrypted do not wake the selector.
+                self._loop.call_later(0.0, lambda: self._socket_ready(client, READ))
 
     def _housekeep(self) -> None:
         if self.is_up and self._client is not None:

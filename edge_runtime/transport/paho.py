@@ -21,8 +21,34 @@ if _UNUSED not in sys.modules and find_spec("socks") is None:
 else:
     from paho.mqtt import client
 
+from typing import TYPE_CHECKING  # noqa: E402 - after the above
+
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion  # noqa: E402 - after the above
 from paho.mqtt.packettypes import PacketTypes  # noqa: E402
 from paho.mqtt.properties import Properties  # noqa: E402
 
-__all__ = ["CallbackAPIVersion", "MQTTErrorCode", "MQTTProtocolVersion", "PacketTypes", "Properties", "client"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "CallbackAPIVersion",
+    "Client",
+    "MQTTErrorCode",
+    "MQTTProtocolVersion",
+    "PacketTypes",
+    "Properties",
+    "client",
+]
+
+
+class Client(client.Client):
+    """paho's client with a bound on how long it reads: its own would go on for as many packets as it has sent."""
+
+    def read(self, more: Callable[[], bool]) -> None:
+        """Handles packets that are there, at least one, until ``more`` says no."""
+        while self._sock is not None:
+            result = self._packet_read()
+            if result > 0:
+                self._loop_rc_handle(result)
+            if result != MQTTErrorCode.MQTT_ERR_SUCCESS or not more():
+                return

@@ -34,7 +34,7 @@ class Battery:
 
     def percent(self, now_s: float) -> float | None:
         """The level in percent; None on mains."""
-        return None if math.isinf(self.capacity_j) else 100.0 * self.level_j(now_s) / self.capacity_j
+        return None if math.isinf(self.capacity_j) else min(100.0, 100.0 * self.level_j(now_s) / self.capacity_j)
 
     def set_watts(self, now_s: float, watts: float) -> None:
         """From now on it loses so much."""

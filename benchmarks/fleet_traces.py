@@ -171,7 +171,7 @@ def _presences(data: Path, random: np.random.Generator) -> list[PresenceTrace]:
     period_s = len(state) * step_s
     found = []
     for number, column in enumerate(state.T):
-        share, cycle_s = random.uniform(0.3, 0.95), random.uniform(1800.0, 5400.0)
+        share, cycle_s = random.uniform(0.3, 0.95), random.uniform(5400.0, 16_200.0)
         charging = _spans(column == 1, step_s)
         online = merged([*spells(random, share * cycle_s, (1 - share) * cycle_s, period_s), *charging])
         found.append(PresenceTrace(name=f"phone-{number}", online=online, charging=charging, period_s=period_s))

@@ -44,12 +44,13 @@ class Problem(NamedTuple):
 
 
 def fashion(data: Path) -> Arrays:
-    """Images 28 x 28 as 784 numbers, normalised."""
+    """Images 28 x 28 as 784 numbers, normalised; tested on 3,000 of the 10,000 test images."""
     from benchmarks import fashion as source
 
     parts = source.load(data)
     x, x_test = (parts[key].reshape(len(parts[key]), -1) for key in ("x_train", "x_test"))
-    return Arrays(x, parts["y_train"], np.full(len(x), -1), x_test, parts["y_test"])
+    tested = np.random.default_rng(0).choice(len(x_test), 3000, replace=False)
+    return Arrays(x, parts["y_train"], np.full(len(x), -1), x_test[tested], parts["y_test"][tested])
 
 
 def har(data: Path) -> Arrays:
@@ -175,7 +176,7 @@ def _features(images: NDArray[np.uint8], mean: NDArray[np.float32], matrix: NDAr
 
 
 PROBLEMS = {
-    "fashion_mnist": Problem(fashion, _mlp(784, 64, 10), 0.05, (0.72, 0.78)),
+    "fashion_mnist": Problem(fashion, _mlp(784, 32, 10), 0.02, (0.76, 0.80)),
     "uci_har": Problem(har, _mlp(585, 32, 6), 0.02, (0.80, 0.86)),
-    "cifar10_features": Problem(cifar, _mlp(768, 64, 10), 0.05, (0.46, 0.52)),
+    "cifar10_features": Problem(cifar, _mlp(768, 32, 10), 0.02, (0.48, 0.53)),
 }

@@ -102,7 +102,7 @@ def _presences(random: np.random.Generator, count: int, *, charging: bool) -> li
     """Days on and off: a share of 30 to 95 % of the time online, in spells whose lengths are exponential."""
     found = []
     for number in range(count):
-        share, cycle = random.uniform(0.3, 0.95), random.uniform(1800.0, 5400.0)
+        share, cycle = random.uniform(0.3, 0.95), random.uniform(5400.0, 16_200.0)
         online = spells(random, share * cycle, (1 - share) * cycle, _DAY_S)
         nights: list[tuple[float, float]] = []
         if charging:

@@ -214,6 +214,16 @@ def _budget(state: RunState, fleet: FleetView, choice: Choice, role: Role, mean_
     return update_budget(uplink, state.run.round, state.run.elements * len(channels), samples, mean_samples)
 
 
+def renewed_budget(state: RunState, fleet: FleetView, row: e.AssignmentRow) -> int | None:
+    """Of a new pull of a standing assignment: the plan's budget may change from round to round."""
+    uplink = state.plan.uplink
+    if not uplink.warmup_rounds or row.codec != uplink.codec:
+        return row.byte_budget
+    samples = _samples(state, fleet, row.device) if uplink.by_samples else None
+    elements = state.run.elements * len(state.method.channels)
+    return update_budget(uplink, state.run.round, elements, samples, _mean_samples(state, fleet))
+
+
 def _up_bytes(state: RunState) -> int:
     """About the bytes of one update: the budget, else the mean of those that came, else as float32."""
     elements = state.run.elements * len(state.method.channels)

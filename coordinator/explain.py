@@ -46,7 +46,10 @@ def explanation(store: Store, run: str, round_: int, device: str | None = None) 
     rows = store.selections(run, round_)
     if not rows:
         raise ConfigError(_why_none(stored, round_))
-    assignments = {(row.device, row.assigned_unix_s): row for row in store.assignments(run, round_)}
+    assignments: dict[tuple[str, float | None], AssignmentRow] = {
+        **{(row.device, None): row for row in store.standing_assignments(run)},
+        **{(row.device, row.assigned_unix_s): row for row in store.assignments(run, round_) if not row.standing},
+    }
     updates: dict[str, list[UpdateRow]] = {}
     for update in store.updates_of_round(run, round_):
         updates.setdefault(update.update.assignment, []).append(update)
@@ -83,7 +86,7 @@ def explanation_lines(told: list[dict[str, Any]], run: str) -> list[str]:
 def _selection(
     row: SelectionRow,
     report: Report,
-    assignments: dict[tuple[str, float], AssignmentRow],
+    assignments: dict[tuple[str, float | None], AssignmentRow],
     updates: dict[str, list[UpdateRow]],
     device: str | None,
 ) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def _selection(
         entry.update(dict.fromkeys(_OF_CHOSEN))
         if choice is not None:
             entry.update(_work(choice))
-            assignment = assignments.get((name, row.at_unix_s))
+            assignment = assignments.get((name, row.at_unix_s)) or assignments.get((name, None))
             if assignment is not None:
                 entry["role"] = assignment.role
                 entry["byte_budget"] = assignment.byte_budget
@@ -118,7 +121,9 @@ def _selection(
 def became(assignment: AssignmentRow, updates: list[UpdateRow]) -> str:
     """What became of an assignment, in words."""
     if assignment.standing:
-        return "holds a standing assignment" if assignment.status == "open" else f"ended: {assignment.reason}"
+        pulls = f", pulled {counted(assignment.sequence + 1, 'time')}" if assignment.sequence >= 0 else ""
+        held = "holds" if assignment.status == "open" else "held"
+        return f"{held} a standing assignment{pulls}"
     for update in updates:
         if update.counted_round is not None:
             late = update.counted_round - assignment.version

@@ -17,7 +17,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from coordinator import events as e
-from coordinator.asking import ask, candidates, due, repeat_jobs
+from coordinator.asking import ask, candidates, due, renewed_budget, repeat_jobs
 from coordinator.closing import close, finish
 from coordinator.histories import note_asked
 from coordinator.plan import step_bounds
@@ -105,6 +105,7 @@ def _begin(state: RunState, work: Work, row: e.AssignmentRow, event: e.Pulled) -
         assigned_unix_s=work.now,
         deadline_unix_s=work.now + state.plan.participation.deadline_s,
     )
+    row.byte_budget = renewed_budget(state, work.fleet, row)
     history = state.history(row.device)
     note_asked(history, run.round)
     work.save(row, history)

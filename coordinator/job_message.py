@@ -45,7 +45,7 @@ def make_job(
         model=msgspec.structs.replace(model, blobs=[with_chunk_size(blob, chunk_bytes) for blob in model.blobs]),
         inline=inline,
         dataset=plan.dataset,
-        deadline_s=min(max(1.0, assignment.deadline_unix_s - now), plan.participation.deadline_s),
+        deadline_s=_deadline_s(assignment.deadline_unix_s - now, plan.participation.deadline_s),
         epochs=assignment.epochs,
         steps=assignment.steps,
         batch_size=training.batch_size,
@@ -86,6 +86,11 @@ def make_standing(plan: Plan, run: e.RunRow, assignment: e.AssignmentRow, *, chu
         max_steps=most,
         interval_s=plan.participation.interval_s,
     )
+
+
+def _deadline_s(left_s: float, whole_s: float) -> float:
+    """What is left of a deadline. A job that is told again after it gets a whole one: its update may still count."""
+    return min(left_s, whole_s) if left_s >= 1.0 else whole_s
 
 
 def _codec_options(plan: Plan, codec: str) -> dict[str, Value]:

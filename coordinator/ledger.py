@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Above what any training machine draws: a server with eight accelerators stays below, a wall socket gives 3.7 kW.
 LARGEST_WATTS = 10_000.0
-NO_UPDATE = -1  # sequence of the row of a job that ended without an update
+NO_UPDATE = -1  # sequence of the row of a job that ended without an update; of a standing assignment less than that
 _LARGEST_MJ = 1 << 50  # however long a job may take: a database sums thousands of those
 LONGEST_TEXT = 200  # characters of what a device says in words
 
@@ -90,7 +90,7 @@ def ledger_row(
         run=assignment.run,
         device=assignment.device,
         assignment=assignment.assignment,
-        sequence=NO_UPDATE if update is None else update.update.sequence,
+        sequence=_without_update(assignment) if update is None else update.update.sequence,
         round=assignment.round,
     )
     if update is not None:
@@ -126,6 +126,11 @@ def ledger_row(
             f"{', '.join(impossible)} of at most {elapsed_s:.0f} s: more than {LARGEST_WATTS:g} W, taken as unknown"
         )
     return row
+
+
+def _without_update(assignment: AssignmentRow) -> int:
+    """A standing assignment may have many jobs that ended so."""
+    return NO_UPDATE - 1 - assignment.sequence if assignment.standing else NO_UPDATE
 
 
 def energy_totals(sums: Iterable[EnergySums]) -> dict[str, Any]:

@@ -379,6 +379,12 @@ class Store:
         wanted = sa.select(a.c.assignment, a.c.role).where(a.c.run == run, a.c.role != "trainer")
         return {entry["assignment"]: entry["role"] for entry in self._select(wanted)}
 
+    def standing_assignments(self, run: str) -> list[AssignmentRow]:
+        """All standing assignments of a run, those of a device in the order in which it got them."""
+        a = tables.assignments
+        wanted = sa.select(a).where(a.c.run == run, a.c.standing).order_by(a.c.assigned_unix_s, a.c.assignment)
+        return [convert.ASSIGNMENTS.row(entry) for entry in self._select(wanted)]
+
     def open_assignments(self, run: str) -> int:
         """How many assignments of a run are open, standing ones too."""
         return self._count(tables.assignments, run, tables.assignments.c.status == "open")

@@ -8,20 +8,22 @@ import pytest
 from coordinator import events as e
 from coordinator.fleet import Fleet
 from coordinator.job_message import make_job, make_standing
-from coordinator.plan import Training, check_mode
+from coordinator.ledger import LedgerRow
+from coordinator.plan import Training, Uplink, check_mode
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
 from edge_runtime.errors import ConfigError
+from edge_runtime.messages import EnergyUse
 from tests.coordinator import helpers as h
 
 
-def running(*names, steps=10, min_steps=2, **changes):
-    """A run whose devices have their standing assignments; by device."""
-    training = Training(steps=steps, min_steps=min_steps)
-    state = h.start(h.plan(**{"mode": "anarchic", "rounds": 5, "training": training, **changes}))
-    fleet = Fleet()
+def running(*names, codecs=("raw",), elements=0, **changes):
+    """A run whose devices have their standing assignments, for 2 to 10 steps; by device."""
+    training = Training(steps=10, min_steps=2)
+    plan = h.plan(**{"mode": "anarchic", "rounds": 5, "training": training, **changes})
+    state, fleet = h.start(plan, elements=elements), Fleet()
     for name in names:
-        fleet.announce(0.0, h.device(name, abilities=["standing"]))
+        fleet.announce(0.0, h.device(name, abilities=["standing"], codecs=list(codecs)))
     effects = step(state, e.Tick(0.0), fleet)
     return state, fleet, {effect.assignment.device: effect.assignment for effect in h.of(e.SendStanding, effects)}
 
@@ -209,6 +211,41 @@ def test_a_restart_changes_nothing():
     assert rebuilt.assignments == state.assignments
     assert rebuilt.updates == state.updates
     assert {row.device for row in rebuilt.assignments.values()} == {"a", "b"}
+
+
+def test_every_failed_pull_has_its_row_in_the_ledger():
+    """What each of them drew is known, though none brought an update."""
+    state, fleet, standing = running("a", target=1)
+    rows = []
+    for sequence in range(2):
+        (job,) = h.jobs(pull(state, fleet, standing["a"], sequence))
+        failed = e.JobReported(2.0, "a", job.assignment, "too hot", energy=EnergyUse(train_mj=5 + sequence))
+        rows += [row for row in h.one(e.Save, step(state, failed, fleet)).rows if isinstance(row, LedgerRow)]
+    assert [(row.sequence, row.train_mj) for row in rows] == [(-2, 5), (-3, 6)]
+
+
+def test_a_budget_that_warms_up_is_that_of_the_pull():
+    """Not of the round in which the assignment was given, weeks ago."""
+    uplink = Uplink(codec="topk", target_ratio=100.0, warmup_rounds=3)
+    state, fleet, standing = running("a", target=1, uplink=uplink, rounds=9, codecs=["topk", "raw"], elements=10_000)
+    budgets = []
+    for sequence in range(4):
+        (job,) = h.jobs(pull(state, fleet, standing["a"], sequence))
+        budgets.append(job.byte_budget)
+        step(state, h.arrived(job, sequence=sequence), fleet)
+        next_model(state, fleet)
+    assert budgets[0] > budgets[1] > budgets[2] > budgets[3] == 400
+
+
+def test_a_job_told_again_after_its_deadline_gets_a_whole_one():
+    """Its update may still count; with a second left no device would begin."""
+    state, fleet, standing = running("a", target=1)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    model = state.model_of(job)
+    left = [
+        make_job(state.plan, state.run, job, model, now=now, chunk_bytes=1000).deadline_s for now in (1.0, 61.0, 500.0)
+    ]
+    assert left == [100.0, 40.0, 100.0]
 
 
 @pytest.mark.parametrize(

@@ -173,3 +173,7 @@ def test_standing_assignments_are_explained(store):
     assert last["a"]["why"] == "holds a standing assignment"
     assert last["c"]["why"] == "lacks ability 'standing'; update its agent"
     assert last["b"]["became"] == "holds a standing assignment"
+    standing = next(row for row in run.state.assignments.values() if row.device == "b")
+    run.step(e.Pulled(1_000_002.0, "b", standing.assignment, 0, 3))
+    last = by_device(explanation(store, run.run, 0)[-1])
+    assert last["b"]["became"] == "holds a standing assignment, pulled 1 time"

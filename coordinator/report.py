@@ -13,8 +13,7 @@ from edge_runtime.messages import DECLINES
 if TYPE_CHECKING:
     from coordinator.events import DeviceRow, RoundRow, RunRow
     from coordinator.ledger import EnergySums
-    from coordinator.store import Store
-    from coordinator.store.store import StoredRun
+    from coordinator.store import Store, StoredRun
     from edge_runtime.messages import Heartbeat
 
 _HEARTBEAT = (  # what is shown of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.store.store import HEARTBEAT_S, Store, StoredRun
+from coordinator.store.queries import StoredRun
+from coordinator.store.store import HEARTBEAT_S, Store
 
 __all__ = ["HEARTBEAT_S", "Store", "StoredRun"]

@@ -1,5 +1,7 @@
 """Checks arrived updates beside the event loop: can they be decoded, are they finite, is their norm allowed?
 
+There their bytes are made durable, too: a disk is slow, and devices are answered meanwhile.
+
 Results come back in the order of arrival, whichever process was done first, so that the same updates count wherever
 they are checked. An update that is being checked is neither fetched nor checked a second time.
 """
@@ -9,10 +11,12 @@ from __future__ import annotations
 import logging
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from coordinator.errors import ModelError
-from edge_runtime.errors import CodecError
+from edge_runtime.errors import CodecError, StorageError
+from edge_runtime.files import make_durable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +47,18 @@ def damage(check: Check) -> str:
     return ""
 
 
+def durable_damage(check: Check) -> str:
+    """Like :func:`damage`; an update that can be used survives a power cut when this returns. A task.
+
+    Raises:
+        StorageError: the disk is full or failing.
+    """
+    reason = damage(check)
+    if not reason and isinstance(check.source.payload, Path):
+        make_durable(check.source.payload)
+    return reason
+
+
 class Checks:
     """Runs checks in a thread of this process, or in the processes of an executor. Called in the loop's thread."""
 
@@ -58,7 +74,7 @@ class Checks:
     def run(self, check: Check, done: Callable[[str], None]) -> None:
         """Checks an update, which must not be running already, and calls ``done`` with what is wrong with it."""
         name = check.source.update
-        future = (self._executor or self._thread).submit(damage, check)  # type: ignore[union-attr]
+        future = (self._executor or self._thread).submit(durable_damage, check)  # type: ignore[union-attr]
         self._names.add(name)
         self._running.append((name, future, done))
         future.add_done_callback(lambda _: self._loop.call_threadsafe(self._hand_out))
@@ -74,7 +90,11 @@ class Checks:
         while self._running and self._running[0][1].done():
             name, future, done = self._running.popleft()
             self._names.discard(name)
-            done(_reason(future))
+            error = future.exception()
+            if isinstance(error, StorageError):
+                log.error("%s; update %s stays on its device", error, name)
+            else:
+                done(_reason(future))
 
 
 def _reason(future: Future[str]) -> str:

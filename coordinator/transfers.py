@@ -13,7 +13,7 @@ import msgspec
 from coordinator.traffic import Traffic
 from edge_runtime import messages, topics
 from edge_runtime.errors import StorageError, TransferError
-from edge_runtime.store.blobs import indexes
+from edge_runtime.store.blobs import hash_file, indexes
 from edge_runtime.transport.transfer import (
     CHUNK_HEADER_BYTES,
     RANGES_LIMIT,
@@ -153,10 +153,10 @@ class _Upload:
 
 
 class Uplink:
-    """Receives updates into a store of their own and tells when one is whole and durable.
+    """Receives updates into a store of their own and tells when one is whole.
 
     Args:
-        arrived: called with (update, blob, meta) when the bytes are durable.
+        arrived: called with (update, blob, meta) when the bytes are whole; whoever says so makes them durable before.
         refused: called with (update, blob, meta, reason) when they cannot be taken.
         traffic: counts chunks that come and requests that go.
     """
@@ -187,7 +187,7 @@ class Uplink:
             upload.updates[offer.update] = offer.meta  # two devices may well offer the same bytes
             if not offer.first:
                 upload.incoming.nudge()
-        elif store.has(blob.sha256):
+        elif _is_whole(store, blob):
             self._arrived(offer.update, blob, offer.meta)
             return
         elif len(offer.first) == CRC_BYTES + blob.size_bytes:
@@ -223,7 +223,7 @@ class Uplink:
             log.warning("the offer of update %s carries a damaged chunk; it will be offered again", offer.update)
             return
         try:
-            store.put(data)
+            store.put(data, durable=False)
         except StorageError as error:
             log.error("%s; update %s stays on its device", error, offer.update)  # noqa: TRY400
             return
@@ -292,7 +292,7 @@ class Uplink:
     def _complete(self, half: str) -> None:
         upload = self._uploads[half]
         try:
-            upload.incoming.partial.finish(durable=True)
+            upload.incoming.partial.finish(durable=False)
         except TransferError as error:
             log.warning("%s", error)
             upload.incoming.wrong += 1
@@ -312,6 +312,20 @@ class Uplink:
         upload.incoming.close()
         for update, meta in upload.updates.items():
             self._arrived(update, upload.incoming.partial.blob, meta)
+
+
+def _is_whole(store: BlobStore, blob: BlobRef) -> bool:
+    """Whether a blob is here; one that a power cut damaged, since nothing acknowledged it yet, goes."""
+    if not store.has(blob.sha256):
+        return False
+    try:
+        if hash_file(store.path(blob.sha256)).sha256 == blob.sha256:
+            return True
+        log.warning("blob %s was damaged where it lay, it is received again", blob.sha256[:12])
+        store.delete(blob.sha256)
+    except StorageError as error:
+        log.error("%s", error)  # noqa: TRY400 - one line for the operator
+    return False
 
 
 def named(offer: UpdateOffer) -> UpdateOffer:

@@ -98,6 +98,23 @@ def write_durably(path: Path, data: bytes | memoryview, *, mode: int = 0o644) ->
         raise storage_error(path, error) from error
 
 
+def make_durable(path: Path) -> None:
+    """Makes a file that was written before, and its name, survive a power cut.
+
+    Raises:
+        StorageError: the disk is full or failing.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
 def remove(path: Path) -> None:
     """Deletes a file nobody needs; where that fails (a card gone read-only) it stays, for the next sweep to try."""
     with contextlib.suppress(OSError):

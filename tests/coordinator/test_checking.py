@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +113,22 @@ def test_a_defect_in_a_plug_in_refuses_the_update_and_nothing_else(loop):
     until(loop, lambda: len(told) == 2)
     assert told == ["could not be checked: ZeroDivisionError: oops", ""]
     checks.close()
+
+
+def test_what_cannot_be_made_durable_is_not_answered(loop, caplog):
+    """A failing disk refuses no update: it stays on its device, and the next one is answered."""
+    good, checks, told = check(0), Checks(loop), []
+    handle = os.memfd_create("update")
+    os.write(handle, good.source.payload)
+    undurable = Path(f"/proc/self/fd/{handle}")  # readable, but nothing there can be flushed to a disk
+    checks.run(good._replace(source=good.source._replace(payload=undurable)), told.append)
+    checks.run(check(1), lambda reason: told.append(("next", reason)))
+    until(loop, lambda: told)
+    assert told == [("next", "")]
+    assert named(0) not in checks
+    assert "stays on its device" in caplog.text
+    checks.close()
+    os.close(handle)
 
 
 def test_what_cannot_be_decoded_is_said():

@@ -472,6 +472,17 @@ def test_cached_blob_that_a_power_cut_damaged_is_fetched_again(world):
     assert len(server.needs) == 1
 
 
+def test_an_update_that_a_power_cut_damaged_is_received_again(world):
+    """What lies there by name was acknowledged by nobody, and is believed only after its hash was checked."""
+    server, device = world.server(), world.device()
+    data = content(200_000)[0]
+    path = server.store.path(sha256(data).hexdigest())
+    path.write_bytes(bytes(200_000))
+    device.uploads.offer(device.finish(data), push=True)
+    world.until(lambda: server.arrived)
+    assert path.read_bytes() == data
+
+
 def test_blob_whose_last_chunk_came_just_before_the_end_is_finished(world):
     """All chunks on disk, but no hash checked yet: after a restart the blob is ready without asking anyone."""
     device = world.device()

@@ -34,9 +34,11 @@ class Executor(Protocol):
 
     Attributes:
         workers: how many tasks run at a time.
+        local: whether tasks see the files of this machine.
     """
 
     workers: int
+    local: bool
 
     def share(self, data: bytes) -> Shared:
         """Makes bytes known to all tasks; kept until :meth:`release` or :meth:`close`."""

@@ -19,6 +19,7 @@ class InlineExecutor:
     """See :class:`~coordinator.executors.base.Executor`."""
 
     workers = 1
+    local = True
 
     def __init__(self) -> None:
         self._files = SharedFiles()

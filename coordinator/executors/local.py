@@ -31,6 +31,8 @@ _JOIN_S = 5.0
 class LocalExecutor:
     """See :class:`~coordinator.executors.base.Executor`; a thread per process hands tasks over and takes results."""
 
+    local = True
+
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._files = SharedFiles()

@@ -37,6 +37,8 @@ class RayExecutor:
         ConfigError: Ray is not installed, or no cluster answers at ``address``.
     """
 
+    local = False
+
     def __init__(self, workers: int, address: str = "") -> None:
         try:
             import ray

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from coordinator.simulation.settings import CHUNK_BYTES
 from coordinator.simulation.standing import VirtualStanding
-from coordinator.simulation.training import Order, Refused
+from coordinator.simulation.training import Order, Refused, content
+from coordinator.simulation.transfers import Transfers
 from edge_runtime.agent import events, jobs
 from edge_runtime.agent.limits import decline
 from edge_runtime.errors import EdgeError
@@ -24,6 +25,7 @@ from edge_runtime.messages import (
     Need,
     Standing,
     UpdateId,
+    UpdateMeta,
     Verdict,
 )
 from edge_runtime.store.spool import RunChange, SpooledUpdate
@@ -37,17 +39,7 @@ if TYPE_CHECKING:
     from edge_runtime.store.spool import State
 
 CLOSED_KEPT = 16  # verdicts remembered, so that a repeated job is not trained again
-CACHED = 4  # blobs
 EVALUATION_COST = 1 / 3  # of a training step: forward only
-
-
-class _Download:
-    __slots__ = ("begins_s", "ends_s", "left", "number")
-
-    def __init__(self, size_bytes: int) -> None:
-        self.left = float(size_bytes)
-        self.begins_s = self.ends_s = 0.0
-        self.number = 0
 
 
 class _Training(NamedTuple):
@@ -63,12 +55,10 @@ class VirtualAgent:
     """One agent; what it has on its disk outlives :meth:`stop`."""
 
     __slots__ = (
-        "_bytes",
-        "_cache",
         "_closed",
         "_crashes",
+        "_data",
         "_device",
-        "_downloads",
         "_held",
         "_number",
         "_run_state",
@@ -78,7 +68,7 @@ class VirtualAgent:
         "_stepping",
         "_steps",
         "_training",
-        "_uploads",
+        "_transfers",
         "_world",
         "state",
     )
@@ -86,10 +76,10 @@ class VirtualAgent:
     def __init__(self, device: VirtualDevice) -> None:
         self._device, self._world = device, device.world
         self._spool: dict[UpdateId, SpooledUpdate] = {}  # open, or refused and to be taken back
-        self._bytes: dict[UpdateId, bytes] = {}
+        self._data: dict[UpdateId, bytes | Path] = {}
         self._closed: dict[UpdateId, State] = {}
         self._run_state = b""
-        self._cache: dict[str, None] = {}
+        self._transfers = Transfers(device, self)
         self._held: int | None = None  # version of the shared model
         self._crashes: dict[str, int] = {}
         self._number = 0
@@ -99,8 +89,6 @@ class VirtualAgent:
     def _start(self) -> None:
         opened = [row for row in self._spool.values() if row.state in ("ready", "delivered")]
         self.state = jobs.AgentState.restore(self._device.name, self._world.capabilities, opened)
-        self._downloads: dict[str, _Download] = {}
-        self._uploads: dict[UpdateId, int] = {}
         self._since_s: dict[tuple[str, int], float] = {}  # jobs at work, by assignment and sequence
         self._training: _Training | None = None
         self._steps: deque[events.Event] = deque()
@@ -112,7 +100,7 @@ class VirtualAgent:
             self._training_ends(reason)
         for key in list(self._since_s):
             self._waited(key)
-        self._device.free_link()
+        self._transfers.restart()
         self._start()
         if self._standing is not None:
             self._standing.restart(tuple(self._spool))
@@ -121,21 +109,34 @@ class VirtualAgent:
 
     def on_up(self) -> None:
         """Connected again: transfers go on, and all updates are offered."""
-        for sha256_ in list(self._downloads):
-            self._download(sha256_)
+        self._transfers.on_up()
         self._step(events.Connected())
 
     def on_down(self) -> None:
-        """Transfers are broken off; what came stays."""
-        now = self._world.timeline.now_s
-        self._uploads.clear()
-        for download in self._downloads.values():
-            if download.number and now > download.begins_s:
-                done = min(1.0, (now - download.begins_s) / max(download.ends_s - download.begins_s, 1e-9))
-                self._spend_radio(None, download.left * done, up=False)
-                download.left *= 1.0 - done
-            download.number = 0
-        self._device.free_link()
+        """The connection is gone."""
+        self._transfers.on_down()
+
+    def came(self, name: str, size_bytes: float) -> None:
+        """A blob is here, after its last bytes."""
+        waiting = (entry.job for entry in self.state.jobs.values() if name in entry.missing)
+        job = next(waiting, None)
+        self.moved(None if job is None else (job.assignment, job.sequence), size_bytes, up=False)
+        self._step(events.BlobReady(self._world.timeline.now_s, name))
+
+    def gone(self, update: UpdateId, size_bytes: float, *, offers: bool) -> None:
+        """All bytes of an update are sent; with ``offers`` its offer goes with them."""
+        row = self._spool.get(update)
+        if row is None:
+            return
+        self.moved((update.assignment, update.sequence), size_bytes, up=True)
+        content = (update, row.blob, row.meta, self._data[update])
+        self._world.to_server(self._device, "offer" if offers else "bytes", content, latency_s=0.0)
+
+    def moved(self, key: tuple[str, int] | None, size_bytes: float, *, up: bool) -> None:
+        """Bytes went over the link, for a job or for none that is known."""
+        joules = self._device.radio_j(size_bytes, up=up)
+        self._world.recorder.spend(self._device.number, key, "radio", joules)
+        self._world.server.moved(size_bytes, up=up)
 
     def receive(self, message: FromCoordinator) -> None:  # noqa: C901 - one arm per message
         """A message of the coordinator."""
@@ -160,7 +161,7 @@ class VirtualAgent:
             case Need(sha256=name):
                 for update, row in self._spool.items():
                     if row.blob.sha256 == name and row.state in ("ready", "delivered"):
-                        self._upload(update)
+                        self._transfers.send(update, row.blob.size_bytes)
 
     def _job_arrived(self, now: float, job: Job) -> None:
         update = UpdateId(job.run, self._device.name, job.assignment, job.sequence)
@@ -171,7 +172,7 @@ class VirtualAgent:
         crashes = self._crashes.get(job.bundle.sha256, 0)
         if self._standing is not None:
             self._standing.job_came(job.run, job.assignment, job.sequence)
-        fetch_bytes = sum(blob.size_bytes for blob in (job.bundle, *job.model.blobs) if blob.sha256 not in self._cache)
+        fetch_bytes = self._transfers.missing_bytes(job.bundle, *job.model.blobs)
         declined = decline(job, self._device.known(fetch_bytes), self._device.owner_limits)
         self._step(events.JobArrived(now, job, known, crashes, held, declined))
         if (job.run, job.assignment) in self.state.jobs:
@@ -202,41 +203,13 @@ class VirtualAgent:
             self._standing.look()
 
     def _fetch(self, effect: events.FetchBlob) -> None:
-        name = effect.blob.sha256
-        if name in self._cache:
-            self._steps.append(events.BlobReady(self._world.timeline.now_s, name))
-        elif name not in self._downloads:
-            self._downloads[name] = _Download(effect.blob.size_bytes)
-            self._download(name)
-
-    def _download(self, name: str) -> None:
-        download = self._downloads[name]
-        if not self._device.connected or not self._world.server.up:
-            return
-        self._number += 1
-        download.number = self._number
-        download.begins_s, download.ends_s = self._device.transfer(download.left, up=False)
-        self._world.timeline.at(download.ends_s, self._downloaded, name, download)
-
-    def _downloaded(self, name: str, download: _Download) -> None:
-        number = download.number
-        if self._downloads.get(name) is not download or not number or self._world.timeline.now_s < download.ends_s:
-            return
-        del self._downloads[name]
-        self._spend_radio(self._first_waiting(name), download.left, up=False)
-        while len(self._cache) >= CACHED:
-            del self._cache[next(key for key in self._cache if key != self._world.bundle.sha256)]
-        self._cache[name] = None
-        self._step(events.BlobReady(self._world.timeline.now_s, name))
-
-    def _first_waiting(self, name: str) -> tuple[str, int] | None:
-        for entry in self.state.jobs.values():
-            if name in entry.missing:
-                return entry.job.assignment, entry.job.sequence
-        return None
+        if self._transfers.has(effect.blob.sha256):
+            self._steps.append(events.BlobReady(self._world.timeline.now_s, effect.blob.sha256))
+        else:
+            self._transfers.fetch(effect.blob)
 
     def _stop_fetch(self, effect: events.StopFetch) -> None:
-        self._downloads.pop(effect.sha256, None)
+        self._transfers.stop_fetch(effect.sha256)
 
     def _start_training(self, effect: events.StartTraining) -> None:
         job, world, device = effect.job, self._world, self._device
@@ -256,7 +229,7 @@ class VirtualAgent:
             steps=steps,
             state=self._run_state,
             refused=tuple(
-                Refused(update, self._bytes[update], row.key)
+                Refused(update, content(self._data[update]), row.key)
                 for update, row in self._spool.items()
                 if row.state == "refused" and update.run == job.run
             ),
@@ -306,7 +279,7 @@ class VirtualAgent:
             return
         energy = self._training_ends("")
         if energy is not None:
-            radio_j = self._device.trace.radio_joules_per_mb_up * len(result.data) / 1e6
+            radio_j = self._device.trace.radio_joules_per_mb_up * result.size_bytes / 1e6
             energy = msgspec.structs.replace(energy, radio_mj=round(1000 * radio_j))
         meta = msgspec.structs.replace(
             result.meta, train_ms=round(1000 * training.train_s), encode_cpu_ms=0, energy=energy
@@ -319,15 +292,14 @@ class VirtualAgent:
         self._finish(now, result, meta, job)
         self._device.announce_samples()
 
-    def _finish(self, now: float, result: TrainedUpdate, meta: object, job: Job) -> None:
-        name = sha256(result.data).hexdigest()
-        blob = BlobRef(sha256=name, size_bytes=len(result.data), chunk_bytes=CHUNK_BYTES)
+    def _finish(self, now: float, result: TrainedUpdate, meta: UpdateMeta, job: Job) -> None:
+        blob = BlobRef(sha256=result.sha256, size_bytes=result.size_bytes, chunk_bytes=CHUNK_BYTES)
         update = UpdateId(job.run, self._device.name, job.assignment, job.sequence)
-        self._bytes[update] = result.data
-        change = RunChange("state", result.returned) if result.data else None
-        if result.data:
+        self._data[update] = result.data
+        change = RunChange("state", result.returned) if result.size_bytes else None
+        if change is not None:
             self._run_state = result.state
-        self._step(events.Trained(now, name, blob, meta, result.key, change))  # type: ignore[arg-type]
+        self._step(events.Trained(now, blob.sha256, blob, meta, result.key, change))
 
     def _training_ends(self, reason: str) -> EnergyUse | None:
         """What the training that ends now has drawn, by the device model; with a reason it is broken off."""
@@ -339,7 +311,7 @@ class VirtualAgent:
         seconds = now - training.began_s
         self._device.train(training=False)
         job = training.order.job
-        key = (job.assignment, job.sequence)
+        key = None if reason else (job.assignment, job.sequence)  # it may be done again, and count: this was in vain
         self._world.recorder.spend(self._device.number, key, "training", trace.training_watts * seconds)
         watts = trace.training_watts + trace.idle_watts
         train_s = max(0.0, seconds - training.wait_s)
@@ -380,29 +352,9 @@ class VirtualAgent:
         if row is None or not self._device.connected:
             return
         if effect.push:
-            self._upload(effect.update, offers=True)
+            self._transfers.send(effect.update, row.blob.size_bytes, offers=True)
         else:
             self._world.to_server(self._device, "offer", (effect.update, row.blob, row.meta, None))
-
-    def _upload(self, update: UpdateId, *, offers: bool = False) -> None:
-        """Sends the bytes of an update, unless that is under way."""
-        if update in self._uploads or not self._device.connected:
-            return
-        self._number += 1
-        self._uploads[update] = self._number
-        _, ends = self._device.transfer(self._spool[update].blob.size_bytes, up=True)
-        self._world.timeline.at(ends, self._uploaded, update, self._number, offers)
-
-    def _uploaded(self, update: UpdateId, number: int, offers: bool) -> None:
-        if self._uploads.get(update) != number:
-            return
-        del self._uploads[update]
-        row = self._spool.get(update)
-        if row is None:
-            return
-        self._spend_radio((update.assignment, update.sequence), row.blob.size_bytes, up=True)
-        leaf = "offer" if offers else "bytes"
-        self._world.to_server(self._device, leaf, (update, row.blob, row.meta, self._bytes[update]), latency_s=0.0)
 
     def _close(self, effect: events.CloseUpdate) -> None:
         update = effect.update
@@ -418,7 +370,9 @@ class VirtualAgent:
 
     def _forget(self, update: UpdateId, state: State) -> None:
         self._spool.pop(update, None)
-        self._bytes.pop(update, None)
+        data = self._data.pop(update, None)
+        if isinstance(data, Path):
+            data.unlink(missing_ok=True)
         self._closed[update] = state
         while len(self._closed) > CLOSED_KEPT:
             del self._closed[next(iter(self._closed))]
@@ -445,11 +399,6 @@ class VirtualAgent:
         if since is not None:
             seconds = self._world.timeline.now_s - since
             self._world.recorder.spend(self._device.number, key, "idle", self._device.trace.idle_watts * seconds)
-
-    def _spend_radio(self, key: tuple[str, int] | None, size_bytes: float, *, up: bool) -> None:
-        joules = self._device.radio_j(size_bytes, up=up)
-        self._world.recorder.spend(self._device.number, key, "radio", joules)
-        self._world.server.moved(size_bytes, up=up)
 
 
 _EFFECTS: dict[type, Callable[[VirtualAgent, object], None]] = {

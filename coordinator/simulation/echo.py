@@ -8,7 +8,7 @@ Losses are made up, falling with the version, from a different level for every d
 from __future__ import annotations
 
 import math
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ class EchoTrainer:
         steps = order.steps if order.stop_after is None else min(order.steps, order.stop_after)
         meta = UpdateMeta(round=job.round, model_version=job.model_version, samples=order.samples, steps=steps)
         if job.epochs is None and job.steps is None and job.role == "trainer":
-            return TrainedUpdate(b"", meta)
+            return TrainedUpdate(b"", meta, sha256(b"").hexdigest(), 0)
         layouts = dict.fromkeys(self._channels[job.role], self._layout)
         found = self._encode(order, layouts)
         tag = update_tag(UpdateId(job.run, order.device, job.assignment, job.sequence))
@@ -86,7 +86,8 @@ class EchoTrainer:
             loss_rms=loss,
             stopped=order.stopped if steps < order.steps else "",
         )
-        return TrainedUpdate(pack(header, layouts, found.sections, found.alignment), meta)
+        data = pack(header, layouts, found.sections, found.alignment)
+        return TrainedUpdate(data, meta, sha256(data).hexdigest(), len(data))
 
     def _encode(self, order: Order, layouts: Mapping[str, Layout]) -> _Encoded:
         job = order.job

@@ -39,7 +39,7 @@ class Recorder:
         self._answered: set[_Key] = set()  # pulls with an update
 
     def spend(self, device: int, key: _Key | None, kind: str, joules: float) -> None:
-        """A device drew joules, for a job or (what broken transfers took) for none that is known."""
+        """A device drew joules, for a job; in vain where there is none (what was broken off)."""
         if joules <= 0.0:
             return
         totals = self.joules

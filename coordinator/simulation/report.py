@@ -12,7 +12,8 @@ from edge_runtime.messages import Role
 
 class Joules(msgspec.Struct, kw_only=True):
     """Modelled joules. ``training`` above idle, ``radio`` of all bytes, ``idle_wait`` the idle power of devices while
-    they had a job. ``wasted``: that part of all three which went into jobs whose update does not count.
+    they had a job. ``wasted``: that part of all three which went into jobs whose update does not count, into trainings
+    that were broken off, and into transfers that were.
     """
 
     training: float = 0.0

@@ -114,7 +114,7 @@ class _Simulation:
     def _make_trainer(self) -> RealTrainer | EchoTrainer:
         blobs, bundle = self._store.blobs, self._bundle
         if self._shares is not None:
-            return RealTrainer(self._executor, self._run.bundle, blobs, self._shares)
+            return RealTrainer(self._executor, self._run.bundle, blobs, self._shares, blobs.folder.parent / "updates")
         method, layout = create_method(self._plan), bundle.layout()
         channels = {"trainer": method.channels, **method.roles}
         return EchoTrainer(

@@ -23,6 +23,7 @@ from edge_runtime.errors import EdgeError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+    from pathlib import Path
 
     from coordinator.fleet import Device
     from coordinator.simulation.device import VirtualDevice
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from edge_runtime.messages import BlobRef, Evaluation, UpdateId, UpdateMeta
 
 EVALUATION_S = 1.0  # virtual time that an evaluation takes; meanwhile rounds go on
-_OfferOf = tuple["UpdateId", "BlobRef", "UpdateMeta", "bytes | None"]
+_OfferOf = tuple["UpdateId", "BlobRef", "UpdateMeta", "bytes | Path | None"]
 
 
 class LookingFleet(Fleet):
@@ -191,7 +192,7 @@ class VirtualServer:
 
     # The machine
 
-    _pushed: tuple[UpdateId, bytes | None] | None = None
+    _pushed: tuple[UpdateId, bytes | Path | None] | None = None
 
     def _step(self, event: e.Event) -> None:
         state = self.state
@@ -264,11 +265,11 @@ class VirtualServer:
         else:
             self._send(effect.update.device, messages.Need(sha256=effect.blob.sha256, ranges=[(0, 1)]))
 
-    def _got_bytes(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta, data: bytes) -> None:
+    def _got_bytes(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta, data: bytes | Path) -> None:
         if self.state is not None:
             self._verify(e.Fetch(update, blob, meta), data, self._process)
 
-    def _verify(self, effect: e.Fetch, data: bytes, process: int) -> None:
+    def _verify(self, effect: e.Fetch, data: bytes | Path, process: int) -> None:
         """The bytes are here: kept, and looked at as the real server does."""
         state = self.state
         if process != self._process or state is None:

@@ -40,11 +40,15 @@ class MemoryBlobs(BlobStore):
         self.put_named(name, data)
         return StoredBlob(name, memoryview(data).nbytes)
 
-    def put_named(self, name: str, data: bytes | memoryview) -> None:
-        """Stores bytes whose hash is known."""
-        if name not in self._known:
+    def put_named(self, name: str, data: bytes | memoryview | Path) -> None:
+        """Stores bytes whose hash is known, or a file of this file system that will not change."""
+        if name in self._known:
+            return
+        if isinstance(data, (bytes, memoryview)):
             self.path(name).write_bytes(data)
-            self._known.add(name)
+        else:
+            self.path(name).hardlink_to(data)
+        self._known.add(name)
 
     def delete(self, sha: str) -> None:
         if sha in self._known:

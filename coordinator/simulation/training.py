@@ -6,7 +6,9 @@ in which processes finish.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import statistics
 import time
 from collections import OrderedDict
@@ -58,7 +60,7 @@ class Order(NamedTuple):
     """Work for one virtual device. ``model`` is the whole model of the job's version.
 
     ``state`` is what its codec and method kept (empty: nothing). With ``stop_after`` training ends after so many steps,
-    for the reason ``stopped``.
+    for the reason ``stopped``. ``deliver`` is where the update's bytes are to be left; empty: they are sent back.
     """
 
     device: str
@@ -71,16 +73,24 @@ class Order(NamedTuple):
     refused: tuple[Refused, ...] = ()
     stop_after: int | None = None
     stopped: str = ""
+    deliver: str = ""
 
 
 class TrainedUpdate(NamedTuple):
     """The result: update, what it says, and what the device keeps; see :class:`edge_runtime.agent.pipe.Trained`."""
 
-    data: bytes
+    data: bytes | Path
     meta: UpdateMeta
+    sha256: str
+    size_bytes: int
     state: bytes = b""
     key: str = ""
     returned: tuple[UpdateId, ...] = ()
+
+
+def content(data: bytes | Path) -> bytes:
+    """The bytes of an update."""
+    return data.read_bytes() if isinstance(data, Path) else data
 
 
 class Handle(Protocol):
@@ -110,15 +120,20 @@ class Trainer(Protocol):
 class RealTrainer:
     """Trains by :class:`edge_runtime.training.job.JobRunner` in tasks of an executor."""
 
-    def __init__(self, executor: Executor, bundle: BlobRef, blobs: BlobStore, shares: Shares) -> None:
+    def __init__(self, executor: Executor, bundle: BlobRef, blobs: BlobStore, shares: Shares, folder: Path) -> None:
         self._executor, self._blobs, self._bundle_ref = executor, blobs, bundle
         arrays = (shares.data.x, shares.data.y, shares.rows, shares.starts)
         self._bundle = executor.share(blobs.path(bundle.sha256).read_bytes())
         self._arrays = tuple(executor.share(packed(array)) for array in arrays)
         self._models: OrderedDict[str, Shared] = OrderedDict()
+        self._folder, self._number = folder, 0
+        folder.mkdir(exist_ok=True)
 
     def start(self, order: Order) -> Handle:
         model = self.shared_model(order.model)
+        if self._executor.local:
+            self._number += 1
+            order = order._replace(deliver=str(self._folder / str(self._number)))
         return _Running(lambda: self._executor.submit(train, self._bundle, model, self._arrays, order))
 
     def evaluate(self, model: BlobRef, test_set: Shared) -> Future[Evaluation]:
@@ -169,7 +184,8 @@ class _Running:
         raise CancelledError
 
     def cancel(self) -> None:
-        self._future.cancel()
+        if not self._future.cancel():
+            self._future.add_done_callback(_discard)
 
 
 def measure_step_s(plan: Plan, shares: Shares) -> float:
@@ -194,6 +210,12 @@ def measure_step_s(plan: Plan, shares: Shares) -> float:
     times_s: list[float] = []
     trainer.train(bundle.initial_vector(), view, settings, on_step=lambda *_: times_s.append(time.perf_counter()))
     return statistics.median(after - before for before, after in pairwise(times_s))
+
+
+def _discard(future: Future[TrainedUpdate]) -> None:
+    """Nobody wants what came out."""
+    if not future.cancelled() and future.exception() is None and isinstance(future.result().data, Path):
+        future.result().data.unlink(missing_ok=True)  # type: ignore[union-attr]
 
 
 # In the process of a task
@@ -223,9 +245,16 @@ def train(bundle: Shared, model: Shared, arrays: tuple[Shared, ...], order: Orde
     try:
         done = _job_runner().run(request, count, stop=None if order.stop_after is None else stop)
         files += [Path(path) for path in (done.path, done.state_path) if path]
-        data = Path(done.path).read_bytes() if done.path else b""
+        data: bytes | Path = b""
+        if done.path and order.deliver:
+            data = Path(shutil.move(done.path, order.deliver))
+        elif done.path:
+            data = Path(done.path).read_bytes()
         state = Path(done.state_path).read_bytes() if done.state_path else b""
-        return TrainedUpdate(data, done.meta, state, done.key, tuple(done.returned))
+        digest = done.sha256 if done.path else hashlib.sha256(b"").hexdigest()
+        return TrainedUpdate(
+            data, done.meta, digest, done.size_bytes, state=state, key=done.key, returned=tuple(done.returned)
+        )
     finally:
         for path in files:
             path.unlink(missing_ok=True)

@@ -94,7 +94,7 @@ def drained(**changes):
             battery_wh=1.0,
             battery_percent=47.0,
             reserve_percent=20.0,
-            charge_watts=10.0,
+            charge_watts=40.0,
             **changes,
         ),
         night=([(0.0, 100_000.0)], [(5000.0, 100_000.0)]),

@@ -19,7 +19,7 @@ from coordinator.report import run_summary
 from edge_runtime.bundle import Bundle
 from edge_runtime.compression.grid import SharedModel
 from edge_runtime.compression.pipeline import decode
-from edge_runtime.messages import Job, JobStatus, Telemetry, Verdict
+from edge_runtime.messages import Job, JobStatus, Verdict
 from tests.support.federation import Federation
 
 if TYPE_CHECKING:
@@ -67,11 +67,7 @@ def test_bytes_reported_are_those_of_the_link(federation: Federation) -> None:
     federation.finish(run)
     federation.until(lambda: not any(agent.state.updates for agent in federation.agents.values()), "the last verdicts")
     packets = [packet for of_device in federation.packets.values() for packet in of_device]
-    ours = [
-        packet
-        for packet in packets
-        if not packet.topic.endswith(("/state", "b/coordinator")) and not isinstance(packet.message, Telemetry)
-    ]
+    ours = [packet for packet in packets if not packet.topic.endswith(("/state", "/heartbeat", "b/coordinator"))]
     summary = run_summary(federation.store, run)
     up, down = ([packet.size_bytes for packet in ours if packet.up == up] for up in (True, False))
     assert summary["bytes_up"] == sum(up) + 4 * len(down)

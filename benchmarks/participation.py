@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,8 +22,6 @@ from coordinator.simulation.settings import Settings
 from coordinator.simulation.synthetic import synthetic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from coordinator.simulation.report import SimulationReport
     from coordinator.simulation.traces import Traces
 
@@ -60,7 +57,7 @@ class Policy(NamedTuple):
     """Keys of a plan, merged into the common ones, and settings of the simulator that differ from the common ones."""
 
     plan: dict[str, Any]
-    settings: Mapping[str, Any] = MappingProxyType({})
+    settings: dict[str, Any] | None = None
 
 
 def prepare(world: World) -> World:
@@ -74,7 +71,9 @@ def prepare(world: World) -> World:
 def run(world: World, policy: Policy) -> Measures:
     """One policy in one world that was prepared."""
     common = {"tick_s": 5.0, "device_accuracy": True}
-    settings = Settings(seed=world.seed, step_s=world.step_s, limit_s=world.limit_s, **{**common, **policy.settings})
+    settings = Settings(
+        seed=world.seed, step_s=world.step_s, limit_s=world.limit_s, **{**common, **(policy.settings or {})}
+    )
     return measures(simulate(plan_of(world, policy.plan), fleet(world), settings, shares=_shares(world)))
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from coordinator.fleet import Device
+    from coordinator.fleet import Device, FleetView
+    from coordinator.scheduling import Selector
+    from coordinator.scheduling.base import RoundRequest, Selection
     from coordinator.simulation.device import VirtualDevice
     from coordinator.simulation.store import MemoryStore
     from coordinator.simulation.world import World
@@ -37,19 +39,38 @@ _OfferOf = tuple["UpdateId", "BlobRef", "UpdateMeta", "bytes | Path | None"]
 
 
 class LookingFleet(Fleet):
-    """A fleet whose heartbeats are made when somebody looks, and are at most one interval old: the same as if they
+    """A fleet whose heartbeats are made when a selector looks, and are at most one interval old: the same as if they
     came all the time, for a fraction of the work.
     """
 
     def __init__(self, refresh: Callable[[Device], None]) -> None:
         super().__init__()
         self._refresh = refresh
+        self.is_looked_at = False
 
     def get(self, name: str) -> Device | None:
         device = super().get(name)
-        if device is not None and device.online:
+        if self.is_looked_at and device is not None and device.online:
             self._refresh(device)
         return device
+
+
+class LookingSelector:
+    """A selector that sees fresh heartbeats; everything else is the selector's own."""
+
+    def __init__(self, selector: Selector, fleet: LookingFleet) -> None:
+        self._selector, self._fleet = selector, fleet
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._selector, name)
+
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:
+        """See :class:`coordinator.scheduling.base.Selector`."""
+        self._fleet.is_looked_at = True
+        try:
+            return self._selector.select(now, fleet, request)
+        finally:
+            self._fleet.is_looked_at = False
 
 
 class VirtualServer:
@@ -86,6 +107,7 @@ class VirtualServer:
             state.run.bytes_complete = False
         state.bound_times(self.now)
         self.fleet = LookingFleet(self._refresh)
+        state.selector = LookingSelector(state.selector, self.fleet)  # type: ignore[assignment]
         self.state = None if state.ended else state
         joined = [
             device.name

@@ -499,7 +499,6 @@ BAD_MESSAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "nested 100,000 deep": (b"\x83\xa1v\x01\xa1t\xa6status\xa1q" + b"\x91" * 100_000 + b"\xc0", ("message refused",)),
     "other schema version": (packed(v=9, t="need"), ("schema version 9", "update the older side")),
     "oversize": (packed(v=1, t="status", reason="a" * 125_000), ("bytes refused: the limit is 120000",)),
-    "NaN in telemetry": (messages.Telemetry(uptime_s=float("nan"), clock_unix_s=0.0), ("telemetry of 'raw'", "NaN")),
 }
 
 
@@ -510,6 +509,14 @@ def test_bad_messages_cost_one_line(raw: Raw, kind: str) -> None:
     message, said = BAD_MESSAGES[kind]
     with raw.one_line(*said):
         raw.say(message)
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("payload", [b"\xc1\x00", packed(v=1), b"\x95\x01\xfb" + b"\x00" * 8, bytes(500)])
+def test_bad_heartbeats_cost_one_line(raw: Raw, payload: bytes) -> None:
+    """Noise, another shape, a wrong type, too long: the line names the device's topic."""
+    with raw.one_line("d/raw/heartbeat: heartbeat"):
+        raw.say(payload, leaf="heartbeat")
 
 
 @pytest.mark.mosquitto

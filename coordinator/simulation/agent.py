@@ -11,7 +11,7 @@ import msgspec
 
 from coordinator.simulation.settings import CHUNK_BYTES
 from coordinator.simulation.standing import VirtualStanding
-from coordinator.simulation.training import Order, Refused, content
+from coordinator.simulation.tasks import Order, Refused, content
 from coordinator.simulation.transfers import Transfers
 from edge_runtime.agent import events, jobs
 from edge_runtime.agent.limits import decline
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coordinator.simulation.device import VirtualDevice
-    from coordinator.simulation.training import Handle, TrainedUpdate
+    from coordinator.simulation.tasks import TrainedUpdate
+    from coordinator.simulation.training import Handle
     from edge_runtime.messages import FromCoordinator
     from edge_runtime.store.spool import State
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from coordinator.simulation.training import Order, TrainedUpdate
+from coordinator.simulation.tasks import Order, TrainedUpdate
 from edge_runtime.compression.base import Codec
 from edge_runtime.compression.container import Header, pack, unpack, update_tag
 from edge_runtime.compression.pipeline import CodecSpec, encode

@@ -158,9 +158,7 @@ def say_targets(dataset: str, by_policy: Mapping[str, Mapping[str, Any]]) -> Non
         value = check.figure(by_policy)
         sign = ">=" if check.least else "<="
         if value is None:
-            print(
-                f"  {check.name}: no figure, an accuracy was not reached, or nothing lost (target {sign} {check.limit:g})"
-            )
+            print(f"  {check.name}: no figure: not reached, or nothing lost (target {sign} {check.limit:g})")
             continue
         met = value >= check.limit if check.least else value <= check.limit
         print(f"  {check.name}: {value:.3f} (target {sign} {check.limit:g}): {'met' if met else 'missed'}")

@@ -121,7 +121,7 @@ class VirtualDevice:
         if there and not self.here:
             self._come()
         elif self.here and not there:
-            self._go("it went offline")
+            self._go()
         else:
             self._set_power()
         self._plan_change()
@@ -131,10 +131,10 @@ class VirtualDevice:
         self._set_power()
         self.connect()
 
-    def _go(self, reason: str) -> None:
+    def _go(self) -> None:
         self.here = False
         if self.agent is not None and self.world.settings.leaving == "ends":
-            self.agent.stop(reason)
+            self.agent.stop()
         self.disconnect()
         self._set_power()
 
@@ -157,10 +157,10 @@ class VirtualDevice:
             self.agent.on_down()
         self.world.server.receive_state(self.announcement())
 
-    def restart(self, reason: str) -> None:
+    def restart(self) -> None:
         """Its agent dies, and comes back at once from what it had stored."""
         if self.agent is not None:
-            self.agent.stop(reason)
+            self.agent.stop()
         self.disconnect()
         self.connect()
 
@@ -187,7 +187,7 @@ class VirtualDevice:
             self.flat = True
             self.lost_to_battery += 1
             self.world.recorder.lost_to_battery += 1
-            self._go("its battery was down to the reserve")
+            self._go()
 
     def _charged(self, number: int) -> None:
         if number == self._number_of_power and self.flat:

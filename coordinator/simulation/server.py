@@ -85,6 +85,7 @@ class VirtualServer:
         self.bytes_up = self.bytes_down = 0.0
         self._moved = (0.0, 0.0)
         self._process = 0
+        self._wanted: set[UpdateId] = set()  # whose bytes were asked for
         self._run = run.run
         self._whole: dict[int, BlobRef] = {}
         self.state: RunState | None = None
@@ -101,6 +102,7 @@ class VirtualServer:
         self._process += 1
         self.up = True
         self.crash_in = None
+        self._wanted = set()
         state = RunState.from_rows(self._world.plan, self._store.load_run(self._run))
         self.files = RunFiles(cast("Store", self._store), self._world.plan, state.run, self._world.executor)
         if state.run.next_assignment:
@@ -285,10 +287,12 @@ class VirtualServer:
             data = self._pushed[1]
             timeline.at(timeline.now_s, self._verify, effect, data, self._process)
         else:
+            self._wanted.add(effect.update)
             self._send(effect.update.device, messages.Need(sha256=effect.blob.sha256, ranges=[(0, 1)]))
 
     def _got_bytes(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta, data: bytes | Path) -> None:
-        if self.state is not None:
+        if self.state is not None and update in self._wanted:  # else they came a second time
+            self._wanted.discard(update)
             self._verify(e.Fetch(update, blob, meta), data, self._process)
 
     def _verify(self, effect: e.Fetch, data: bytes | Path, process: int) -> None:

@@ -13,7 +13,7 @@ from coordinator.checking import Checks
 from coordinator.errors import StoreError
 from coordinator.evaluation_numbers import accuracy
 from coordinator.job_message import inline_bytes, make_job, make_standing
-from coordinator.ledger import LONGEST_TEXT, LedgerRow
+from coordinator.ledger import LedgerRow
 from coordinator.plausibility import LARGEST_NUMBER, believed, implausible
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
@@ -42,6 +42,7 @@ log = logging.getLogger("edge.coordinator")
 
 POLL_S = 0.25  # how soon a submission or a stop request of another process is noticed
 TICK_S = 1.0
+LONGEST_REASON = 1000  # characters of why a device did not do a job: a worker's line is no longer
 
 
 class RunShell:
@@ -115,7 +116,7 @@ class RunShell:
     def on_job_failed(self, now: float, device: str, status: messages.JobStatus) -> None:
         """A device rejected a job, declined it because of its owner's limits, or failed at it."""
         self.downlink.unexpect(device)
-        reason = status.reason[:LONGEST_TEXT]
+        reason = status.reason[:LONGEST_REASON]
         rejected = status.status == "rejected"
         declined_s = status.declined_s if rejected else None
         if declined_s is None:

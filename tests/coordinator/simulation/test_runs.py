@@ -89,7 +89,7 @@ def test_no_fault_loses_or_doubles_an_update(tmp_path, mode, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_comes_twice_counts_once(tmp_path, seed):
-    """Every message comes again, late, and connections break: also bytes of a pull that was long answered do no harm."""
+    """Every message comes again, late, and connections break: bytes of a pull that was long answered do no harm."""
     plan = h.plan(tmp_path, rounds=8, retain_updates="all", mode="anarchic", interval_s=5.0, max_staleness=2)
     settings = Settings(seed=seed, leaving="continues", step_s=1.0)
     report = simulate(plan, synthetic(30, seed), settings, faults=FaultPlan(broker=8, duplicates=1.0))

@@ -10,8 +10,10 @@ import atexit
 import logging
 import os
 import shutil
+import tempfile
 from collections import OrderedDict
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coordinator.errors import ExecutorError
@@ -20,7 +22,6 @@ from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from coordinator.executors.base import Shared
 
@@ -56,9 +57,12 @@ class RayExecutor:
             raise ConfigError(f"no Ray {where}: {' '.join(str(error).split())[:300]}") from error
         self.workers = int(self._ray.cluster_resources().get("CPU", workers))
         self._run = ray.remote(max_retries=0)(_call)
+        self._folder = temporary_folder(
+            "ray"
+        )  # processes of this machine leave their files in it, and it goes at the end
 
     def share(self, data: bytes) -> Shared:
-        return _RayShared(self._ray.put(data))
+        return _RayShared(self._ray.put(data), str(self._folder))
 
     def release(self, shared: Shared) -> None:
         """The object goes with the last reference to it."""
@@ -72,11 +76,12 @@ class RayExecutor:
 
     def close(self) -> None:
         self._ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class _RayShared:
-    def __init__(self, reference: Any) -> None:
-        self._reference = reference
+    def __init__(self, reference: Any, folder: str) -> None:
+        self._reference, self._folder = reference, Path(folder)
 
     def read(self) -> bytes:
         return self.path().read_bytes()
@@ -89,7 +94,8 @@ class _RayShared:
             import ray
 
             if not _folder:
-                _folder.append(temporary_folder("ray"))
+                here = self._folder.is_dir()  # the machine that began all this
+                _folder.append(Path(tempfile.mkdtemp(dir=self._folder)) if here else temporary_folder("ray"))
                 atexit.register(shutil.rmtree, _folder[0], ignore_errors=True)
             while len(_files) >= _KEPT:
                 _files.popitem(last=False)[1].unlink(missing_ok=True)

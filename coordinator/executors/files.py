@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class SharedFiles:
     def __init__(self) -> None:
         self.folder = temporary_folder("shared")
         self._number = 0
+        self._delete = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # at exit at the latest
 
     def share(self, data: bytes) -> SharedFile:
         """See :class:`~coordinator.executors.base.Executor`."""
@@ -52,7 +54,7 @@ class SharedFiles:
 
     def close(self) -> None:
         """Deletes all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._delete()
 
 
 @lru_cache(maxsize=_KEPT)

@@ -138,10 +138,12 @@ class Selection(msgspec.Struct, kw_only=True):
     """Who was chosen, and a note for every candidate about which there is something to say.
 
     Notes are a plain dictionary, or the columns of a :class:`~coordinator.scheduling.notes.NoteTable`.
+    ``wanted``: so many updates of those chosen are to close the round, where that is not the plan's target; at least 1.
     """
 
     choices: list[Choice]
     notes: Mapping[str, Note] = {}
+    wanted: int | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

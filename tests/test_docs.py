@@ -28,11 +28,14 @@ def test_python_page_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    """Every relative link and every path in backquotes that looks like one of ours exists."""
+    """Every relative link, its heading too, and every path in backquotes that looks like one of ours exists."""
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)", text):
+    for target, heading in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
         if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            if heading:
+                assert heading in _headings(there), f"{page.name} links to {target}#{heading}"
     for target in re.findall(
         r"`((?:coordinator|edge_runtime|exporters|energy|benchmarks|examples|docs|scripts)/[\w./-]+)`", text
     ):
@@ -40,11 +43,20 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (ROOT / target).exists(), f"{page.name} names {target}"
 
 
+def _headings(page: Path) -> set[str]:
+    """Anchors of a page, as GitHub makes them of its headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 COMMANDS = [
     *(("edge_runtime.cli", command) for command in ("run", "check", "quarantine")),
     *(
         ("coordinator.cli", command)
-        for command in ("serve", "submit", "status", "runs", "devices", "model", "stop", "verify")
+        for command in (
+            *("serve", "submit", "status", "runs", "devices", "model", "stop", "verify"),
+            *("explain", "simulate"),
+        )
     ),
     *(
         ("energy.cli", command)

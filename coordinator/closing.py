@@ -152,7 +152,7 @@ def finish(state: RunState, work: Work, status: e.RunStatus, reason: str) -> Non
     for row in sorted(state.pending.values(), key=lambda row: row.update):
         row.verdict, row.reason, row.counted_round, row.weight = "refused", ending, None, None
         work.save(row)
-        work.out.append(e.SendVerdict(row.update, counted=False, reason=ending))
+        work.out.append(e.SendVerdict(row.update, counted=False, reason=ending, ends=True))
     state.pending.clear()
     _cancel_open(state, work, ending)
     work.out.append(e.Finished(status, reason))

@@ -421,17 +421,22 @@ class SendDone(msgspec.Struct, frozen=True):
 
 
 class SendVerdict(msgspec.Struct, frozen=True):
-    """Tell a device the final word about its update."""
+    """Tell a device the final word about its update; ``ends``: nothing more can come of its assignment."""
 
     update: UpdateId
     counted: bool
     reason: str = ""
+    ends: bool = False
 
 
 class AnswerFromStore(msgspec.Struct, frozen=True):
-    """An update of an assignment the machine no longer remembers: send the stored verdict, or refuse as unknown."""
+    """An update the machine no longer remembers: send the stored verdict, or refuse as unknown.
+
+    ``ends``: nothing more can come of its assignment.
+    """
 
     update: UpdateId
+    ends: bool = False
 
 
 class Aggregate(msgspec.Struct, frozen=True):

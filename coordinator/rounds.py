@@ -69,7 +69,7 @@ def resume(state: RunState) -> list[e.Effect]:
         if row.verdict == "pending":
             out.append(e.SendDone(row.update))
         else:
-            out.append(_verdict(row))
+            out.append(_verdict(state, row))
     for assignment in state.assignments.values():
         if assignment.status == "open":
             out += due(assignment)
@@ -122,18 +122,19 @@ def _answered(state: RunState, work: Work, name: UpdateId, blob: BlobRef, meta: 
     """Answers an update that is known or cannot count; False if its bytes are wanted."""
     known = state.updates.get(name)
     if known is not None:
-        work.out.append(e.SendDone(name) if known.verdict == "pending" else _verdict(known))
+        work.out.append(e.SendDone(name) if known.verdict == "pending" else _verdict(state, known))
         return True
     assignment = state.assignments.get(name.assignment)
     if assignment is None or name.run != state.run.run:
-        work.out.append(e.AnswerFromStore(name))
+        work.out.append(e.AnswerFromStore(name, ends=True))
         return True
     if assignment.device != name.device:  # not stored: the reason never changes, and strangers fill no table
-        work.out.append(e.SendVerdict(name, counted=False, reason="this assignment belongs to another device"))
+        reason = "this assignment belongs to another device"
+        work.out.append(e.SendVerdict(name, counted=False, reason=reason, ends=True))
         return True
     if assignment.standing and name.sequence != assignment.sequence:
         if name.sequence < assignment.sequence:
-            work.out.append(e.AnswerFromStore(name))
+            work.out.append(e.AnswerFromStore(name, ends=_is_over(state, assignment)))
         else:  # not stored, for the same reason
             work.out.append(e.SendVerdict(name, counted=False, reason=f"update {name.sequence} was never pulled"))
         return True
@@ -199,7 +200,8 @@ def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
 
 def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, reason: str) -> None:
     if len(state.by_assignment.get(event.update.assignment, ())) >= REFUSALS_STORED:
-        work.out.append(e.SendVerdict(event.update, counted=False, reason=reason))
+        ends = _is_over(state, state.assignments.get(event.update.assignment))
+        work.out.append(e.SendVerdict(event.update, counted=False, reason=reason, ends=ends))
         return  # one device cannot fill memory and tables with ever new sequence numbers
     row = e.UpdateRow(
         update=event.update,
@@ -213,7 +215,7 @@ def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, r
     state.add_update(row)
     work.save(row)
     work.note_energy(state, assignment, row.meta.energy, row)
-    work.out.append(_verdict(row))
+    work.out.append(_verdict(state, row))
     _failed(state, work, assignment, reason)
 
 
@@ -282,7 +284,7 @@ def _tell_again(state: RunState, work: Work, event: e.DeviceJoined) -> None:
         assignment = state.assignments[name]
         for update in state.by_assignment.get(name, ()):
             row = state.updates[update]
-            work.out.append(e.SendDone(update) if row.verdict == "pending" else _verdict(row))
+            work.out.append(e.SendDone(update) if row.verdict == "pending" else _verdict(state, row))
         if assignment.status == "open":
             _set_away(state, work, assignment, away=False)
             work.out += due(assignment)
@@ -314,8 +316,16 @@ def _evaluated(state: RunState, work: Work, event: e.Evaluated) -> None:
         finish(state, work, "finished", "")
 
 
-def _verdict(row: e.UpdateRow) -> e.SendVerdict:
-    return e.SendVerdict(row.update, counted=row.verdict == "counted", reason=row.reason)
+def _verdict(state: RunState, row: e.UpdateRow) -> e.SendVerdict:
+    ends = _is_over(state, state.assignments.get(row.update.assignment))
+    return e.SendVerdict(row.update, counted=row.verdict == "counted", reason=row.reason, ends=ends)
+
+
+def _is_over(state: RunState, assignment: e.AssignmentRow | None) -> bool:
+    """Whether nothing more can come of an assignment; one that is not standing is over with its update anyway."""
+    if assignment is None or state.run.phase == "done":
+        return True
+    return assignment.standing and assignment.status != "open"
 
 
 _HANDLERS: dict[type, Callable[[RunState, Work, Any], None]] = {

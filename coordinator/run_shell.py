@@ -154,7 +154,7 @@ class RunShell:
         if update.run in self._set_aside:
             return  # its job, repeated when the run goes on, makes the device offer again
         if update.run not in self.runs:
-            self._carry_out(update.run, e.AnswerFromStore(update))
+            self._carry_out(update.run, e.AnswerFromStore(update, ends=True))
             return
         try:
             offer = named(offer)
@@ -275,10 +275,10 @@ class RunShell:
                 self._fetch(run, offer)
             case e.SendDone(update):
                 self._send(run, update.device, messages.Done(update=update))
-            case e.SendVerdict(update, counted, reason):
-                self._send(run, update.device, messages.Verdict(update=update, counted=counted, reason=reason))
-            case e.AnswerFromStore(update):
-                self._answer_from_store(update)
+            case e.SendVerdict(update, counted, reason, ends):
+                self._send_verdict(update, counted=counted, reason=reason, ends=ends)
+            case e.AnswerFromStore(update, ends):
+                self._answer_from_store(update, ends=ends)
             case e.Aggregate():
                 self._aggregate(run, effect)
             case e.Evaluate(version, model):
@@ -387,7 +387,7 @@ class RunShell:
     def _on_refused(self, update: UpdateId, blob: BlobRef, meta: UpdateMeta, reason: str) -> None:
         self._step(update.run, e.UpdateDamaged(self.clock(), update, blob, meta, reason))
 
-    def _answer_from_store(self, update: UpdateId) -> None:
+    def _answer_from_store(self, update: UpdateId, *, ends: bool) -> None:
         row = self.store.stored_verdict(update)
         if row is None and update.run not in self.runs and self.store.is_active(update.run):
             return  # the run is about to be taken up, the device will offer again
@@ -395,12 +395,16 @@ class RunShell:
             known = "the coordinator knows no such run or assignment"
             reason = "its assignment is unknown here, or too long ago to count" if update.run in self.runs else known
             log.warning("update %s refused: %s", update, reason)
-            self._send(update.run, update.device, messages.Verdict(update=update, counted=False, reason=reason))
+            self._send_verdict(update, counted=False, reason=reason, ends=ends)
         elif row.verdict == "pending":
             self._send(update.run, update.device, messages.Done(update=update))
         else:
-            counted = row.verdict == "counted"
-            self._send(update.run, update.device, messages.Verdict(update=update, counted=counted, reason=row.reason))
+            over = ends and (update.run in self.runs or not self.store.is_active(update.run))
+            self._send_verdict(update, counted=row.verdict == "counted", reason=row.reason, ends=over)
+
+    def _send_verdict(self, update: UpdateId, *, counted: bool, reason: str, ends: bool) -> None:
+        message = messages.Verdict(update=update, counted=counted, reason=reason, ends=ends)
+        self._send(update.run, update.device, message)
 
     def _aggregate(self, run: str, effect: e.Aggregate) -> None:
         files = self.files[run]

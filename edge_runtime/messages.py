@@ -458,13 +458,17 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="done")
     update: UpdateId
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="verdict"):
-    """The one final word about an update: counted in a model version, or refused with a reason."""
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="verdict"):
+    """The one final word about an update: counted in a model version, or refused with a reason.
+
+    ``ends``: its assignment is over, too; of a standing one nothing more is to be pulled.
+    """
 
     v: int = _version_field()
     update: UpdateId
     counted: bool
     reason: str = ""
+    ends: bool = False
 
 
 FromDevice: TypeAlias = Telemetry | DeviceState | JobStatus | UpdateOffer | Need | Gone | Pull

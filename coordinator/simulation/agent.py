@@ -130,17 +130,18 @@ class VirtualAgent:
             case Done(update=update):
                 self.step(events.DoneArrived(update))
             case Verdict(update=update, counted=counted, reason=reason):
-                if self._standing is not None and not counted:
-                    self._standing.refused(update, reason)
+                if self._standing is not None:
+                    self._standing.told(message)
                 self.step(events.VerdictArrived(now, update, counted, reason))
             case Cancel(run=run, assignment=assignment):
                 if self._standing is not None:
-                    self._standing.cancelled(run, assignment)
+                    self._standing.told(message)
                 self.step(events.JobCancelled(run, assignment))
             case Standing():
                 if self._standing is None:
                     self._standing = VirtualStanding(self._device, self)
-                self._standing.arrived(message)
+                self._standing.told(message)
+                self._standing.look()
             case Need(sha256=name):
                 for update, row in self._spool.items():
                     if row.blob.sha256 == name and row.state in ("ready", "delivered"):
@@ -154,7 +155,7 @@ class VirtualAgent:
         self._since_s.setdefault((job.assignment, job.sequence), now)
         crashes = self._crashes.get(job.bundle.sha256, 0)
         if self._standing is not None:
-            self._standing.job_came(job.run, job.assignment, job.sequence)
+            self._standing.told(job)
         fetch_bytes = self._transfers.missing_bytes(job.bundle, *job.model.blobs)
         declined = decline(job, self._device.known(fetch_bytes), self._device.owner_limits)
         self.step(events.JobArrived(now, job, known, crashes, held, declined))
@@ -232,7 +233,7 @@ class VirtualAgent:
     def _spool_update(self, effect: events.SpoolUpdate) -> None:
         self._spool[effect.update.update] = effect.update
         if self._standing is not None:
-            self._standing.job_ended(effect.update.update.run, effect.update.update.assignment, trained=True)
+            self._standing.done(effect)
         for returned in effect.change.returned if effect.change is not None else ():
             self._forget(returned, "refused")
 
@@ -270,7 +271,7 @@ class VirtualAgent:
         for key in [key for key in self._since_s if key[0] == effect.status.assignment]:
             self._waited(key)
         if self._standing is not None:
-            self._standing.job_ended(effect.status.run, effect.status.assignment, trained=False)
+            self._standing.done(effect)
         if self._device.connected:
             self._world.to_server(self._device, "status", effect.status)
 

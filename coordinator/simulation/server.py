@@ -185,7 +185,7 @@ class VirtualServer:
     def _offered(self, offer: _OfferOf) -> None:
         update, blob, meta, data = offer
         if self.state is None:
-            self._carry_out(e.AnswerFromStore(update))
+            self._carry_out(e.AnswerFromStore(update, ends=True))
             return
         self._pushed = (update, data)
         self._step(e.UpdateOffered(self.now, update, blob, meta))
@@ -274,7 +274,9 @@ class VirtualServer:
         self._send(effect.update.device, messages.Done(update=effect.update))
 
     def _send_verdict(self, effect: e.SendVerdict) -> None:
-        message = messages.Verdict(update=effect.update, counted=effect.counted, reason=effect.reason)
+        message = messages.Verdict(
+            update=effect.update, counted=effect.counted, reason=effect.reason, ends=effect.ends
+        )
         self._world.recorder.told(effect.update, counted=effect.counted)
         self._send(effect.update.device, message)
 
@@ -317,11 +319,14 @@ class VirtualServer:
         row = self._store.stored_verdict(effect.update)
         if row is None:
             reason = "its assignment is unknown here, or too long ago to count"
-            message: messages.FromCoordinator = messages.Verdict(update=effect.update, counted=False, reason=reason)
+            message: messages.FromCoordinator = messages.Verdict(
+                update=effect.update, counted=False, reason=reason, ends=effect.ends
+            )
         elif row.verdict == "pending":
             message = messages.Done(update=effect.update)
         else:
-            message = messages.Verdict(update=effect.update, counted=row.verdict == "counted", reason=row.reason)
+            counted = row.verdict == "counted"
+            message = messages.Verdict(update=effect.update, counted=counted, reason=row.reason, ends=effect.ends)
         self._send(effect.update.device, message)
 
     def _aggregate(self, effect: e.Aggregate) -> None:

@@ -12,9 +12,8 @@ from edge_runtime.agent import standing
 if TYPE_CHECKING:
     from coordinator.simulation.agent import VirtualAgent
     from coordinator.simulation.device import VirtualDevice
-    from edge_runtime.messages import Standing, UpdateId
-
-_ENDED = ("run has ended", "its assignment is unknown")  # as in edge_runtime.agent.anarchic
+    from edge_runtime.agent.events import Effect
+    from edge_runtime.messages import FromCoordinator, UpdateId
 
 
 class VirtualStanding:
@@ -38,37 +37,23 @@ class VirtualStanding:
         self.state.restore(self._kept, used, self._device.world.timeline.now_s)
         self._look_s = -1.0
 
-    def arrived(self, wanted: Standing) -> None:
-        """The coordinator gives a standing assignment, or says it again."""
-        self._step(standing.StandingArrived(self._device.world.timeline.now_s, wanted))
-        self.look()
+    def told(self, message: FromCoordinator) -> None:
+        """The coordinator said something, of a standing assignment or not."""
+        self._step(standing.told(message, self._device.world.timeline.now_s))
 
-    def cancelled(self, run: str, assignment: str) -> None:
-        """The coordinator no longer wants it."""
-        self._step(standing.StandingEnded(run, assignment))
-
-    def refused(self, update: UpdateId, reason: str) -> None:
-        """An update got the verdict that it does not count."""
-        if reason.startswith(_ENDED):
-            self._step(standing.StandingEnded(update.run, None if reason.startswith(_ENDED[0]) else update.assignment))
-
-    def job_came(self, run: str, assignment: str, sequence: int) -> None:
-        """A job arrived."""
-        self._step(standing.JobCame(run, assignment, sequence))
-
-    def job_ended(self, run: str, assignment: str, *, trained: bool) -> None:
-        """A job ended."""
-        self._step(standing.JobEnded(self._device.world.timeline.now_s, run, assignment, trained))
+    def done(self, effect: Effect) -> None:
+        """An effect of the job machine was carried out."""
+        self._step(standing.done(effect, self._device.world.timeline.now_s))
 
     def look(self) -> None:
         """Something changed, or time has passed: pulls if it is time for that."""
-        device, jobs = self._device, self._agent.state
+        device = self._device
         if not self.state.held or not device.connected:
             return
-        now, idle = device.world.timeline.now_s, not jobs.jobs
-        unsettled = frozenset(name.run for name, update in jobs.updates.items() if update.trained)
-        if self.state.may_pull(now, idle, unsettled):
-            self._moment(standing.Moment(now, idle, unsettled, device.known()))
+        now = device.world.timeline.now_s
+        moment = standing.chance(self.state, self._agent.state, now, device.known)
+        if moment is not None:
+            self._moment(moment)
         next_s = self.state.next_s()
         if next_s is not None and next_s > now and next_s != self._look_s:
             self._look_s = next_s
@@ -92,8 +77,8 @@ class VirtualStanding:
         for key, held in self.state.held.items():
             held.standing = given[key]
 
-    def _step(self, event: standing.Event) -> None:
-        for effect in standing.step(self.state, event):
+    def _step(self, event: standing.Event | None) -> None:
+        for effect in standing.step(self.state, event) if event is not None else ():
             if isinstance(effect, standing.Keep):
                 self._kept = [msgspec.structs.replace(kept) for kept in self.state.kept()]
             else:

@@ -12,6 +12,7 @@ import msgspec
 
 from edge_runtime.errors import StorageError
 from edge_runtime.files import remove, write_durably
+from edge_runtime.messages import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
     from edge_runtime.agent import standing
     from edge_runtime.agent.config import LimitsConfig
+    from edge_runtime.agent.events import Effect
     from edge_runtime.agent.jobs import AgentState
     from edge_runtime.agent.limits import Known
-    from edge_runtime.messages import Pull, Standing
+    from edge_runtime.messages import FromCoordinator, Pull
     from edge_runtime.store.spool import Spool
     from edge_runtime.transport.link import Link
     from edge_runtime.transport.loop import Loop, Timer
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge.agent")
 
 _FILE = "standing"
-_ENDED = ("run has ended", "its assignment is unknown")  # refusals after which nothing more comes of the assignment
 
 
 class StandingWork:
@@ -70,38 +71,27 @@ class StandingWork:
         if self._path.exists():
             self._begin().restore(_read(self._path), lambda key: spool.last_sequence(*key), loop.now())
 
-    def arrived(self, wanted: Standing) -> None:
-        """The coordinator gives a standing assignment, or says it again."""
+    def told(self, message: FromCoordinator) -> None:
+        """The coordinator said something, of a standing assignment or not."""
+        if self.state is None and not isinstance(message, Standing):
+            return
         from edge_runtime.agent import standing
 
         state = self.state or self._begin()
-        if (wanted.run, wanted.assignment) not in state.held:
-            log.info("run %s: takes up to %d steps whenever this device chooses", wanted.run, wanted.max_steps)
-        self._step(state, standing.StandingArrived(self._loop.now(), wanted))
-        self.look()
+        event = standing.told(message, self._loop.now())
+        if isinstance(message, Standing) and (message.run, message.assignment) not in state.held:
+            log.info("run %s: takes up to %d steps whenever this device chooses", message.run, message.max_steps)
+        if event is not None:
+            self._step(state, event)
 
-    def cancelled(self, run: str, assignment: str) -> None:
-        """The coordinator no longer wants it."""
-        self._ended(run, assignment)
-
-    def refused(self, run: str, assignment: str, reason: str) -> None:
-        """An update got the verdict that it does not count."""
-        if reason.startswith(_ENDED):
-            self._ended(run, None if reason.startswith(_ENDED[0]) else assignment)
-
-    def job_came(self, run: str, assignment: str, sequence: int) -> None:
-        """A job arrived, of a standing assignment or not."""
+    def done(self, effect: Effect) -> None:
+        """An effect of the job machine was carried out."""
         if self.state is not None:
             from edge_runtime.agent import standing
 
-            self._step(self.state, standing.JobCame(run, assignment, sequence))
-
-    def job_ended(self, run: str, assignment: str, *, trained: bool) -> None:
-        """A job ended, of a standing assignment or not; ``trained``: with an update."""
-        if self.state is not None:
-            from edge_runtime.agent import standing
-
-            self._step(self.state, standing.JobEnded(self._loop.now(), run, assignment, trained))
+            event = standing.done(effect, self._loop.now())
+            if event is not None:
+                self._step(self.state, event)
 
     def look(self) -> None:
         """Something changed, or time has passed: pulls if it is time for that. Costs next to nothing if it is not."""
@@ -109,10 +99,10 @@ class StandingWork:
             return
         from edge_runtime.agent import standing
 
-        now, idle = self._loop.now(), not self._jobs.jobs
-        unsettled = frozenset(name.run for name, update in self._jobs.updates.items() if update.trained)
-        if self.state.may_pull(now, idle, unsettled):
-            self._step(self.state, standing.Moment(now, idle, unsettled, self._known()))
+        now = self._loop.now()
+        moment = standing.chance(self.state, self._jobs, now, self._known)
+        if moment is not None:
+            self._step(self.state, moment)
         self._arm(now, self.state.next_s())
 
     def close(self) -> None:
@@ -125,12 +115,6 @@ class StandingWork:
 
         self.state = standing.StandingState(self._limits, self._random)
         return self.state
-
-    def _ended(self, run: str, assignment: str | None) -> None:
-        if self.state is not None:
-            from edge_runtime.agent import standing
-
-            self._step(self.state, standing.StandingEnded(run, assignment))
 
     def _arm(self, now: float, next_s: float | None) -> None:
         if self._timer is not None:

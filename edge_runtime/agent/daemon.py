@@ -204,9 +204,9 @@ class Agent:
 
     def _on_up(self) -> None:
         self.conditions.connected(self.link.local_host)
+        self._send_heartbeat()  # first, so that who selects when this device joins knows how it is now
         self._announce()
         self.downloads.on_up()
-        self._send_heartbeat()
         self._step(events.Connected())
 
     def _on_down(self, _reason: str) -> None:
@@ -266,9 +266,10 @@ class Agent:
             case messages.Job():
                 self._on_job(message)
             case messages.Standing():
-                self.standing.arrived(message)
+                self.standing.told(message)
+                self.standing.look()
             case messages.Cancel(run=run, assignment=assignment):
-                self.standing.cancelled(run, assignment)
+                self.standing.told(message)
                 self._step(events.JobCancelled(run, assignment))
             case messages.Need():
                 if not self.uploads.on_need(message):
@@ -278,8 +279,7 @@ class Agent:
             case messages.Done(update=update):
                 self._step(events.DoneArrived(update))
             case messages.Verdict(update=update, counted=counted, reason=reason):
-                if not counted:
-                    self.standing.refused(update.run, update.assignment, reason)
+                self.standing.told(message)
                 self._step(events.VerdictArrived(now, update, counted, reason))
             case messages.CoordinatorState(online=online, session=session):
                 if online and session != self._coordinator_session:
@@ -293,7 +293,7 @@ class Agent:
         state = spooled.state if spooled else None
         known = self.conditions.known(self._samples, self.files.missing_bytes(job))
         declined = limits.decline(job, known, self.config.limits)
-        self.standing.job_came(job.run, job.assignment, job.sequence)
+        self.standing.told(job)
         held = self.files.holds_base(job)
         self._step(events.JobArrived(self.loop.now(), job, state, crashes, held, declined))
 
@@ -336,7 +336,7 @@ class Agent:
                 self._until_written(
                     lambda: self.spool.add(spooled, change), lambda: self.uploads.offer(spooled.update, push=True)
                 )
-                self.standing.job_ended(spooled.update.run, spooled.update.assignment, trained=True)
+                self.standing.done(effect)
             case events.Offer(update, push):
                 self.uploads.offer(update, push=push)
             case events.CloseUpdate(update, state, reason):
@@ -349,7 +349,7 @@ class Agent:
                 if status.reason:
                     log.warning("job %s/%s %s: %s", status.run, status.assignment, status.status, status.reason)
                 self._send(status)
-                self.standing.job_ended(status.run, status.assignment, trained=False)
+                self.standing.done(effect)
             case events.CountCrash(bundle):
                 self.spool.crashed(bundle)
             case events.ForgiveCrashes(bundle):

@@ -6,7 +6,8 @@ update of that run has its verdict, the owner's limits allow it, and the interva
 said again until its job comes; when that ends, whatever became of it, the next pull has the next number.
 
 ``step(state, event)`` changes the state and gives effects, in order; what :class:`Keep` writes makes the numbers grow
-also over restarts.
+also over restarts. The events come from :func:`told`, :func:`done` and :func:`chance`; the daemon
+(:mod:`.anarchic`) and the simulator carry out the same effects.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
+from edge_runtime.agent import events
 from edge_runtime.agent.config import LimitsConfig
 from edge_runtime.agent.limits import Known, standing_steps
-from edge_runtime.messages import Pull, Standing
+from edge_runtime.messages import Cancel, Job, Pull, Standing, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from edge_runtime.agent.jobs import AgentState
+    from edge_runtime.messages import FromCoordinator
 
 HELD_LIMIT = 64
 AGAIN_S, AGAIN_LIMIT_S = 30.0, 600.0  # until a pull without an answer is said again
@@ -109,10 +114,10 @@ class StandingArrived(msgspec.Struct, frozen=True):
 
 
 class StandingEnded(msgspec.Struct, frozen=True):
-    """A standing assignment is over; ``assignment`` None: all of a run."""
+    """A standing assignment is over."""
 
     run: str
-    assignment: str | None
+    assignment: str
 
 
 class JobCame(msgspec.Struct, frozen=True):
@@ -161,16 +166,46 @@ class SendPull(msgspec.Struct, frozen=True):
 Effect: TypeAlias = Keep | SendPull
 
 
+def told(message: FromCoordinator, now: float) -> Event | None:
+    """What a message of the coordinator means for standing assignments; None: nothing."""
+    match message:
+        case Standing():
+            return StandingArrived(now, message)
+        case Job(run=run, assignment=assignment, sequence=sequence):
+            return JobCame(run, assignment, sequence)
+        case Cancel(run=run, assignment=assignment):
+            return StandingEnded(run, assignment)
+        case Verdict(update=update, ends=True):
+            return StandingEnded(update.run, update.assignment)
+        case _:
+            return None
+
+
+def done(effect: events.Effect, now: float) -> Event | None:
+    """What it means that an effect of the job machine was carried out; None: nothing."""
+    match effect:
+        case events.SpoolUpdate(spooled):
+            return JobEnded(now, spooled.update.run, spooled.update.assignment, trained=True)
+        case events.Report(status):
+            return JobEnded(now, status.run, status.assignment, trained=False)
+        case _:
+            return None
+
+
+def chance(state: StandingState, jobs: AgentState, now: float, known: Callable[[], Known]) -> Moment | None:
+    """The moment, if anything could be pulled now; only then it is looked up what the device knows of itself."""
+    idle = not jobs.jobs
+    unsettled = frozenset(name.run for name, update in jobs.updates.items() if update.trained)
+    return Moment(now, idle, unsettled, known()) if state.may_pull(now, idle, unsettled) else None
+
+
 def step(state: StandingState, event: Event) -> list[Effect]:
     """Changes ``state`` by one event and gives what to do, in order."""
     match event:
         case StandingArrived(now, standing):
             return _arrived(state, now, standing)
         case StandingEnded(run, assignment):
-            ended = [key for key in state.held if key[0] == run and assignment in (None, key[1])]
-            for key in ended:
-                del state.held[key]
-            return [Keep()] if ended else []
+            return [Keep()] if state.held.pop((run, assignment), None) is not None else []
         case JobCame(run, assignment, sequence):
             held = state.held.get((run, assignment))
             if held is not None and held.steps and held.sequence == sequence:

@@ -123,7 +123,7 @@ def test_who_pulls_and_never_delivers_may_pull_again_after_the_deadline():
     assert h.jobs(pull(state, fleet, standing["a"], 1, now=50.0)) == [job]
     (other,) = h.jobs(pull(state, fleet, standing["a"], 1, now=102.0))
     assert other.sequence == 1
-    assert h.of(e.AnswerFromStore, step(state, h.arrived(job, 103.0), fleet))
+    assert not h.one(e.AnswerFromStore, step(state, h.arrived(job, 103.0), fleet)).ends
     assert h.of(e.Aggregate, step(state, h.arrived(other, 104.0, sequence=1), fleet))
 
 
@@ -175,6 +175,21 @@ def test_pulls_of_nothing_are_answered_and_those_of_others_ignored():
     assert pull(state, fleet, standing["a"], 0, device="b") == []
     step(state, e.StopRequested(2.0), fleet)
     assert h.one(e.SendCancel, pull(state, fleet, standing["a"], 0)).reason.startswith("run has ended")
+
+
+def test_a_verdict_says_whether_anything_more_is_wanted_of_its_assignment():
+    """Not while the run goes on, whatever is refused; yes of what is unknown, of others', and once the run is over."""
+    state, fleet, standing = running("a", "b", target=1)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0))
+    assert not h.one(e.SendVerdict, step(state, h.arrived(job, sequence=4), fleet)).ends
+    assert not h.one(e.SendVerdict, step(state, h.arrived(job, samples=0), fleet)).ends
+    others, unknown = (msgspec.structs.replace(job, **change) for change in ({"device": "b"}, {"assignment": "r0-99"}))
+    assert h.one(e.SendVerdict, step(state, h.arrived(others), fleet)).ends
+    assert h.one(e.AnswerFromStore, step(state, h.arrived(unknown), fleet)).ends
+    (job,) = h.jobs(pull(state, fleet, standing["b"], 0))
+    step(state, e.StopRequested(2.0), fleet)
+    assert h.one(e.SendVerdict, step(state, h.arrived(job, 3.0), fleet)).ends
+    assert all(verdict.ends for verdict in h.of(e.SendVerdict, step(state, e.DeviceJoined(4.0, "b"), fleet)))
 
 
 def test_a_pull_too_old_to_count_is_over():

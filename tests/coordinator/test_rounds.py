@@ -256,7 +256,7 @@ def test_strangers_are_refused():
     assert "another device" in h.one(e.SendVerdict, effects).reason
     assert len(effects) == 1
     unknown = e.UpdateOffered(1.0, e.UpdateId("run", "a", "r9-99", 0), h.blob(9), h.meta(jobs["a"]))
-    assert step(state, unknown, fleet) == [e.AnswerFromStore(unknown.update)]
+    assert step(state, unknown, fleet) == [e.AnswerFromStore(unknown.update, ends=True)]
 
 
 def test_damaged_update_is_refused_and_replaced():

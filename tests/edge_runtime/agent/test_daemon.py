@@ -92,6 +92,7 @@ class World:
         self.requests: list[pipe.TrainRequest] = []
         self.answer_needs = True
         self.heartbeats: list[messages.Heartbeat] = []
+        self.order: list[str] = []  # heartbeats and states as they came
         leaves = ("state", "message", "heartbeat")
         self.coordinator = Peer(loop, url, "coord", tuple(f"fl/v1/d/+/{leaf}" for leaf in leaves))
         self.coordinator.handler = self.on_message
@@ -113,6 +114,8 @@ class World:
         agent.close()
 
     def on_message(self, topic: str, payload: bytes) -> None:
+        if topic.endswith(("/heartbeat", "/state")):
+            self.order.append(topic.rpartition("/")[2])
         if topic.endswith("/heartbeat"):
             assert len(payload) <= messages.HEARTBEAT_LIMIT_BYTES
             self.heartbeats.append(messages.decode_heartbeat(payload))
@@ -208,6 +211,20 @@ def test_job_from_arrival_to_verdict(world):
     world.until(lambda: agent.spool.get(offer.update).state == "counted")
     assert [entry.name for entry in agent.spool.folder.iterdir()] == ["x.state"]
     assert agent.uploads._waiting == {}
+
+
+def test_a_heartbeat_goes_before_every_announcement(world):
+    """Who selects as soon as a device joins, or joined again for a new coordinator, has what it says of itself now."""
+    agent = world.agent()
+    world.until(lambda: world.states and world.heartbeats)
+    world.close(agent)
+    agent = world.agent()
+    world.until(lambda: len(world.states) == 3 and len(world.heartbeats) == 2)
+    for session in ("one", "two"):
+        said = messages.CoordinatorState(online=True, session=session)
+        world.coordinator.link.publish(topics.COORDINATOR, messages.encode(said))
+    world.until(lambda: len(world.states) == 4 and len(world.heartbeats) == 3)
+    assert world.order == ["heartbeat", "state", "state", "heartbeat", "state", "heartbeat", "state"]
 
 
 def test_a_job_leaves_one_line_of_what_it_took(world, caplog):
@@ -357,7 +374,7 @@ def test_a_standing_assignment_is_pulled_trained_and_pulled_again(world):
 
 
 def test_a_run_that_has_ended_is_pulled_no_more(world):
-    """An update that came after its run's end ends the standing assignment, though no one cancelled it."""
+    """A verdict that says so ends the standing assignment, though no one cancelled it; a refusal alone does not."""
     agent = world.agent()
     world.until(lambda: world.states)
     world.tell(messages.Standing(run="run", assignment="s1", dataset="digits", bundle=world.job().bundle, max_steps=4))
@@ -367,7 +384,10 @@ def test_a_run_that_has_ended_is_pulled_no_more(world):
     train(world, agent)
     world.until(lambda: world.heard(messages.UpdateOffer))
     update = world.heard(messages.UpdateOffer)[0].update
-    world.tell(messages.Verdict(update=update, counted=False, reason="run has ended: finished"))
+    world.tell(messages.Verdict(update=update, counted=False, reason="its assignment is unknown here"))
+    world.until(lambda: not agent.state.updates)
+    assert agent.standing.state.held
+    world.tell(messages.Verdict(update=update, counted=False, reason="in any words", ends=True))
     world.until(lambda: not agent.standing.state.held)
 
 

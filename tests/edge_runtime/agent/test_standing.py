@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_runtime.agent import standing as s
 from edge_runtime.agent.config import LimitsConfig
 from edge_runtime.agent.limits import Known
-from edge_runtime.messages import BlobRef, Pull, Standing
+from edge_runtime.messages import BlobRef, Pull, Standing, UpdateId, Verdict
 
 BUNDLE = BlobRef(sha256="ab" * 32, size_bytes=10)
 LIMITS = LimitsConfig(battery_reserve_percent=20.0)
@@ -104,14 +104,23 @@ def test_a_job_that_failed_is_asked_for_anew_ever_later():
 
 
 def test_the_end_of_an_assignment_is_the_end_of_its_pulls():
-    """One, or all of a run that has ended; what is not held changes nothing."""
+    """One by one; what is not held changes nothing."""
     state = fresh()
     for run in ("one", "two"):
         s.step(state, s.StandingArrived(0.0, wanted(run)))
     assert s.step(state, s.StandingEnded("one", "a")) == [s.Keep()]
     assert s.step(state, s.StandingEnded("one", "a")) == []
-    assert s.step(state, s.StandingEnded("two", None)) == [s.Keep()]
+    assert s.step(state, s.StandingEnded("two", "a")) == [s.Keep()]
     assert (moment(state, 99.0), state.kept()) == ([], [])
+
+
+def test_only_a_verdict_that_says_so_ends_an_assignment():
+    """Whatever its reason is worded like: a refusal of one update leaves the assignment, a counted one may end it."""
+    update = UpdateId("run", "dev", "a", 3)
+    for reason in ("run has ended: finished", "its assignment is unknown here, or too long ago to count"):
+        assert s.told(Verdict(update=update, counted=False, reason=reason), 1.0) is None
+    for counted in (False, True):
+        assert s.told(Verdict(update=update, counted=counted, ends=True), 1.0) == s.StandingEnded("run", "a")
 
 
 def test_a_flood_of_assignments_is_bounded():

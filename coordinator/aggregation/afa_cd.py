@@ -10,7 +10,7 @@ from coordinator.aggregation.fedavg import FedAvg
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from coordinator.aggregation.base import Round, State, Sums
+    from coordinator.aggregation.base import Contribution, Round, State, Sums
     from edge_runtime.messages import UpdateMeta
 
 
@@ -21,6 +21,10 @@ class AfaCd(FedAvg):
     Option ``reference_steps``: ``K``, the steps that a change stands for; 0 (the default) takes the mean of the round's
     ``K_i``, so that with equal ``K_i`` the change is the plain mean. The paper's server learning rate is that of the
     optimiser.
+
+    ``K_i`` is what a device claims, so few steps must not buy much: no update is multiplied by more than ``weight_cap``
+    (10; 0: any), as if a device had taken at least ``K / weight_cap`` steps. In the mean for ``K`` no ``K_i`` counts
+    more than ``weight_cap`` times their median.
     """
 
     name: ClassVar[str] = "afa_cd"
@@ -38,11 +42,17 @@ class AfaCd(FedAvg):
     def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
         """The mean of normalised updates."""
         reference = self.reference(round_)
-        change = round_.total("delta", lambda update: reference / update.meta.steps)
+        change = round_.total("delta", lambda update: reference / self.steps(update, reference))
         change /= len(round_.contributions)
         return change, state
 
     def reference(self, round_: Round) -> float:
         """``K``."""
         steps = [update.meta.steps for update in round_.contributions]
-        return self.options["reference_steps"] or sum(steps) / len(steps)
+        highest = self.most(steps)
+        return self.options["reference_steps"] or sum(min(count, highest) for count in steps) / len(steps)
+
+    def steps(self, update: Contribution, reference: float) -> float:
+        """``K_i`` as it counts where ``K`` is ``reference``."""
+        cap = self.options["weight_cap"]
+        return max(update.meta.steps, reference / cap) if cap else update.meta.steps

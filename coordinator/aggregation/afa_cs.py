@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from coordinator.aggregation import tables
 from coordinator.aggregation.afa_cd import AfaCd
+from coordinator.aggregation.base import itself
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from coordinator.aggregation.base import Contribution, Round, State, Sums, Vector
+    from coordinator.aggregation.base import Round, State, Sums, Vector
 
 
 class AfaCs(AfaCd):
@@ -19,7 +20,7 @@ class AfaCs(AfaCd):
     The table holds ``G_i = delta_i / K_i`` of the last update of each device, zero before the first; those that arrived
     replace theirs, and the change is ``K / N * sum(G_i)`` over the ``N`` devices that have a row or may get one. So no
     device's absence biases the model, at the price of steps that are partly old. Of several updates of a device in one
-    round the newest counts. Option as in AFA-CD.
+    round the newest counts. Options and bounds as in AFA-CD, with the ``K`` of the round that an update came in.
 
     A row is a compressed file on disk; between rounds the server keeps two vectors, the sum of the rows and what
     rounding left of it.
@@ -34,14 +35,15 @@ class AfaCs(AfaCd):
 
     def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
         """New rows, then the mean of all."""
-        state = tables.replace(round_, state, _rows(tables.newest(round_.contributions)))
+        reference = self.reference(round_)
+        state = tables.replace(round_, state, self._rows(round_, reference))
         members = max(round_.members, int(state[tables.ROWS][0]))
-        return self.reference(round_) * tables.mean(state, members), state
+        return reference * tables.mean(state, members), state
 
-
-def _rows(contributions: list[Contribution]) -> Iterator[tuple[str, Vector]]:
-    for entry in contributions:
+    def _rows(self, round_: Round, reference: float) -> Iterator[tuple[str, Vector]]:
         import numpy as np
 
-        row = entry.decode()["delta"].vector() / np.float32(entry.meta.steps)
-        yield entry.update.device, row.astype(np.float32)
+        entries = tables.newest(round_.contributions)
+        for entry, update in zip(entries, round_.each("delta", entries, itself), strict=True):
+            row = update.vector() / np.float32(self.steps(entry, reference))
+            yield entry.update.device, row.astype(np.float32)

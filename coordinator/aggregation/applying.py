@@ -116,7 +116,7 @@ class Server:
             role, meta = roles.get(row.update.assignment, "trainer"), row.meta
             source = Source(row.update, meta.model_version, role, payload)
             staleness = max(0, version - meta.model_version)
-            contributions.append(StoredContribution(source, decoder, meta, row.weight or 0.0, staleness))
+            contributions.append(StoredContribution(source, meta, row.weight or 0.0, staleness))
         seed = int.from_bytes(sha256(f"{self.plan.seed}/{version}".encode()).digest()[:8], "little")
         return StoredRound(contributions, decoder, base, members=members, table=table, seed=seed, executor=executor)
 

@@ -7,7 +7,7 @@ round machine asks ``accept`` and ``weight`` in processes that never aggregate.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Vector: TypeAlias = "npt.NDArray[np.float32]"
 Sums: TypeAlias = "npt.NDArray[np.float64]"
 State: TypeAlias = "dict[str, npt.NDArray[Any]]"
+T = TypeVar("T")
 
 
 class Contribution(Protocol):
@@ -31,10 +32,6 @@ class Contribution(Protocol):
     weight: float
     staleness: int
     role: Role
-
-    def decode(self) -> Mapping[str, Update]:
-        """Its vectors by channel; may be called again, and decodes again."""
-        ...
 
 
 class Table(Protocol):
@@ -77,6 +74,14 @@ class Round(Protocol):
         """
         ...
 
+    def each(self, channel: str, contributions: Sequence[Contribution], function: Callable[[Update], T]) -> Iterator[T]:
+        """``function(c[channel])`` of these, in their order; decoded ahead in other processes where there are some.
+
+        ``function`` is of a module (or a ``functools.partial`` of such a one), since it runs there; :func:`itself`
+        brings the vectors here. Constant memory. What is asked again is decoded again.
+        """
+        ...
+
     def matrix(self, channel: str) -> npt.NDArray[np.float32]:
         """All contributions that hold the channel as rows, ``[n, layout.size]``, on disk if they are many."""
         ...
@@ -84,6 +89,11 @@ class Round(Protocol):
     def columns(self, width: int) -> Iterator[slice]:
         """Slices that cover the layout, for work on a matrix a part at a time."""
         ...
+
+
+def itself(update: Update) -> Update:
+    """For :meth:`Round.each`: the decoded vector as it is."""
+    return update
 
 
 class ServerMethod(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from coordinator.aggregation.robust import WIDTH, Byzantine, krum_scores, square_distances
+from coordinator.aggregation.robust import WIDTH, Byzantine, square_distances
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,11 +41,25 @@ class Bulyan(Byzantine):
 
 
 def _choose(squares: npt.NDArray[np.float64], liars: int) -> list[int]:
-    """Positions of ``n - 2 * liars`` updates, ascending."""
-    left, chosen = list(range(len(squares))), []
+    """Positions of ``n - 2 * liars`` updates, ascending.
+
+    Sorted once: who is chosen goes out of the others' neighbours. That is ``n^2`` copied numbers a choice, ``n^3`` in
+    all, less than the ``n^2 d`` products of the distances while there are fewer updates than parameters.
+    """
+    import numpy as np
+
+    order = np.argsort(squares, axis=1, kind="stable").astype(np.int32)
+    order = order[order != np.arange(len(squares))[:, None]].reshape(len(squares), -1)  # no one is its own neighbour
+    near = np.take_along_axis(squares, order, axis=1)
+    left, chosen = np.arange(len(squares)), []
     for _ in range(len(squares) - 2 * liars):
-        scores = krum_scores(squares[left][:, left], liars)
-        chosen.append(left.pop(int(scores.argmin())))
+        scores = near[:, : max(1, len(left) - liars - 2)].sum(axis=1)
+        position = int(scores.argmin())
+        chosen.append(int(left[position]))
+        left = np.delete(left, position)
+        near, order = np.delete(near, position, axis=0), np.delete(order, position, axis=0)
+        kept = order != chosen[-1]
+        near, order = near[kept].reshape(len(left), -1), order[kept].reshape(len(left), -1)
     return sorted(chosen)
 
 

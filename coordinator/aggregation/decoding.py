@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,11 +16,14 @@ from edge_runtime.compression.pipeline import decode
 from edge_runtime.errors import CodecError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from coordinator.aggregation.base import ServerMethod, Sums, Vector
+    from coordinator.executors.base import Executor, Shared
     from edge_runtime.compression import Layout, Update
     from edge_runtime.messages import Role, UpdateId
+
+T = TypeVar("T")
 
 HELD_IN_MEMORY = 2  # models that updates of a predicting codec are relative to; most are of one version
 
@@ -76,18 +80,27 @@ class Source(NamedTuple):
     role: Role
     payload: bytes | memoryview | Path
 
+    def portable(self, executor: Executor) -> Source:
+        """As a task of an executor can read it: with its bytes, unless it sees the files of this machine."""
+        if executor.local or isinstance(self.payload, bytes):
+            return self
+        data = self.payload.read_bytes() if isinstance(self.payload, Path) else bytes(self.payload)
+        return self._replace(payload=data)
+
 
 class Models:
     """The models that devices hold, by version, read from their files when asked. Goes to other processes as paths.
 
     Args:
-        paths: files by version.
+        paths: files by version, or what an executor shares of them.
         layout: of the models.
         channels: what the files of a lossless downlink hold.
         lossless: whether the downlink is; else the files are snapshots of the shared model.
     """
 
-    def __init__(self, paths: Mapping[int, Path], layout: Layout, channels: tuple[str, ...], *, lossless: bool) -> None:
+    def __init__(
+        self, paths: Mapping[int, Path | Shared], layout: Layout, channels: tuple[str, ...], *, lossless: bool
+    ) -> None:
         self._paths, self._layout, self._channels, self._lossless = dict(paths), layout, channels, lossless
         self._recent: dict[int, Vector] = {}
 
@@ -100,7 +113,8 @@ class Models:
         """
         vector = self._recent.pop(version, None)
         if vector is None:
-            path = self._paths.get(version)
+            known = self._paths.get(version)
+            path = known if known is None or isinstance(known, Path) else known.path()
             if path is None or not path.is_file():
                 raise ModelError(f"model version {version} as devices hold it is not in the store; was it deleted?")
             vector = held_vector(path, version, self._layout, self._channels, lossless=self._lossless)
@@ -108,6 +122,18 @@ class Models:
         while len(self._recent) > HELD_IN_MEMORY:
             del self._recent[next(iter(self._recent))]
         return vector
+
+    @contextmanager
+    def shared(self, executor: Executor, versions: Iterable[int]) -> Iterator[Models]:
+        """These versions for processes that do not see the files; one that is not in the store is missed when read."""
+        paths = {version: self._paths.get(version) for version in set(versions)}
+        files = {version: path for version, path in paths.items() if isinstance(path, Path) and path.is_file()}
+        shared = {version: executor.share(path.read_bytes()) for version, path in sorted(files.items())}
+        try:
+            yield Models(shared, self._layout, self._channels, lossless=self._lossless)
+        finally:
+            for entry in shared.values():
+                executor.release(entry)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read."""
@@ -127,6 +153,15 @@ class Decoder:
         self, layout: Layout, channels: Mapping[Role, tuple[str, ...]], held: Callable[[int], Vector] | None
     ) -> None:
         self.layout, self.channels, self._held = layout, dict(channels), held
+
+    @contextmanager
+    def portable(self, executor: Executor, sources: Iterable[Source]) -> Iterator[Decoder]:
+        """This decoder as tasks of an executor can use it for these updates, until they have ended."""
+        if executor.local or not isinstance(self._held, Models):
+            yield self
+            return
+        with self._held.shared(executor, (source.version for source in sources)) as held:
+            yield Decoder(self.layout, self.channels, held)
 
     def decode(self, source: Source, *, max_norm: float | None = None) -> dict[str, Update]:
         """See :func:`decode_update`."""
@@ -157,3 +192,8 @@ def sum_block(decoder: Decoder, channel: str, sources: Sequence[Source], weights
     for source, weight in zip(sources, weights, strict=True):
         decoder.named(source)[channel].add_to(total, weight)
     return total
+
+
+def map_block(decoder: Decoder, channel: str, sources: Sequence[Source], function: Callable[[Update], T]) -> list[T]:
+    """``function(update[channel])`` of each; a task. Raises as :func:`sum_block`."""
+    return [function(decoder.named(source)[channel]) for source in sources]

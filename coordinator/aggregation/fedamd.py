@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from coordinator.aggregation import tables
+from coordinator.aggregation.base import itself
 from coordinator.aggregation.fedavg import FedAvg
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class FedAmd(FedAvg):
     """
 
     name: ClassVar[str] = "fedamd"
+    capped: ClassVar[bool] = False
     roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {"anchor": ("anchor",)}
     down_channels: ClassVar[tuple[str, ...]] = ("model", "anchor")
     table: ClassVar[bool] = True
@@ -47,8 +49,8 @@ class FedAmd(FedAvg):
     def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
         """New rows of anchors, and the mean of the miners."""
         anchors = tables.newest(entry for entry in round_.contributions if entry.role == "anchor")
-        rows = ((entry.update.device, entry.decode()["anchor"].vector()) for entry in anchors)
-        state = tables.replace(round_, state, rows)
+        vectors = (update.vector() for update in round_.each("anchor", anchors, itself))
+        state = tables.replace(round_, state, zip((entry.update.device for entry in anchors), vectors, strict=True))
         change = round_.total("delta", lambda update: update.weight)
         weights = [entry.weight for entry in round_.contributions if entry.role == "trainer"]
         if weights:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+from coordinator.aggregation.capping import most
 from coordinator.aggregation.options import take_options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from coordinator.aggregation.base import Round, State, Sums, Vector
     from edge_runtime.messages import Role, UpdateMeta
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 class FedAvg:
     """McMahan et al. 2017, algorithm 1, with polynomial staleness weights (Xie et al. 2019, "poly", section 5).
 
-    The change is ``sum(w_i * delta_i) / sum(w_i)`` with ``w_i = samples_i * (1 + staleness_i) ** -exponent``.
+    The change is ``sum(w_i * delta_i) / sum(w_i)`` with ``w_i = samples_i * (1 + staleness_i) ** -exponent``. Devices
+    may claim any samples, so no ``w_i`` counts more than ``weight_cap`` (10; 0: any) times the median of the round's.
 
     Also the base of other methods, which override what differs. ``defaults`` are a method's own options and ``ranges``
-    what they may be; ``staleness_exponent`` is handed over from the plan.
+    what they may be; ``staleness_exponent`` is handed over from the plan. ``capped`` says whether there is a
+    ``weight_cap``: not where claims buy nothing.
     """
 
     name: ClassVar[str] = "fedavg"
@@ -28,14 +31,15 @@ class FedAvg:
     roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {}
     down_channels: ClassVar[tuple[str, ...]] = ("model",)
     table: ClassVar[bool] = False
+    capped: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, float]] = {}
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
     def __init__(self, options: Mapping[str, float] | None = None) -> None:
         """Takes the plan's options; raises ValueError for one that is unknown or out of range."""
-        self.options = take_options(
-            options, {"staleness_exponent": 0.5, **self.defaults}, {"staleness_exponent": (0, math.inf), **self.ranges}
-        )
+        defaults = {"staleness_exponent": 0.5, **({"weight_cap": 10.0} if self.capped else {}), **self.defaults}
+        common = ("staleness_exponent", "weight_cap")
+        self.options = take_options(options, defaults, {**dict.fromkeys(common, (0, math.inf)), **self.ranges})
         self.least = 1
 
     def init(self, size: int) -> State:  # noqa: ARG002
@@ -60,6 +64,11 @@ class FedAvg:
 
     def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
         """The weighted mean."""
-        change = round_.total("delta", lambda update: update.weight)
-        change /= sum(update.weight for update in round_.contributions)
+        heaviest = self.most(update.weight for update in round_.contributions)
+        change = round_.total("delta", lambda update: min(update.weight, heaviest))
+        change /= sum(min(update.weight, heaviest) for update in round_.contributions)
         return change, state
+
+    def most(self, claims: Iterable[float]) -> float:
+        """What of a round's claims (weights, steps) counts at most; see :mod:`coordinator.aggregation.capping`."""
+        return most(claims, self.options["weight_cap"])

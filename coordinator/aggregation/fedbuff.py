@@ -20,6 +20,7 @@ class FedBuff(FedAvg):
     """
 
     name: ClassVar[str] = "fedbuff"
+    capped: ClassVar[bool] = False
 
     def weight(self, meta: UpdateMeta, staleness: int) -> float:  # noqa: ARG002
         """``s``, whatever the samples."""

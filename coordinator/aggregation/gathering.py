@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from coordinator.aggregation.decoding import sum_block
+from coordinator.aggregation.base import itself
+from coordinator.aggregation.decoding import map_block, sum_block
 from coordinator.errors import ModelError
 from coordinator.model_blobs import find, mapped, put
 from edge_runtime.compression.pipeline import CodecSpec, decode, encode
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from edge_runtime.compression import Layout, Update
     from edge_runtime.messages import BlobRef, Role, UpdateId, UpdateMeta
 
-TASK_BYTES = 4 << 20  # of updates that travel with their task; larger ones are read from the store's folder
+T = TypeVar("T")
+
+TASK_BYTES = 32 << 20  # of decoded vectors that one task of :meth:`StoredRound.each` makes
 BLOCK = 16  # updates that are summed at a time; part of what makes a model's bits
 MATRIX_IN_MEMORY_BYTES = 64 << 20
 _ROW = "row"
@@ -36,25 +38,10 @@ _ROW = "row"
 class StoredContribution:
     """A :class:`~coordinator.aggregation.base.Contribution` whose bytes lie in a file or in memory."""
 
-    def __init__(self, source: Source, decoder: Decoder, meta: UpdateMeta, weight: float, staleness: int) -> None:
+    def __init__(self, source: Source, meta: UpdateMeta, weight: float, staleness: int) -> None:
         self.source, self.meta, self.weight, self.staleness = source, meta, weight, staleness
         self.update: UpdateId = source.update
         self.role: Role = source.role
-        self._decoder = decoder
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """What it holds."""
-        return self._decoder.channels[self.role]
-
-    def decode(self) -> dict[str, Update]:
-        """Its vectors by channel.
-
-        Raises:
-            CodecError: it cannot be decoded.
-            ModelError: the model that it is relative to is not in the store.
-        """
-        return self._decoder.named(self.source)
 
 
 class StoredRound:
@@ -67,7 +54,7 @@ class StoredRound:
         members: see the protocol.
         table: of the method, if it has one.
         seed: of this round.
-        executor: sums blocks of updates in other processes; None: in this one. The bits are the same.
+        executor: decodes and sums blocks of updates in other processes; None: in this one. The bits are the same.
 
     Raises:
         ModelError: no updates, out of order, or one without a weight above 0.
@@ -107,25 +94,34 @@ class StoredRound:
 
     def total(self, channel: str, weight: Callable[[Contribution], float]) -> Sums:
         """See the protocol. Blocks of 16 are summed one by one, then these sums in order, wherever that happens."""
-        weights = [(entry.source, weight(entry)) for entry in self._stored if channel in entry.channels]
+        weights = [(entry.source, weight(entry)) for entry in self._holding(channel)]
         used = [pair for pair in weights if pair[1] != 0]
-        blocks = [used[start : start + BLOCK] for start in range(0, len(used), BLOCK)]
+        blocks = [_unzip(used[start : start + BLOCK]) for start in range(0, len(used), BLOCK)]
         total = np.zeros(self.layout.size, np.float64)
-        for block in self._sums(channel, blocks):
+        for block in self._spread(sum_block, channel, blocks):
             total += block
         return total
 
+    def each(self, channel: str, contributions: Sequence[Contribution], function: Callable[[Update], T]) -> Iterator[T]:
+        """See the protocol."""
+        stored = {entry.update: entry.source for entry in self._stored}
+        sources = [stored[entry.update] for entry in contributions]
+        most = 1 if self._executor is None else min(BLOCK, max(1, TASK_BYTES // (4 * self.layout.size)))
+        blocks = [(sources[start : start + most], function) for start in range(0, len(sources), most)]
+        for results in self._spread(map_block, channel, blocks):
+            yield from results
+
     def matrix(self, channel: str) -> npt.NDArray[np.float32]:
         """See the protocol; in a file without a name above 64 MB."""
-        holding = [entry for entry in self._stored if channel in entry.channels]
+        holding = self._holding(channel)
         shape = (len(holding), self.layout.size)
         if 4 * shape[0] * shape[1] <= MATRIX_IN_MEMORY_BYTES:
             rows = np.empty(shape, np.float32)
         else:
             with tempfile.TemporaryFile() as file:
                 rows = np.memmap(file, np.float32, "w+", shape=shape)
-        for row, entry in zip(rows, holding, strict=True):
-            row[:] = entry.decode()[channel].vector()
+        for row, update in zip(rows, self.each(channel, holding, itself), strict=True):
+            row[:] = update.vector()
         return rows
 
     def columns(self, width: int) -> Iterator[slice]:
@@ -133,20 +129,29 @@ class StoredRound:
         for start in range(0, self.layout.size, width):
             yield slice(start, min(start + width, self.layout.size))
 
-    def _sums(self, channel: str, blocks: Sequence[Sequence[tuple[Source, float]]]) -> Iterator[Sums]:
+    def _holding(self, channel: str) -> list[StoredContribution]:
+        return [entry for entry in self._stored if channel in self._decoder.channels[entry.role]]
+
+    def _spread(self, task: Callable[..., T], channel: str, blocks: Sequence[tuple[list[Source], Any]]) -> Iterator[T]:
+        """``task(decoder, channel, sources, argument)`` of these blocks, in their order."""
         executor = self._executor if len(blocks) > 1 else None
         if executor is None:
-            for block in blocks:
-                yield sum_block(self._decoder, channel, *_unzip(block))
+            for sources, argument in blocks:
+                yield task(self._decoder, channel, sources, argument)
             return
-        running: deque[Future[Sums]] = deque()  # one more than can run, so that memory stays constant
-        for block in blocks:
-            if len(running) > executor.workers:
-                yield running.popleft().result()
-            sources, weights = _unzip(block)
-            running.append(executor.submit(sum_block, self._decoder, channel, _portable(sources), weights))
-        while running:
-            yield running.popleft().result()
+        running: deque[Future[T]] = deque()  # one more than can run, so that memory stays constant
+        with self._decoder.portable(executor, (source for sources, _ in blocks for source in sources)) as decoder:
+            try:
+                for sources, argument in blocks:
+                    if len(running) > executor.workers:
+                        yield running.popleft().result()
+                    sent = [source.portable(executor) for source in sources]
+                    running.append(executor.submit(task, decoder, channel, sent, argument))
+                while running:
+                    yield running.popleft().result()
+            finally:
+                for future in running:  # of a round that cannot be: nobody waits for them
+                    future.cancel()
 
 
 class BlobTable:
@@ -185,14 +190,3 @@ class BlobTable:
 
 def _unzip(block: Sequence[tuple[Source, float]]) -> tuple[list[Source], list[float]]:
     return [source for source, _ in block], [weight for _, weight in block]
-
-
-def _portable(sources: list[Source]) -> list[Source]:
-    """With their bytes, if these are few: a machine of a cluster may not see this one's folders."""
-    paths = [source.payload for source in sources if isinstance(source.payload, Path)]
-    if sum(path.stat().st_size for path in paths) > TASK_BYTES:
-        return sources
-    return [
-        source._replace(payload=source.payload.read_bytes()) if isinstance(source.payload, Path) else source
-        for source in sources
-    ]

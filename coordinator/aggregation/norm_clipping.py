@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from statistics import median
 from typing import TYPE_CHECKING, ClassVar
 
+from coordinator.aggregation.capping import most
 from coordinator.aggregation.robust import Robust
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from coordinator.aggregation.base import Round, State, Sums
+    from edge_runtime.compression import Update
 
 
 class NormClipping(Robust):
     """Sun et al., "Can You Really Backdoor Federated Learning?", 2019: norm thresholding.
 
     The change is the mean of the updates, each shortened to an L2 norm of at most ``max_norm``, or, where that is 0, of
-    ``multiple`` times the median norm of the round. It bounds what a liar can add, and does not take it out: with many
+    ``multiple`` times the median norm of the round (of an even number the lower one), so nothing counts where most send
+    zeros. It bounds what a liar can add, and does not take it out: with many
     liars combine it with small steps, or take another method. Options: ``max_norm`` (0) and ``multiple`` (1.0; 0 clips
     nothing). Updates are equals, whatever samples they claim.
     """
@@ -29,10 +31,15 @@ class NormClipping(Robust):
 
     def combine(self, round_: Round, state: State) -> tuple[Sums, State]:
         """The mean of the clipped updates; each is decoded twice."""
-        norms = {entry.update: entry.decode()["delta"].norm() for entry in round_.contributions}
-        most = self.options["max_norm"] or self.options["multiple"] * median(norms.values()) or math.inf
+        entries = round_.contributions
+        norms = dict(zip((entry.update for entry in entries), round_.each("delta", entries, _norm), strict=True))
+        longest = self.options["max_norm"] or most(norms.values(), self.options["multiple"])
         change = round_.total(
-            "delta", lambda entry: min(1.0, most / norms[entry.update] if norms[entry.update] else 1.0)
+            "delta", lambda entry: min(1.0, longest / norms[entry.update] if norms[entry.update] else 1.0)
         )
         change /= len(norms)
         return change, state
+
+
+def _norm(update: Update) -> float:
+    return update.norm()

@@ -26,6 +26,8 @@ WIDTH = 1 << 15  # columns of the updates' matrix that are worked on at a time
 class Robust(FedAvg):
     """Base of methods in which every update has one vote: samples and age buy no weight, since a liar may claim any."""
 
+    capped: ClassVar[bool] = False
+
     def weight(self, meta: UpdateMeta, staleness: int) -> float:  # noqa: ARG002
         """All alike."""
         return 1.0

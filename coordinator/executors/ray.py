@@ -68,15 +68,43 @@ class RayExecutor:
         """The object goes with the last reference to it."""
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()
+        reference = self._run.remote(function, arguments)
+        future: _RayFuture[T] = _RayFuture(self._ray, reference)
         name = f"{function.__module__}.{function.__qualname__}"
-        self._run.remote(function, arguments).future().add_done_callback(lambda done: _settle(name, done, future))
+        reference.future().add_done_callback(lambda done: future.settle(name, done))
         return future
 
     def close(self) -> None:
         self._ray.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _RayFuture(Future[T]):
+    """Can be cancelled until its result is here; the cluster breaks the task off."""
+
+    def __init__(self, ray: Any, reference: Any) -> None:
+        super().__init__()
+        self._ray, self._reference = ray, reference
+
+    def cancel(self) -> bool:
+        before = self.cancelled()
+        cancelled = super().cancel()
+        if cancelled and not before:
+            self._ray.cancel(self._reference)
+        return cancelled
+
+    def settle(self, name: str, done: Future[Any]) -> None:
+        """Ray's own future of this task is done."""
+        if not self.set_running_or_notify_cancel():
+            return
+        self._reference = None  # the cluster need not keep the result
+        try:
+            good, result = done.result()
+        except Exception as error:  # noqa: BLE001 - Ray's own errors: the process or the machine died
+            text = " ".join(str(error).split())[:200]
+            self.set_exception(ExecutorError(f"the process of task {name} died ({text})"))
+            return
+        self.set_result(result) if good else self.set_exception(result)
 
 
 class _RayShared:
@@ -112,13 +140,3 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[boo
         return True, function(*arguments)
     except Exception as error:  # noqa: BLE001 - the caller's to judge
         return False, error
-
-
-def _settle(name: str, done: Future[Any], future: Future[Any]) -> None:
-    try:
-        good, result = done.result()
-    except Exception as error:  # noqa: BLE001 - Ray's own errors: the process or the machine died
-        text = " ".join(str(error).split())[:200]
-        future.set_exception(ExecutorError(f"the process of task {name} died ({text})"))
-        return
-    future.set_result(result) if good else future.set_exception(result)

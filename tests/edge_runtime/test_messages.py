@@ -163,6 +163,7 @@ COORDINATOR_SAYS = {
     "gone": m.Gone(sha256=SHA),
     "done": m.Done(update=UPDATE),
     "verdict": m.Verdict(update=UPDATE, counted=False, reason="too old"),
+    "verdict-that-ends": m.Verdict(update=UPDATE, counted=True, ends=True),
 }
 ALL = [("device", name, message) for name, message in DEVICE_SAYS.items()] + [
     ("coordinator", name, message) for name, message in COORDINATOR_SAYS.items()

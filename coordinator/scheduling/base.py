@@ -38,7 +38,8 @@ class RoundRequest:
         bundle: first 4 bytes of its SHA-256, as heartbeats name it.
         up_bytes: about the bytes of one update.
         down_bytes: about the bytes that bring a device to the newest model.
-        expected_late: updates of earlier versions that are still on their way.
+        expected_late: of every job of an earlier version that is still open, how many seconds ago it was given, and how
+            many its device takes from job to update (moving average; None: it never sent one).
     """
 
     __slots__ = (
@@ -72,7 +73,7 @@ class RoundRequest:
         bundle: bytes = b"",
         up_bytes: int = 0,
         down_bytes: int = 0,
-        expected_late: int = 0,
+        expected_late: Sequence[tuple[float, float | None]] = (),
     ) -> None:
         self.run = run
         self.round = round_
@@ -87,15 +88,6 @@ class RoundRequest:
         self.up_bytes = up_bytes
         self.down_bytes = down_bytes
         self.expected_late = expected_late
-
-    @property
-    def opens_round(self) -> bool:
-        """Whether nobody was chosen for this round before, as far as :meth:`note_opened` was told."""
-        return self.attempt == 0 and self.memory.get("opened_round") != self.round
-
-    def note_opened(self) -> None:
-        """Remembers that somebody was chosen for this round."""
-        self.memory["opened_round"] = float(self.round)
 
     def choice(self, device: str) -> Choice:
         """The plan's own work for a device; selectors that tailor work replace fields of it."""

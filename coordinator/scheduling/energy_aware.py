@@ -15,6 +15,7 @@ from coordinator.scheduling.draws import Rows, chances, draw
 from coordinator.scheduling.energy_score import even_weights, factors
 from coordinator.scheduling.energy_work import Work, fit_work
 from coordinator.scheduling.notes import Marks
+from coordinator.scheduling.openings import late_due, note_opened, opens_round
 from coordinator.scheduling.roles import as_anchor, draw_anchors
 from coordinator.scheduling.table import Table
 
@@ -109,31 +110,36 @@ class EnergyAware:
         """Of the plan's bytes for an update, that every device is given at least."""
         return self.options["least_update_share"]
 
-    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:  # noqa: ARG002
-        table, marks = Table(fleet, request), Marks(request.candidates)
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:
+        table, marks = Table(fleet, request, now), Marks(request.candidates)
         work = fit_work(table, self.options, marks)
-        rows = self._draw(table, work, self.places(request), marks)
+        places, wanted = self.places(now, request)
+        rows = self._draw(table, work, places, marks)
         choices = [_choice(request, table, work, row) for row in rows.tolist()]
         if self.options["anchor_probability"]:
             probability = self.options["anchor_probability"]
             choices = draw_anchors(request.random, choices, table.has("anchor"), rows, probability)
         if choices:
-            request.note_opened()
-        return Selection(choices=choices, notes=marks.table())
+            note_opened(now, request)
+        goal = None if wanted is None else max(1, min(wanted, len(choices)))
+        return Selection(choices=choices, notes=marks.table(), wanted=goal)
 
-    def places(self, request: RoundRequest) -> int:
-        """How many to choose: over-committed as failures call for, less the late updates that are expected."""
-        rules = request.plan.participation
-        if not request.opens_round or rules.mode != "synchronous":
-            return max(0, request.count)
+    def places(self, now: float, request: RoundRequest) -> tuple[int, int | None]:
+        """How many to choose, and where a round opens: how many updates are to close it.
+
+        The latter is the share of the target, less the late updates that are due (at least half of it stays); as many
+        more are chosen as failures call for.
+        """
+        if not opens_round(request):
+            return max(0, request.count), None
         over_commit = min(
             max(1.0 / max(request.memory.get("success", _SUCCESS_AT_FIRST), 1e-9), 1.0), _MOST_OVER_COMMIT
         )
-        wanted = rules.target * frugality.share_now(request.memory, self.options)
-        places = math.ceil(wanted * over_commit - 1e-9)
+        whole = request.plan.participation.target * frugality.share_now(request.memory, self.options)
+        wanted = math.ceil(whole - 1e-9)
         if self.options["adaptive_target"]:
-            places = max(math.ceil(wanted / 2), places - request.expected_late)
-        return max(0, min(places, request.count))
+            wanted = max(math.ceil(whole / 2), wanted - late_due(now, request))
+        return max(0, min(math.ceil(min(whole, wanted) * over_commit - 1e-9), request.count)), wanted
 
     def _draw(self, table: Table, work: Work, places: int, marks: Marks) -> Rows:
         """The chosen rows: by score, then evenly."""
@@ -161,9 +167,13 @@ class EnergyAware:
         marks.mark(first, "drawn by score {score:.3g} (p={chance:.2g})")
         return np.concatenate([first, second])
 
-    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:  # noqa: ARG002
-        """Follows the share of jobs that end in time; a declined one cost nothing and says nothing."""
+    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:
+        """Follows the share of jobs that end in time, and notes what failed ones cost.
+
+        A declined one cost nothing and says nothing.
+        """
         if not outcome.declined:
+            energy_queue.note_ended(device, outcome, memory)
             success = memory.get("success", _SUCCESS_AT_FIRST)
             in_time = float(outcome.meta is not None and outcome.staleness == 0)
             memory["success"] = success + _SUCCESS_RATE * (in_time - success)

@@ -1,7 +1,8 @@
 """How much a device is worth asking: the score of ``energy_aware``, a product of factors that each are explained.
 
-Every factor is bounded, so no number that a device says makes it more than some times as likely as the others, and
-none of them grows with less battery.
+Every factor is bounded, and so is the product of those that rest on what devices say of themselves: no lie, and no
+set of lies together, makes a device more than four times as likely as the median one. None of them grows with less
+battery.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 UTILITY_BOUND = 4.0  # times the median
 ENERGY_BOUND = 16.0  # times the median, and down to its inverse
 LEAST_HEADROOM = 0.02
+LEAST_UTILITY = 0.05
+CLAIM_BOUND = 4.0  # times the median: of all that a device says of itself, together
 
 
 def utility(table: Table, rows: Rows) -> Column:
-    """Samples times rms loss over the greatest, in (0, 1]; Oort's, clipped to its 95 % value and four times its median.
+    """Samples times rms loss over the greatest, 0.05 to 1; Oort's, clipped to its 95 % value and four times its median.
 
     NaN where the loss is not known.
     """
@@ -33,7 +36,8 @@ def utility(table: Table, rows: Rows) -> Column:
     bound = UTILITY_BOUND * median(worth, 0.0)
     bounded = np.minimum(clipped(worth), bound if bound > 0.0 else np.inf)
     greatest = np.nanmax(bounded) if np.isfinite(bounded).any() else 0.0
-    return bounded / greatest if greatest > 0.0 else np.where(np.isnan(bounded), np.nan, 1.0)
+    share = bounded / greatest if greatest > 0.0 else np.where(np.isnan(bounded), np.nan, 1.0)
+    return np.asarray(np.maximum(share, LEAST_UTILITY))
 
 
 def speed(seconds: Column, share: float, exponent: float) -> Column:
@@ -58,25 +62,38 @@ def headroom(table: Table, work: Work, rows: Rows, options: Mapping[str, float])
 
 
 def factors(table: Table, work: Work, rows: Rows, options: Mapping[str, float]) -> dict[str, Column]:
-    """The factors of the score by name, of these candidates; ``score`` is their product."""
+    """The factors of the score by name, of these candidates; ``score`` is their product.
+
+    ``bound`` is what keeps the product of those that rest on claims (utility, speed, thrift, headroom) within
+    ``CLAIM_BOUND`` times its median.
+    """
     round_ = table.request.round
     age = np.maximum(round_ - table.last_round[rows], 0.0)
     queue = queue_now(table.queue_j[rows], table.request.memory)
     patience = options["queue_jobs"] * max(median(work.full_j[rows], 1.0), 1e-9)
-    parts = {
+    claims = {
         "utility": utility(table, rows),
         "speed": speed(work.full_s[rows], options["speed_quantile"], options["speed_exponent"]),
         "thrift": thrift(table, work.full_j, rows, options),
         "headroom": headroom(table, work, rows, options),
+    }
+    claimed = _product(claims, len(rows))
+    parts = {
+        **claims,
+        "bound": np.minimum(1.0, CLAIM_BOUND * median(claimed, 1.0) / np.maximum(claimed, 1e-300)),
         "age": 1.0 + np.sqrt(np.minimum(age / max(round_, 1), 1.0)),
         "participation": (1.0 + table.counted[rows]) ** -0.5,
         "queue": 1.0 / (1.0 + queue / patience),
         "fade": table.fade[rows],
     }
-    score = np.ones(len(rows))
+    return {"score": _product(parts, len(rows)), **parts}
+
+
+def _product(parts: Mapping[str, Column], count: int) -> Column:
+    product = np.ones(count)
     for part in parts.values():
-        score = score * part
-    return {"score": score, **parts}
+        product = product * part
+    return product
 
 
 def even_weights(table: Table, work: Work, rows: Rows, options: Mapping[str, float]) -> Column:

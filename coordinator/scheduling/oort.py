@@ -79,8 +79,8 @@ class Oort:
     def from_options(cls, options: Mapping[str, float]) -> Oort:
         return cls(options)
 
-    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:  # noqa: ARG002
-        table, marks = Table(fleet, request), Marks(request.candidates)
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:
+        table, marks = Table(fleet, request, now), Marks(request.candidates)
         ready = self.ready(table, marks)
         self._blacklist(table, ready, marks)
         tried = np.flatnonzero(ready & (table.counted > 0))

@@ -10,7 +10,7 @@ from coordinator.aggregation.options import take_options, whole
 from coordinator.scheduling.base import Selection
 from coordinator.scheduling.draws import clipped, draw, filled, uniforms
 from coordinator.scheduling.notes import Marks
-from coordinator.scheduling.table import Table, willing
+from coordinator.scheduling.table import Table, sits_out, willing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,8 @@ class PowerOfChoice:
     replacement in proportion to their samples, and those of them with the highest loss of their last update are
     chosen. A device that was never counted has an infinite loss, one that does not say has the median. The loss is the
     root of the mean square, as devices report it. Samples are clipped to their 95 % value, so that none is always drawn
-    because of what it claims.
+    because of what it claims. A device that failed is drawn less, and left for last with the chance ``1 - fade``: its
+    loss is of long ago.
 
     Options:
         d: devices drawn; 0: three times as many as are wanted. Never fewer than wanted.
@@ -42,19 +43,21 @@ class PowerOfChoice:
     def from_options(cls, options: Mapping[str, float]) -> PowerOfChoice:
         return cls(d=whole(take_options(options, {"d": 0.0}, {"d": (0.0, 1e9)}), "d"))
 
-    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:  # noqa: ARG002
-        table, marks = Table(fleet, request), Marks(request.candidates)
+    def select(self, now: float, fleet: FleetView, request: RoundRequest) -> Selection:
+        table, marks = Table(fleet, request, now), Marks(request.candidates)
         ready = np.flatnonzero(willing(table, marks))
         marks.mark(ready, "not among the {drawn:.0f} drawn by samples ({samples:.0f})")
         marks.figure("samples", table.samples)
         marks.figure("loss_rms", table.loss_rms)
         size = max(self.d or 3 * request.count, request.count)
         marks.figure("drawn", float(min(size, len(ready))), None)
-        drawn = draw(request.random, ready, clipped(table.samples[ready]), size)
+        drawn = draw(request.random, ready, clipped(table.samples[ready]) * table.fade[ready], size)
+        out = sits_out(table, marks)[drawn]
         loss = np.where(table.counted[drawn] > 0, filled(table.loss_rms[drawn], 0.0), np.inf)
-        order = np.lexsort((uniforms(request.random, len(drawn)), -loss))
+        order = np.lexsort((uniforms(request.random, len(drawn)), -loss, out))
         rows, others = drawn[order[: max(0, request.count)]], drawn[order[max(0, request.count) :]]
         marks.mark(others, "drawn, but others had a higher loss ({loss_rms:.3g})")
+        marks.mark(drawn[out], "drawn, but sits out after its failures (p={fade:.2g} not to)")
         marks.mark(rows, "highest loss among those drawn ({loss_rms:.3g})")
         marks.mark(rows[np.isnan(table.loss_rms[rows])], "among those drawn, and its loss is not known")
         choices = [request.choice(request.candidates[row]) for row in rows.tolist()]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coordinator.heartbeats import COLUMNS, NOTHING, bundle_number
-from coordinator.scheduling.draws import Column, Mask, filled, median
+from coordinator.scheduling.draws import Column, Mask, filled, median, uniforms
 from edge_runtime.agent.radio import RADIOS
 from edge_runtime.messages import DECLINES
 
@@ -39,6 +39,7 @@ _WIFI_J, _LTE_J = (  # per 10^6 bytes, up and down
     (RADIOS[name].joules_per_mb_up or 0.0, RADIOS[name].joules_per_mb_down or 0.0) for name in ("wifi", "lte")
 )
 FORGIVEN_ROUNDS = 10.0  # in which half of a device's failures are forgotten
+STALE_S = 600.0  # of a heartbeat: what an older one said of battery, heat, memory, link and limits may be long over
 FASTEST = 64.0  # times the median: what is said beyond is taken for that
 
 
@@ -68,22 +69,27 @@ class _Known:
 
 
 class Table:
-    """Candidates in the order of ``request.candidates``.
+    """Candidates in the order of ``request.candidates``. Of a stale heartbeat nothing is known.
 
     Args:
         fleet: where heartbeats and announcements come from; a device that it does not know has neither.
         request: of the selection.
+        now: unix seconds by the coordinator's clock, as heartbeats were stamped.
     """
 
-    def __init__(self, fleet: FleetView, request: RoundRequest) -> None:
+    def __init__(self, fleet: FleetView, request: RoundRequest, now: float) -> None:
         self.request = request
         self.names = request.candidates
         self.count = len(self.names)
         devices = list(map(fleet.get, self.names))
         said = b"".join([NOTHING if device is None else device.numbers for device in devices])
         rows = np.frombuffer(said, "<f8").reshape(self.count, len(COLUMNS))
-        self._said: dict[str, Column] = dict(zip(COLUMNS, np.ascontiguousarray(rows.T), strict=True))
         self._devices = _Known(devices)
+        self.heartbeat_age_s = np.abs(now - self._devices.column("heartbeat_unix_s"))  # one ahead of a set clock, too
+        self.stale = np.asarray(self.heartbeat_age_s > STALE_S)
+        columns = rows.T.copy()
+        columns[:, self.stale] = np.frombuffer(NOTHING, "<f8")[:, np.newaxis]
+        self._said: dict[str, Column] = dict(zip(COLUMNS, columns, strict=True))
         self._past = _Known(list(map(request.history.get, self.names)))
 
     # What devices say of themselves.
@@ -278,12 +284,33 @@ class Table:
 
 
 def willing(table: Table, marks: Marks) -> Mask:
-    """Devices that would not decline every job now; notes the limit of the others."""
+    """Devices that would not decline every job now; notes the limit of the others.
+
+    One whose last heartbeat is stale waits for its next: what it would say now is not known. One that never sent any
+    is let in, and has the last word.
+    """
     declines = table.declines.astype(np.int64)
     for code in np.unique(declines[declines != 0]).tolist():
         limit = DECLINES[code] if code < len(DECLINES) else "a limit this version does not know"
         marks.mark(declines == code, f"its owner's limits forbid it now: {limit}")
-    return np.asarray(declines == 0)
+    if table.stale.any():
+        marks.figure("heartbeat_age_s", table.heartbeat_age_s[table.stale], table.stale)
+        marks.mark(table.stale, "waits for its heartbeat, the last one is {heartbeat_age_s:.0f} s old")
+    return np.asarray((declines == 0) & ~table.stale)
+
+
+def sits_out(table: Table, marks: Marks) -> Mask:
+    """Devices that are left for last this time because they failed: each with the chance ``1 - fade``.
+
+    For selectors that rank devices by something else: so a failing one is there less and less often, and never not
+    at all.
+    """
+    out = np.zeros(table.count, bool)
+    failed = np.flatnonzero(table.fade < 1.0)
+    if len(failed):
+        out[failed] = uniforms(table.request.random, len(failed)) > table.fade[failed]
+        marks.figure("fade", table.fade[failed], failed)
+    return out
 
 
 def _within(values: Column, least: float, most: float) -> Column:

@@ -146,18 +146,49 @@ def test_refl_takes_the_least_available_that_have_rested():
     beats = [w.beat(availability_percent=10 * number) for number in range(6)]
     rows = [w.past(number, last_round=9 if number == 0 else 1) for number in range(6)]
     assert many(make("refl"), beats, rows, round_=10) == [0, 1, 1, 0, 0, 0]
-    assert sorted(w.chosen(make("refl"), w.fleet(beats), w.request(6, 6, history=w.histories(rows)))) == [*range(6)]
+    whole = w.request(6, 6, attempt=1, history=w.histories(rows))
+    assert sorted(w.chosen(make("refl"), w.fleet(beats), whole)) == [*range(6)]
 
 
 def test_refl_asks_fewer_while_late_updates_are_expected():
     """Once a round, at its first selection; later ones fill places as they are asked to."""
     selector, fleet = make("refl"), w.fleet([w.beat()] * 10)
     memory: dict[str, float] = {}
-    assert len(w.chosen(selector, fleet, w.request(5, 10, memory=memory, expected_late=3))) == 2
-    assert len(w.chosen(selector, fleet, w.request(5, 10, memory=memory, expected_late=3))) == 5
-    assert len(w.chosen(selector, fleet, w.request(5, 10, round_=11, memory=memory, expected_late=9))) == 1
-    buffered = w.plan(mode="buffered")
-    assert len(w.chosen(selector, fleet, w.request(5, 10, plan=buffered, expected_late=3))) == 5
+    plan = w.plan(target=4, over_commit=1.5)
+
+    def select(late, **changes):
+        request = w.request(
+            6, 10, **{"plan": plan, "memory": memory, "expected_late": [(90.0, 100.0)] * late, **changes}
+        )
+        selection = selector.select(50.0 * request.round, fleet, request)
+        return len(selection.choices), selection.wanted
+
+    assert select(2) == (3, 2)
+    assert select(2) == (6, None)
+    assert select(9, round_=11) == (2, 1)
+    assert select(3, round_=12, plan=w.plan(mode="buffered")) == (6, None)
+    assert select(0, round_=12, plan=w.plan(target=20, over_commit=1.5)) == (6, 6)
+
+
+def test_refl_counts_only_late_updates_that_are_due():
+    """Those that end within the moving average of the rounds' seconds; not slower ones, nor those long overdue."""
+    selector, fleet, memory = make("refl"), w.fleet([None] * 40), {}
+    plan = w.plan(target=20, deadline_s=100.0)
+
+    def wanted(now, round_, *late):
+        request = w.request(20, 40, plan=plan, round_=round_, memory=memory, expected_late=late)
+        return selector.select(now, fleet, request).wanted
+
+    assert wanted(0.0, 0, (10.0, 90.0), (10.0, 200.0), (30.0, None)) == 18  # a round may take its whole deadline
+    due, not_yet, overdue, silent = (50.0, 75.0), (50.0, 90.0), (90.0, 50.0), (90.0, None)
+    assert wanted(30.0, 1, due, not_yet, overdue, silent) == 18  # the round before took 30 s
+    assert memory["round_s"] == 30.0
+    assert wanted(40.0, 2, (50.0, 64.0), due) == 19
+    assert memory["round_s"] == 0.75 * 10.0 + 0.25 * 30.0
+    assert wanted(1e6, 3) == 20
+    assert memory["round_s"] == pytest.approx(0.75 * 500.0 + 0.25 * 15.0)  # the coordinator was off: all its attempts
+    assert wanted(0.0, 4) == 20
+    assert memory["round_s"] == pytest.approx(0.25 * 378.75)  # its clock was set back
 
 
 @pytest.mark.parametrize("name", ["random", "energy_aware"])

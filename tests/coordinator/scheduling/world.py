@@ -73,13 +73,14 @@ def frequencies(selector, a_fleet, total, *, seeds, count, **changes) -> list[fl
     return [hit / seeds for hit in hits]
 
 
-def outcome(number: int, *, samples=100, loss_rms=1.0, joules=None, failed=False, **changes) -> Outcome:
+def outcome(number: int, *, samples=100, loss_rms=1.0, joules=None, failed=False, steps=None, **changes) -> Outcome:
     row = AssignmentRow(
         run="run",
         assignment=f"r0-{number}",
         device=name(number),
         round=0,
         version=0,
+        steps=steps,
         model=h.blob(1),
         deadline_unix_s=1.0,
         assigned_unix_s=0.0,

@@ -12,7 +12,7 @@ from coordinator.simulation.tasks import Refused, content
 from coordinator.simulation.transfers import Transfers
 from coordinator.simulation.worker import VirtualWorker
 from edge_runtime.agent import events, jobs
-from edge_runtime.agent.limits import decline
+from edge_runtime.agent.limits import Decline, decline
 from edge_runtime.messages import (
     BlobRef,
     Cancel,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edge_runtime.messages import FromCoordinator
     from edge_runtime.store.spool import State
 
+TICK_S = 5.0  # as the daemon: between looks at the owner's limits
 CLOSED_KEPT = 16  # verdicts remembered, so that a repeated job is not trained again
 
 
@@ -46,6 +47,8 @@ class VirtualAgent:
         "_data",
         "_device",
         "_held",
+        "_looks",
+        "_number",
         "_run_state",
         "_since_s",
         "_spool",
@@ -53,6 +56,7 @@ class VirtualAgent:
         "_stepping",
         "_steps",
         "_transfers",
+        "_watches",
         "_worker",
         "_world",
         "state",
@@ -69,6 +73,8 @@ class VirtualAgent:
         self._held: int | None = None  # version of the shared model
         self._crashes: dict[str, int] = {}
         self._standing: VirtualStanding | None = None  # until there is one
+        self._watches = device.conditions.watches
+        self._number = 0
         self._start()
 
     def _start(self) -> None:
@@ -76,7 +82,8 @@ class VirtualAgent:
         self.state = jobs.AgentState.restore(self._device.name, self._world.capabilities, opened)
         self._since_s: dict[tuple[str, int], float] = {}  # jobs at work, by assignment and sequence
         self._steps: deque[events.Event] = deque()
-        self._stepping = False
+        self._stepping = self._looks = False
+        self._number += 1
 
     def stop(self) -> None:
         """Its process ends; jobs are forgotten, updates are not."""
@@ -117,6 +124,7 @@ class VirtualAgent:
 
     def moved(self, key: tuple[str, int] | None, size_bytes: float, *, up: bool) -> None:
         """Bytes went over the link, for a job or for none that is known."""
+        self._device.conditions.moved(size_bytes)
         joules = self._device.radio_j(size_bytes, up=up)
         self._world.recorder.spend(self._device.number, key, "radio", joules)
         self._world.server.moved(size_bytes, up=up)
@@ -157,7 +165,7 @@ class VirtualAgent:
         if self._standing is not None:
             self._standing.told(job)
         fetch_bytes = self._transfers.missing_bytes(job.bundle, *job.model.blobs)
-        declined = decline(job, self._device.known(fetch_bytes), self._device.owner_limits)
+        declined = decline(job, self._device.conditions.known(fetch_bytes), self._device.owner_limits)
         self.step(events.JobArrived(now, job, known, crashes, held, declined))
         if (job.run, job.assignment) in self.state.jobs:
             self._world.timeline.at(now + job.deadline_s, self.tick, self._device.session)
@@ -175,9 +183,12 @@ class VirtualAgent:
     # Effects
 
     def step(self, event: events.Event) -> None:
-        self._steps.append(event)
         if self._stepping:
+            self._steps.append(event)
             return
+        if self._watches:
+            self._check_limits()
+        self._steps.append(event)
         self._stepping = True
         while self._steps:
             for effect in jobs.step(self.state, self._steps.popleft()):
@@ -185,6 +196,26 @@ class VirtualAgent:
         self._stepping = False
         if self._standing is not None:
             self._standing.look()
+        if self._watches and self.state.jobs and not self._looks:
+            self._look(self._number)
+
+    def _check_limits(self) -> None:
+        """As the daemon: training pauses while a limit of the owner forbids it."""
+        found = self._device.conditions.held()
+        if (found is not None) != bool(self.state.paused):
+            now, none = self._world.timeline.now_s, Decline("", 0.0)
+            found = found or none
+            self._steps.append(events.Paused(now, found.reason, found.keeps_work, found.for_s))
+
+    def _look(self, number: int) -> None:
+        """Time passes: every few seconds while there is a job."""
+        if number != self._number:
+            return
+        self._looks = bool(self.state.jobs)
+        if self._looks:
+            now = self._world.timeline.now_s
+            self._world.timeline.at(now + TICK_S, self._look, number)
+            self.step(events.Tick(now))
 
     def _fetch(self, effect: events.FetchBlob) -> None:
         if self._transfers.has(effect.blob.sha256):

@@ -10,36 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.simulation.agent import VirtualAgent
 from coordinator.simulation.battery import Battery
-from coordinator.simulation.settings import START_UNIX_S
-from edge_runtime.agent.availability import Availability
-from edge_runtime.agent.hours import DAY_S, HOUR_S
-from edge_runtime.agent.limits import Known, Rate, held
-from edge_runtime.heartbeat import heartbeat_of
-from edge_runtime.messages import DatasetInfo, DeviceState, Telemetry
+from coordinator.simulation.conditions import VirtualConditions
+from coordinator.simulation.owner import Heat
+from edge_runtime.messages import DatasetInfo, DeviceState
 
 if TYPE_CHECKING:
-    from coordinator.simulation.traces import DeviceTrace, PresenceTrace
+    from coordinator.simulation.traces import DeviceTrace
     from coordinator.simulation.world import World
-    from edge_runtime.messages import FromCoordinator, Heartbeat
+    from edge_runtime.messages import EnergyUse, FromCoordinator
 
 RETURN_PERCENT = 5.0  # above its reserve a device that was lost to its battery comes back
 ANNOUNCE_INTERVAL_S = 60.0  # as the daemon: between announcements of how many samples there are
-FORESEES_S = 600.0  # so long what it foresees of its own presence is taken for true
 _MB = 1e6
-_MONDAY_S = 3 * DAY_S  # 1970 began on a Thursday
-
-
-def see(table: Availability, presence: PresenceTrace, offset_s: float, begin_s: float, end_s: float) -> None:
-    """Tells a device's table what it saw of its own presence between two virtual times."""
-    at = begin_s
-    while at < end_s:
-        unix_s, place = START_UNIX_S + at, at + offset_s
-        table.seen(unix_s, _week_second(unix_s), presence.online_at(place))
-        at = min(at + HOUR_S, presence.next_change_s(place) - offset_s, end_s)
-
-
-def _week_second(unix_s: float) -> float:
-    return (unix_s + _MONDAY_S) % (7 * DAY_S)
 
 
 class VirtualDevice:
@@ -48,18 +30,16 @@ class VirtualDevice:
     __slots__ = (
         "_announced_at_s",
         "_announced_samples",
-        "_availability",
         "_busy_down_s",
         "_busy_up_s",
-        "_charging",
-        "_foresees",
-        "_foresees_until_s",
         "_number_of_power",
-        "_seen_s",
         "agent",
         "battery",
+        "charging",
+        "conditions",
         "connected",
         "flat",
+        "heat",
         "here",
         "link",
         "lost_to_battery",
@@ -80,9 +60,10 @@ class VirtualDevice:
         self.link = world.traces.links[trace.link]
         self.presence = world.traces.presences[trace.presence]
         self.battery = Battery(trace)
+        self.heat = None if trace.heat is None else Heat(trace.heat)
         self.step_s = world.settings.step_s * trace.slowdown
         self.agent: VirtualAgent | None = None
-        self.here = self.flat = self.connected = self.training = self._charging = False
+        self.here = self.flat = self.connected = self.training = self.charging = False
         self.session = 0
         self.lost_to_battery = 0
         self.trained_samples: int | None = None  # the agent knows how many there are once it has trained
@@ -90,21 +71,21 @@ class VirtualDevice:
         self._announced_at_s = 0.0
         self._busy_up_s = self._busy_down_s = 0.0
         self._number_of_power = 0
-        self._availability: Availability | None = None
-        self._seen_s, self._foresees_until_s = 0.0, -1.0
-        self._foresees: float | None = None
         self.owner_limits = world.limits_of(trace)
+        self.conditions = VirtualConditions(self, self.owner_limits, world.clock_offset_s(number))
 
     # Presence
 
     def begin(self) -> None:
         """At the start of the run: everybody who is there is known already."""
         at = self.trace.presence_offset_s
-        self._charging = self.presence.charging_at(at)
+        self.charging = self.presence.charging_at(at)
         if self.battery.level_j(0.0) <= self.battery.reserve_j:
             self.flat = True
         self.here = self.presence.online_at(at) and not self.flat
         self.connected = self.here
+        if self.heat is not None:
+            self.heat.begin(self._watts)
         self._set_power()
         self._plan_change()
 
@@ -116,7 +97,8 @@ class VirtualDevice:
 
     def _changed(self, at: float) -> None:
         """The trace says that it comes, goes, or begins or ends to charge; ``at`` is the trace's time."""
-        self._charging = self.presence.charging_at(at)
+        self.conditions.changes()
+        self.charging = self.presence.charging_at(at)
         there = self.presence.online_at(at) and not self.flat
         if there and not self.here:
             self._come()
@@ -127,6 +109,7 @@ class VirtualDevice:
         self._plan_change()
 
     def _come(self) -> None:
+        self.conditions.changes()
         self.here = True
         self._set_power()
         self.connect()
@@ -144,6 +127,7 @@ class VirtualDevice:
             return
         self.connected = True
         self.session += 1
+        self.conditions.joined()
         self.announce()
         if self.agent is not None:
             self.agent.on_up()
@@ -166,13 +150,17 @@ class VirtualDevice:
 
     # Power
 
+    @property
+    def _watts(self) -> float:
+        return self.trace.idle_watts * self.here + self.trace.training_watts * self.training
+
     def _set_power(self) -> None:
-        trace, battery = self.trace, self.battery
+        trace, battery, now = self.trace, self.battery, self.world.timeline.now_s
+        if self.heat is not None:
+            self.heat.set_watts(now, self._watts)
         if trace.battery_wh is None:
             return
-        now = self.world.timeline.now_s
-        watts = trace.idle_watts * self.here + trace.training_watts * self.training
-        battery.set_watts(now, watts - trace.charge_watts * self._charging)
+        battery.set_watts(now, self._watts - trace.charge_watts * self.charging)
         self._number_of_power += 1
         if self.here:
             battery_ends = battery.reaches_s(now, battery.reserve_j) if battery.watts > 0 else self.world.horizon_s
@@ -197,6 +185,7 @@ class VirtualDevice:
 
     def train(self, *, training: bool) -> None:
         """It begins or ends to train."""
+        self.conditions.changes()
         self.training = training
         self._set_power()
 
@@ -205,9 +194,17 @@ class VirtualDevice:
         per_mb = self.trace.radio_joules_per_mb_up if up else self.trace.radio_joules_per_mb_down
         joules = per_mb * size_bytes / _MB
         if joules and self.trace.battery_wh is not None:
+            self.conditions.changes()
             self.battery.take(self.world.timeline.now_s, joules)
             self._set_power()
         return joules
+
+    def worked(self, use: EnergyUse, samples: int | None) -> None:
+        """A job, or the part of it that was done, drew this; ``samples``: that it counted, None if it did not."""
+        self.conditions.changes()
+        self.conditions.worked(use)
+        if samples is not None:
+            self.trained_samples = samples
 
     # Link
 
@@ -263,65 +260,6 @@ class VirtualDevice:
             abilities=world.abilities,
             battery_wh=self.trace.battery_wh,
         )
-
-    def heartbeat(self) -> Heartbeat:
-        """What it says of itself now."""
-        world, trace = self.world, self.trace
-        now = world.timeline.now_s
-        at = now + trace.link_offset_s
-        told = world.settings.told_step
-        knows_step = told or self.trained_samples is not None
-        limit = held(self.known(), self.owner_limits) if world.settings.keep_reserve else None
-        telemetry = Telemetry(
-            uptime_s=now,
-            clock_unix_s=START_UNIX_S + now + world.clock_offset_s(self.number),
-            free_memory_bytes=trace.memory_mb * 1_000_000,
-            battery_percent=self.battery.percent(now),
-            on_external_power=True if trace.battery_wh is None else self._charging,
-        )
-        return heartbeat_of(
-            telemetry,
-            declines="" if limit is None else limit.limit,
-            reserve_percent=None if trace.battery_wh is None else trace.reserve_percent,
-            up_kbit_s=self.link.rate_kbit_s(at, up=True),
-            down_kbit_s=self.link.rate_kbit_s(at, up=False),
-            bundle_sha256="" if told else world.bundle.sha256,
-            step_s=self.step_s if knows_step else None,
-            step_joules=self.step_s * (trace.training_watts + trace.idle_watts) if knows_step else None,
-            availability=self._availability_now(now),
-        )
-
-    def known(self, fetch_bytes: int | None = None) -> Known:
-        """What its agent decides by; ``fetch_bytes`` would have to come for the job that is asked about."""
-        world, trace, samples = self.world, self.trace, self.trained_samples
-        at = world.timeline.now_s + trace.link_offset_s
-        rate = Rate(self.step_s, self.step_s * (trace.training_watts + trace.idle_watts))
-        return Known(
-            battery_percent=self.battery.percent(world.timeline.now_s),
-            on_external_power=True if trace.battery_wh is None else self._charging,
-            battery_wh=trace.battery_wh,
-            free_memory_bytes=trace.memory_mb * 1e6,
-            up_kbit_s=self.link.rate_kbit_s(at, up=True),
-            down_kbit_s=self.link.rate_kbit_s(at, up=False),
-            joules_per_mb_up=trace.radio_joules_per_mb_up,
-            joules_per_mb_down=trace.radio_joules_per_mb_down,
-            rate=rate if world.settings.told_step or samples is not None else Rate(),
-            samples={} if samples is None else {world.plan.dataset: samples},
-            fetch_bytes=fetch_bytes,
-        )
-
-    def _availability_now(self, now: float) -> float | None:
-        """What the device foresees, by its own table of the hours in which it was there; anew every ten minutes."""
-        if now < self._foresees_until_s:
-            return self._foresees
-        table = self._availability
-        if table is None:
-            table = self._availability = Availability(self.world.presence_before(self.trace))
-        see(table, self.presence, self.trace.presence_offset_s, self._seen_s, now)
-        table.seen(START_UNIX_S + now, _week_second(START_UNIX_S + now), self.here)
-        self._seen_s, self._foresees_until_s = now, now + FORESEES_S
-        self._foresees = table.predict(_week_second(START_UNIX_S + now))
-        return self._foresees
 
     def receive(self, session: int, message: FromCoordinator | Any) -> None:
         """A message of the coordinator arrived, unless the connection that it was sent to is gone."""

@@ -22,14 +22,17 @@ Kind: TypeAlias = Literal["broker", "coordinator", "clock"]
 LONGEST_LOSS_S = 60.0
 LONGEST_DOWN_S = 20.0
 LARGEST_JUMP_S = 3 * 86_400.0
-LONGEST_DELAY_S = 30.0  # of a repeated message
+LONGEST_DELAY_S = 30.0  # of a repeated message, and until a device's clock jumps
+JUMPING_DEVICES = 0.3  # that share of them, whenever the coordinator's clock does
+HALF = 0.5  # of the coordinator's jumps come without a crash
 
 
 class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How often what goes wrong.
 
     ``broker``: so many losses of the broker. ``coordinator``: crashes, at any effect. ``clock``: so many times the
-    coordinator crashes and its clock has jumped when it is back, and the clocks of all devices are off by hours.
+    coordinator's clock jumps, while it runs or with a crash, and those of some devices soon after; and the clocks of
+    all devices are off by hours from the start.
     ``agents`` and ``workers``: the share of jobs during which the agent, or its worker process, dies. ``duplicates``:
     the share of messages that come again later.
     """

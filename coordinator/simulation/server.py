@@ -6,6 +6,8 @@ the store; a new process begins from its rows and from the devices' retained sta
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, cast
 
 from coordinator import events as e
@@ -39,8 +41,8 @@ _OfferOf = tuple["UpdateId", "BlobRef", "UpdateMeta", "bytes | Path | None"]
 
 
 class LookingFleet(Fleet):
-    """A fleet whose heartbeats are made when a selector looks, and are at most one interval old: the same as if they
-    came all the time, for a fraction of the work.
+    """A fleet whose heartbeats are made when a selector looks, as old as they would be: the same as if they came all
+    the time, for a fraction of the work.
     """
 
     def __init__(self, refresh: Callable[[Device], None]) -> None:
@@ -56,7 +58,7 @@ class LookingFleet(Fleet):
 
 
 class LookingSelector:
-    """A selector that sees fresh heartbeats; everything else is the selector's own."""
+    """A selector that sees the newest heartbeats; everything else is the selector's own."""
 
     def __init__(self, selector: Selector, fleet: LookingFleet) -> None:
         self._selector, self._fleet = selector, fleet
@@ -81,7 +83,8 @@ class VirtualServer:
         self.up = False
         self.crash_in: int | None = None
         self.steps = 0
-        self.clock_offset_s = 0.0
+        self._started_s = 0.0
+        self._jumps: list[tuple[float, float]] = [(-math.inf, 0.0)]  # from then on its clock is off by so much
         self.bytes_up = self.bytes_down = 0.0
         self._moved = (0.0, 0.0)
         self._process = 0
@@ -95,11 +98,22 @@ class VirtualServer:
     @property
     def now(self) -> float:
         """Unix seconds by its own clock."""
-        return START_UNIX_S + self._world.timeline.now_s + self.clock_offset_s
+        return self._unix_s(self._world.timeline.now_s)
+
+    def _unix_s(self, at_s: float) -> float:
+        jumps = self._jumps
+        if len(jumps) > 1 and at_s < jumps[-1][0]:
+            return START_UNIX_S + at_s + jumps[bisect_right(jumps, (at_s, math.inf)) - 1][1]
+        return START_UNIX_S + at_s + jumps[-1][1]
+
+    def jump(self, jump_s: float) -> None:
+        """Its clock is set, whether its process lives or not."""
+        self._jumps.append((self._world.timeline.now_s, self._jumps[-1][1] + jump_s))
 
     def start(self) -> None:
         """A new process: the run from its rows, the fleet from the retained states of the devices."""
         self._process += 1
+        self._started_s = self._world.timeline.now_s
         self.up = True
         self.crash_in = None
         self._wanted = set()
@@ -206,13 +220,13 @@ class VirtualServer:
         )
 
     def _refresh(self, device: Device) -> None:
-        """Takes in the heartbeat that would have come since anybody looked."""
-        settings = self._world.settings
-        interval = settings.heartbeat_interval_s
+        """Takes in the newest heartbeat that has come since anybody looked."""
         virtual = self._world.by_name[device.name]
-        last = device.heartbeat_unix_s
-        if last is None or self.now - last >= interval or last > self.now:
-            self.fleet.measured(self.now, device.name, virtual.heartbeat())
+        conditions, latency_s = virtual.conditions, virtual.latency_s
+        told_s = conditions.told_s(self._world.timeline.now_s - latency_s)
+        came_unix_s = self._unix_s(max(told_s + latency_s, self._started_s))  # a new process gets what is retained
+        if device.heartbeat_unix_s != came_unix_s:
+            device.heard(came_unix_s, conditions.heartbeat(told_s))
 
     # The machine
 
@@ -274,9 +288,7 @@ class VirtualServer:
         self._send(effect.update.device, messages.Done(update=effect.update))
 
     def _send_verdict(self, effect: e.SendVerdict) -> None:
-        message = messages.Verdict(
-            update=effect.update, counted=effect.counted, reason=effect.reason, ends=effect.ends
-        )
+        message = messages.Verdict(update=effect.update, counted=effect.counted, reason=effect.reason, ends=effect.ends)
         self._world.recorder.told(effect.update, counted=effect.counted)
         self._send(effect.update.device, message)
 

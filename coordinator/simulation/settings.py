@@ -35,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float = 0.01
     step_source: StepSource = "given"
     samples: int = 100
-    heartbeat_interval_s: float = 60.0
+    heartbeat_interval_s: float = 50.0
     tick_s: float = 1.0
     leaving: Literal["ends", "continues"] = "ends"
     keep_reserve: bool = False

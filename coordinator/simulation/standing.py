@@ -51,7 +51,7 @@ class VirtualStanding:
         if not self.state.held or not device.connected:
             return
         now = device.world.timeline.now_s
-        moment = standing.chance(self.state, self._agent.state, now, device.known)
+        moment = standing.chance(self.state, self._agent.state, now, device.conditions.known)
         if moment is not None:
             self._moment(moment)
         next_s = self.state.next_s()

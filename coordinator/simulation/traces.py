@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
+from coordinator.simulation.owner import HeatTrace, OwnerLimits
 from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.messages import Name
 from edge_runtime.toml_errors import explained
@@ -45,7 +46,8 @@ class DeviceTrace(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_un
     device model; bytes take ``radio_joules_per_mb_up`` and ``_down`` (MB are 10^6 bytes). ``battery_wh`` None: it is on
     mains. ``reserve_percent`` is what its owner wants left. While it charges it gains ``charge_watts``. Offsets say
     where in its traces the device is at the start. ``samples`` is the number of its training samples where no data is
-    given; None: what the simulation says.
+    given; None: what the simulation says. ``limits`` are those of its owner; ``metered``: whether every byte of its
+    link is paid for, None: unknown; ``heat``: how warm it gets, None: nothing measures that.
     """
 
     device: Name
@@ -64,6 +66,9 @@ class DeviceTrace(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_un
     presence_offset_s: _Amount = 0.0
     memory_mb: Annotated[int, msgspec.Meta(ge=1)] = 1024
     samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    limits: OwnerLimits | None = None
+    metered: bool | None = None
+    heat: HeatTrace | None = None
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "presence_offset_s", _in_ticks(self.presence_offset_s))

@@ -57,16 +57,21 @@ class VirtualWorker:
             state=state,
             refused=refused,
         )
-        watts = device.trace.training_watts + device.trace.idle_watts
-        if job.joule_limit is not None and watts * steps * device.step_s > job.joule_limit:
-            most = max(1, math.ceil(job.joule_limit / (watts * device.step_s)))
-            order = order._replace(stop_after=most, stopped=f"it drew {job.joule_limit:g} J, all that it may")
+        watts, joules = device.trace.training_watts + device.trace.idle_watts, self._joule_limit(job)
+        if watts * steps * device.step_s > joules:
+            most = max(1, math.ceil(joules / (watts * device.step_s)))
+            order = order._replace(stop_after=most, stopped=f"it drew {joules:g} J, all that it may")
             steps = min(steps, most)
         training = self._begin(order, now, steps)
         fault = world.faults.of_job()
         if fault is not None:
             ends = now + fault.share * (training.train_s + training.wait_s)
             world.timeline.at(ends, self._strike, fault.kind, training.number)
+
+    def _joule_limit(self, job: Job) -> float:
+        """What the job may draw, by its plan and the device's owner."""
+        limits = (job.joule_limit, self._device.conditions.joules_left())
+        return min((limit for limit in limits if limit is not None), default=math.inf)
 
     def stop_early(self, reason: str) -> None:
         """Training ends after the step that runs."""
@@ -85,7 +90,9 @@ class VirtualWorker:
         if training is None:
             return None
         training.handle.cancel()
-        return self._end(training, broken_off=True)
+        energy = self._end(training, broken_off=True)
+        self._device.worked(energy, None)
+        return energy
 
     def _begin(self, order: Order, began_s: float, steps: int) -> _Training:
         self._number += 1
@@ -120,6 +127,7 @@ class VirtualWorker:
             raise  # a fault of this machine, not of the virtual one
         except EdgeError as error:
             energy = self._end(training, broken_off=True)
+            self._device.worked(energy, None)
             self._agent.step(events.TrainingFailed(self._world.timeline.now_s, str(error), energy))
             return
         radio_j = self._device.trace.radio_joules_per_mb_up * result.size_bytes / 1e6
@@ -128,7 +136,7 @@ class VirtualWorker:
             result.meta, train_ms=round(1000 * training.train_s), encode_cpu_ms=0, energy=energy
         )
         self._world.recorder.trained += 1
-        self._device.trained_samples = training.order.samples
+        self._device.worked(energy, training.order.samples)
         self._agent.trained(training.order.job, result, meta)
 
     def _end(self, training: _Training, *, broken_off: bool) -> EnergyUse:

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from coordinator.simulation.device import VirtualDevice, see
-from coordinator.simulation.faults import LARGEST_JUMP_S, LONGEST_DOWN_S, LONGEST_LOSS_S, Faults
+import msgspec
+
+from coordinator.simulation.conditions import see
+from coordinator.simulation.device import VirtualDevice
+from coordinator.simulation.faults import (
+    HALF,
+    JUMPING_DEVICES,
+    LARGEST_JUMP_S,
+    LONGEST_DELAY_S,
+    LONGEST_DOWN_S,
+    LONGEST_LOSS_S,
+    Faults,
+)
+from coordinator.simulation.owner import OwnerLimits
 from coordinator.simulation.recorder import Recorder
 from coordinator.simulation.server import VirtualServer
 from coordinator.simulation.timeline import Timeline
 from edge_runtime import compression, methods
 from edge_runtime.agent.availability import Availability
-from edge_runtime.agent.config import LimitsConfig
 from edge_runtime.agent.hours import DAY_S
 from edge_runtime.agent.jobs import Capabilities
 from edge_runtime.messages import EnergySource, Limits
@@ -32,6 +43,7 @@ if TYPE_CHECKING:
     from coordinator.simulation.store import MemoryStore
     from coordinator.simulation.traces import DeviceTrace, Traces
     from coordinator.simulation.training import Trainer
+    from edge_runtime.agent.config import LimitsConfig
     from edge_runtime.bundle import Bundle
     from edge_runtime.messages import BlobRef, Evaluation, FromCoordinator
 
@@ -97,9 +109,8 @@ class World:
             methods=frozenset(self.methods),
             blob_limit_bytes=_BLOB_LIMIT_BYTES,
         )
-        self._no_limits = LimitsConfig()
-        self._histories: dict[tuple[str, float], bytes] = {}
-        self._reserves: dict[float, LimitsConfig] = {}
+        self._histories: dict[tuple[str, float, bool, str | None], bytes] = {}
+        self._limits: dict[tuple[OwnerLimits | None, float | None], LimitsConfig] = {}
         self.server = VirtualServer(self, store, run)
         self.devices = [VirtualDevice(self, number, trace) for number, trace in enumerate(traces.devices)]
         self.by_name = {device.name: device for device in self.devices}
@@ -145,24 +156,28 @@ class World:
 
     def limits_of(self, trace: DeviceTrace) -> LimitsConfig:
         """What the owner of a device has set."""
-        if not self.settings.keep_reserve or trace.battery_wh is None:
-            return self._no_limits
-        return self._reserves.setdefault(
-            trace.reserve_percent, LimitsConfig(battery_reserve_percent=trace.reserve_percent)
-        )
+        reserve = trace.reserve_percent if self.settings.keep_reserve and trace.battery_wh is not None else None
+        key = (trace.limits, reserve)
+        known = self._limits.get(key)
+        if known is None:
+            known = OwnerLimits().config() if trace.limits is None else trace.limits.config()
+            if known.battery_reserve_percent is None:
+                known = msgspec.structs.replace(known, battery_reserve_percent=reserve)
+            self._limits[key] = known
+        return known
 
-    def presence_before(self, trace: DeviceTrace) -> bytes:
+    def presence_before(self, trace: DeviceTrace, limits: LimitsConfig) -> bytes:
         """What a device has learned of its own presence before the run; the same for all that follow one trace."""
-        key = (trace.presence, trace.presence_offset_s)
+        key = (trace.presence, trace.presence_offset_s, limits.only_when_charging, limits.hours)
         known = self._histories.get(key)
         if known is None:
             table = Availability()
-            see(table, self.traces.presences[key[0]], key[1], -self.settings.history_days * DAY_S, 0.0)
+            see(table, self.traces.presences[key[0]], key[1], -self.settings.history_days * DAY_S, 0.0, limits=limits)
             known = self._histories[key] = table.pack()
         return known
 
     def clock_offset_s(self, number: int) -> float:
-        """By how much the clock of a device is wrong."""
+        """By how much the clock of a device is wrong at the start."""
         return (number * 7919 % 97 - 48) * 3600.0 if self.faults.plan.clock else 0.0
 
     # Network
@@ -192,8 +207,24 @@ class World:
         down_s, jump_s = random.uniform(0.0, LONGEST_DOWN_S), 0.0
         if kind == "clock":
             jump_s = random.uniform(-LARGEST_JUMP_S, LARGEST_JUMP_S)
+            self._set_clocks(random)
+            if random.random() < HALF:
+                self.server.jump(jump_s)
+                return
         self.server.crash_in = random.randrange(4)
         self._back_after = (down_s, jump_s)
+
+    def _set_clocks(self, random: Random) -> None:
+        """Clocks of some devices jump too, each at a moment and by an amount of its own."""
+        for device in self.devices:
+            if random.random() < JUMPING_DEVICES:
+                at_s = self.timeline.now_s + random.uniform(0.0, LONGEST_DELAY_S)
+                jump_s = random.uniform(-LARGEST_JUMP_S, LARGEST_JUMP_S)
+                self.timeline.at(at_s, self._set_clock, device, jump_s)
+
+    def _set_clock(self, device: VirtualDevice, jump_s: float) -> None:
+        self.faults.note("device clocks")
+        device.conditions.jump(jump_s)
 
     _back_after = (0.0, 0.0)
 
@@ -206,7 +237,8 @@ class World:
         self.timeline.at(self.timeline.now_s + down_s, self._server_back, jump_s)
 
     def _server_back(self, jump_s: float) -> None:
-        self.server.clock_offset_s += jump_s
+        if jump_s:
+            self.server.jump(jump_s)
         self.server.start()
         if not self.server.up or self.result is not None:
             return

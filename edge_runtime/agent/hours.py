@@ -50,14 +50,14 @@ class Span(NamedTuple):
         return (self.begin_s - second) % DAY_S
 
 
-def local_time(clock_unix_s: float) -> LocalTime | None:
-    """Local time by the system's time zone; None if the clock was never set."""
+def local_time(clock_unix_s: float, *, utc: bool = False) -> LocalTime | None:
+    """Local time by the system's time zone, or in UTC; None if the clock was never set."""
     if not EARLIEST_CLOCK_UNIX_S <= clock_unix_s <= LATEST_CLOCK_UNIX_S:
         return None
-    found = time.localtime(clock_unix_s)
+    found = time.gmtime(clock_unix_s) if utc else time.localtime(clock_unix_s)
     second = found.tm_hour * HOUR_S + found.tm_min * 60.0 + found.tm_sec + clock_unix_s % 1.0
     year, month = found.tm_year + found.tm_mon // 12, found.tm_mon % 12 + 1
-    next_month_unix_s = time.mktime((year, month, 1, 0, 0, 0, 0, 0, -1))
+    next_month_unix_s = _unix_s(year, month, utc=utc)
     return LocalTime(
         day=found.tm_year * 366 + found.tm_yday,
         month=found.tm_year * 12 + found.tm_mon,
@@ -66,6 +66,16 @@ def local_time(clock_unix_s: float) -> LocalTime | None:
         day_left_s=max(1.0, DAY_S - second),
         month_left_s=max(1.0, next_month_unix_s - clock_unix_s),
     )
+
+
+def _unix_s(year: int, month: int, *, utc: bool) -> float:
+    """When a month begins."""
+    first = (year, month, 1, 0, 0, 0, 0, 0, -1)
+    if not utc:
+        return time.mktime(first)
+    from calendar import timegm
+
+    return float(timegm(first))
 
 
 def parse_hours(text: str) -> tuple[Span, ...]:

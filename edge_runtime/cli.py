@@ -123,14 +123,18 @@ def _check(options: argparse.Namespace) -> int:
             View(data.name, snapshot, manifest, Window()).check_values()
     fits = {} if manifest is None else {"bundle": manifest.name}
     energy, limits = _energy(config), in_force(config.limits)
+    warnings = _unknown_facts(config) if limits else []
     if options.json:
-        about = {"device": config.device, "broker": config.broker.url, "energy": energy, "limits": limits}
+        about = {"device": config.device, "broker": config.broker.url, "energy": energy}
+        about |= {"limits": limits, "warnings": warnings}
         _print_json({**about, "datasets": found, **fits})
     else:
         print(f"device {config.device}, broker {config.broker.url}")
         for line in _energy_lines(energy, config):
             print(f"energy: {line}")
         print(f"limits: {', '.join(limits) or 'none'}")
+        for line in warnings:
+            print(f"warning: {line}")
         for entry in found:
             fit = "" if manifest is None else f", all fit {manifest.name}"
             print(f"dataset {entry['name']}: {entry['samples']} samples{fit}")
@@ -152,6 +156,33 @@ def _check_state(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "cannot be written" if there.is_dir() else "is no folder"
         raise ConfigError(f"state_dir {folder} cannot be used: {there} {what}; choose another one, or change its owner")
+
+
+def _unknown_facts(config: AgentConfig) -> list[str]:
+    """Limits that would decline every job, or would not hold, since nothing here says what they go by."""
+    from edge_runtime.agent.conditions import Conditions
+    from edge_runtime.agent.limit_facts import unknown_facts
+
+    conditions = Conditions(config, clock=time.time, monotonic=time.monotonic, root=Path("/"))
+    if config.limits.only_unmetered:
+        conditions.connected(_local_host(config))
+    return unknown_facts(conditions.known({}), config.limits)
+
+
+def _local_host(config: AgentConfig) -> str | None:
+    """This end's address of a connection to the broker, by the routes of this machine; no packet is sent there."""
+    import socket
+
+    from edge_runtime.transport.link import parse_url
+
+    address = parse_url(config.broker.url, insecure=config.broker.insecure)
+    try:
+        family, kind, protocol, _, there = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(there)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
 
 
 def _energy(config: AgentConfig) -> dict[str, Any]:

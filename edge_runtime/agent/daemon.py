@@ -92,7 +92,8 @@ class Agent:
         self.state = jobs.AgentState.restore(config.device, capabilities, self.spool.open_updates())
         self.files = JobFiles(config, self.state, self.spool, self.cache, self.models)
         self.conditions = Conditions(config, clock=clock, monotonic=self.loop.now, root=energy_root)
-        self._watches = bool(limits.in_force(config.limits))  # else nothing can pause training
+        self._watches = False  # nothing can pause training before the link is there, nor without limits
+        self._unknown: list[str] = []
         self._session = 0
         self._coordinator_session = ""
         self._samples: dict[str, int] = {}
@@ -207,6 +208,9 @@ class Agent:
         self._send_heartbeat()  # first, so that who selects when this device joins knows how it is now
         self._announce()
         self.downloads.on_up()
+        if limits.in_force(self.config.limits):
+            self._watches = True
+            self._tell_unknown()
         self._step(events.Connected())
 
     def _on_down(self, _reason: str) -> None:
@@ -471,6 +475,14 @@ class Agent:
             self._announce()
         self._step(events.Tick(now))
         self.loop.call_later(TICK_S, self._tick)
+
+    def _tell_unknown(self) -> None:
+        from edge_runtime.agent.limit_facts import unknown_facts
+
+        before, self._unknown = self._unknown, unknown_facts(self.conditions.known({}), self.config.limits)
+        for line in self._unknown:
+            if line not in before:
+                log.warning("%s", line)
 
     def _check_limits(self) -> None:
         found = self.conditions.held()

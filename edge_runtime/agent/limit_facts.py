@@ -31,7 +31,9 @@ def unknown_facts(known: Known, limits: LimitsConfig) -> list[str]:
         )
     if limits.battery_reserve_percent is not None and known.battery_percent is None:
         cure = _BY_FILE.format("battery_percent")
-        found.append(f"limits.battery_reserve_percent does not hold: no battery can be read here; if there is one, {cure}")
+        found.append(
+            f"limits.battery_reserve_percent does not hold: no battery can be read here; if there is one, {cure}"
+        )
     if limits.max_temperature_c is not None and known.temperature_c is None:
         cure = _BY_FILE.format("temperature_c")
         found.append(f"limits.max_temperature_c does not hold: no thermometer can be read here; {cure}")

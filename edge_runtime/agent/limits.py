@@ -1,7 +1,9 @@
 """What the owner's limits forbid, and which jobs a device cannot afford: pure decisions about what is known.
 
 What is not known forbids nothing: a device without a thermometer has no thermal cap, one without a sensor of energy no
-limit of joules. A job's cost is what is known of it at least, so a job is never declined for a guess.
+limit of joules. But who wants to train on external power or an unmetered link only must not pay for what the device
+does not know: these two hold until it is known (:mod:`.limit_facts` tells the owner). A job's cost is what is known of
+it at least, so a job is never declined for a guess.
 
 Limits that end a job early and keep its work (joules of a job) do not decline it, as long as one step fits.
 """
@@ -113,10 +115,12 @@ def held(known: Known, limits: LimitsConfig) -> Decline | None:
     if reserve is not None and battery is not None and known.on_external_power is not True and battery < reserve:
         low = f"battery at {battery:.0f} % is under limits.battery_reserve_percent = {reserve:g}"
         return Decline(low, RETRY_S, "battery")
-    if limits.only_when_charging and known.on_external_power is False:
-        return Decline("no external power, and limits.only_when_charging is set", RETRY_S, "charging")
-    if limits.only_unmetered and known.link_metered is True:
-        return Decline("the link is metered, and limits.only_unmetered is set", RETRY_S, "metered")
+    if limits.only_when_charging and known.on_external_power is not True:
+        power = "no external power" if known.on_external_power is False else "external power is unknown here"
+        return Decline(f"{power}, and limits.only_when_charging is set", RETRY_S, "charging")
+    if limits.only_unmetered and known.link_metered is not False:
+        link = "the link is metered" if known.link_metered else "whether the link is metered is unknown here"
+        return Decline(f"{link}, and limits.only_unmetered is set", RETRY_S, "metered")
     return _held_by_time(known, limits)
 
 

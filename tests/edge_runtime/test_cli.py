@@ -80,6 +80,27 @@ def test_check_says_which_limits_are_in_force(agent, capsys):
     assert json.loads(run(agent, capsys, "check", "--json")[1])["limits"] == said
 
 
+def test_check_warns_of_limits_whose_fact_is_unknown(agent, capsys):
+    """With the cure; what agent.toml or the telemetry file says is known, and so is the interface to the broker."""
+    gauges, limits = agent / "gauges.json", "[limits]\nonly_when_charging = true\nonly_unmetered = true\n"
+    gauges.write_text("{}")
+    told = '[telemetry]\nfile = "gauges.json"\n'
+    link = "[link]\nmetered = false\n"
+    nowhere = AGENT.replace("mqtt://localhost:1883", "mqtts://no-such-host.invalid:8883")
+    (agent / "agent.toml").write_text(nowhere + limits + told)
+    code, out, _ = run(agent, capsys, "check")
+    warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+    unmetered = "warning: limits.only_unmetered declines every job: nothing here says whether the link is metered; set"
+    assert (code, unmetered in warnings[-1]) == (0, True)
+    said = json.loads(run(agent, capsys, "check", "--json")[1])["warnings"]
+    assert [f"warning: {line}" for line in said] == warnings
+    gauges.write_text('{"on_external_power": false}')
+    (agent / "agent.toml").write_text(nowhere + limits + told + link)
+    assert "warning" not in run(agent, capsys, "check")[1]
+    (agent / "agent.toml").write_text(AGENT + limits + told)  # over the loopback nothing is metered
+    assert "warning" not in run(agent, capsys, "check")[1]
+
+
 def test_check_refuses_a_state_folder_that_run_would_refuse(agent, capsys):
     """A file in its place, or a spool of newer software; a folder that is not there yet is no fault, and not made."""
     assert run(agent, capsys, "check")[0] == 0

@@ -318,6 +318,27 @@ def test_a_job_that_the_owner_forbids_is_declined_with_its_reason(world, tmp_pat
     world.until(lambda: world.requests)
 
 
+def test_a_limit_whose_fact_is_unknown_is_told_and_declines(world, tmp_path, caplog):
+    """An owner who asked for external power does not pay for what the device cannot know: one warning with the cure,
+    and no job, until a script says it."""
+    gauges = tmp_path / "gauges.json"
+    gauges.write_text('{"temperature_c": 20}')
+    limits = LimitsConfig(only_when_charging=True)
+    agent = world.agent(limits=limits, telemetry=TelemetryConfig(file=str(gauges)))
+    if agent.conditions.known({}).on_external_power is not None:
+        pytest.skip("this machine knows what powers it")
+    world.until(lambda: world.states and world.heartbeats)
+    agent._on_up()
+    assert caplog.text.count("limits.only_when_charging declines every job: nothing here says whether external") == 1
+    assert messages.DECLINES[world.heartbeats[-1].declines] == "charging"
+    world.tell(world.job())
+    world.until(lambda: world.heard(messages.JobStatus))
+    assert world.heard(messages.JobStatus)[0].reason.startswith("external power is unknown here")
+    gauges.write_text('{"on_external_power": true}')
+    world.tell(world.job())
+    world.until(lambda: world.requests)
+
+
 def test_a_job_that_is_too_slow_here_is_declined_once_its_steps_are_known(world):
     """The first job teaches what a step takes; a later one that cannot meet its deadline goes back, one that can does
     not. What the link carries is learnt, too."""

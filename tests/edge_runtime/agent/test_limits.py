@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.agent.config import LimitsConfig
 from edge_runtime.agent.hours import LocalTime
+from edge_runtime.agent.limit_facts import unknown_facts
 from edge_runtime.agent.limits import Known, Rate, cost_of, decline, held, in_force, standing_steps
 from edge_runtime.messages import BlobRef, Job, ModelRef, Standing
 
@@ -50,10 +51,16 @@ NOW = [  # limits, what is known, limit, words of the reason, seconds
     ({"min_free_memory_mb": 100}, {"free_memory_bytes": 101e6}, None, "", 0),
     ({"only_when_charging": True}, {"on_external_power": False}, "charging", "limits.only_when_charging", 900),
     ({"only_when_charging": True}, {"on_external_power": True}, None, "", 0),
-    ({"only_when_charging": True}, {}, None, "", 0),
+    (
+        {"only_when_charging": True},
+        {},
+        "charging",
+        "external power is unknown here, and limits.only_when_charging",
+        900,
+    ),
     ({"only_unmetered": True}, {"link_metered": True}, "metered", "limits.only_unmetered", 900),
     ({"only_unmetered": True}, {"link_metered": False}, None, "", 0),
-    ({"only_unmetered": True}, {}, None, "", 0),
+    ({"only_unmetered": True}, {}, "metered", "is unknown here, and limits.only_unmetered is set", 900),
     ({"hours": "22:00-06:00"}, {"local": NOON}, "hours", "12:00 is outside limits.hours = 22:00-06:00", 36_000),
     ({"hours": "22:00-06:00, 11:30-12:01"}, {"local": NOON}, None, "", 0),
     ({"hours": "22:00-06:00"}, {}, None, "", 0),
@@ -68,7 +75,8 @@ NOW = [  # limits, what is known, limit, words of the reason, seconds
 
 @pytest.mark.parametrize(("limits", "known", "limit", "said", "for_s"), NOW)
 def test_a_limit_forbids_all_training_by_name(limits, known, limit, said, for_s):
-    """Only a limit that is set and a value that is known forbid training; the reason names figure and key."""
+    """Only a limit that is set forbids training, and an unknown value only where the owner would pay for it (power, the
+    link); the reason names figure and key."""
     found = held(Known(**known), LimitsConfig(**limits))
     if limit is None:
         assert found is None
@@ -206,6 +214,30 @@ def test_cost_is_what_is_known_of_it():
 def test_a_device_chooses_as_many_steps_as_it_can_afford(limits, known, fields, steps):
     """All, half, a quarter ... of the steps: what battery, day, heat and hours leave room for, or none."""
     assert standing_steps(standing(**fields), Known(**known), LimitsConfig(**limits)) == steps
+
+
+def test_owners_are_warned_of_limits_whose_fact_is_unknown():
+    """One line for each, with its cure: those that decline every job, and those that do not hold."""
+    every = LimitsConfig(
+        only_when_charging=True,
+        only_unmetered=True,
+        battery_reserve_percent=20.0,
+        max_temperature_c=80.0,
+        hours="22:00-06:00",
+    )
+    power, link, battery, heat, hours = unknown_facts(Known(), every)
+    for line, key, cure in ((power, "only_when_charging", "on_external_power"), (link, "only_unmetered", "[link]")):
+        assert line.startswith(f"limits.{key} declines every job: ")
+        assert cure in line
+    for line, key, cure in (
+        (battery, "battery_reserve_percent", "battery_percent, in the file that [telemetry] file names"),
+        (heat, "max_temperature_c", "temperature_c"),
+        (hours, "hours", "time synchronisation"),
+    ):
+        assert line.startswith(f"limits.{key} does not hold: ")
+        assert cure in line
+    known = Known(on_external_power=False, link_metered=True, battery_percent=5.0, temperature_c=90.0, local=NOON)
+    assert unknown_facts(known, every) == unknown_facts(Known(), LimitsConfig()) == []
 
 
 def test_limits_in_force_are_listed():

@@ -44,8 +44,8 @@ def main() -> int:
         draw(panel, [run for run in runs if run["dataset"] == dataset], policies)
         panel.set_title(dataset, fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0.0, 0.11, 1.0, 1.0))
+    figure.legend(handles, labels, loc="lower center", ncol=3 * len(datasets), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0.0, 0.16 if len(datasets) == 1 else 0.09, 1.0, 1.0))
     figure.savefig(options.output, dpi=110, metadata={"Software": None})
     return 0
 

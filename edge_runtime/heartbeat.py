@@ -51,7 +51,7 @@ def heartbeat_of(
         bundle_sha256: that the step's figures are of; empty: of whatever is trained.
         step_s: seconds of one training step.
         step_joules: of one training step.
-        availability: how likely the device could train during the next hour, 0 to 1.
+        availability: how likely the device can take part during the next hour, 0 to 1.
         data_left_bytes: of the owner's cap for this month.
         joules_left: of the owner's limit for this day.
     """

@@ -1,19 +1,21 @@
-"""How likely this device can train at an hour of the week, from its own history.
+"""How likely this device can take part at an hour of the week, from its own history.
 
 For every hour of the week an exponentially weighted share of the time in which the device could have trained, and the
-weight of what was seen of it; kept in 337 bytes. Hours that were seen little lean on the share of all hours. Time and
-place in the week come in as arguments, so a clock that jumps adds nothing.
+weight of what was seen of it; kept in 337 bytes. It could not while a limit forbade it, while there was no connection,
+and while it was off. Hours that were seen little lean on the share of all hours. Time and place in the week come in as
+arguments, so a clock that jumps adds nothing.
 """
 
 from __future__ import annotations
 
-from edge_runtime.agent.hours import HOUR_S
+from edge_runtime.agent.hours import DAY_S, HOUR_S
 
 HOURS = 168
 FORGETS = 0.3  # of a fully seen hour, how much of what was seen before
 PRIOR_HOURS = 1.0  # of the share of all hours, that every hour's share is mixed with
 LONGEST_S = HOUR_S  # a longer stretch between two looks is a jump of the clock, or a device that slept
 FOLDED_S = 300.0  # less of an hour is too little to be written down
+WEEK_S = 7 * DAY_S
 _VERSION = 1
 _MOST = 1.0 / FORGETS  # hours that a weight can reach
 
@@ -39,7 +41,7 @@ class Availability:
         Args:
             clock_unix_s: the device's clock.
             week_second: local, from Monday's midnight; None: the clock was never set.
-            could: whether a job would be taken now.
+            could: whether a job would come, and be taken, now.
         """
         last, self._last = self._last, None if week_second is None else (clock_unix_s, week_second, could)
         if last is None:
@@ -47,12 +49,21 @@ class Availability:
         passed_s = clock_unix_s - last[0]
         if not 0.0 < passed_s <= LONGEST_S:
             return
-        hour = int(last[1] // HOUR_S) % HOURS
-        if hour != self._hour:
-            self._fold()
-            self._hour = hour
-        self._seen_s += passed_s
-        self._could_s += passed_s if last[2] else 0.0
+        self._add(last[1], passed_s, could=last[2])
+
+    def was_off(self, week_second: float, off_s: float) -> None:
+        """The device was off, so it could not train; of a longer time the last week counts.
+
+        Args:
+            week_second: when it was on again; local, from Monday's midnight.
+            off_s: for how long it had been off.
+        """
+        left_s = min(off_s, WEEK_S)
+        while left_s > 1e-3:
+            at_s = (week_second - left_s) % WEEK_S
+            part_s = min(left_s, HOUR_S - at_s % HOUR_S)
+            self._add(at_s, part_s, could=False)
+            left_s -= part_s
 
     def predict(self, week_second: float, horizon_s: float = HOUR_S) -> float | None:
         """The share of the time from now on in which the device will probably be able to train, 0 to 1.
@@ -79,6 +90,14 @@ class Availability:
         if self._seen_s >= FOLDED_S:
             self._fold()
         return bytes((_VERSION, *self._shares, *self._weights))
+
+    def _add(self, week_second: float, seconds: float, *, could: bool) -> None:
+        hour = int(week_second // HOUR_S) % HOURS
+        if hour != self._hour:
+            self._fold()
+            self._hour = hour
+        self._seen_s += seconds
+        self._could_s += seconds if could else 0.0
 
     def _share(self, hour: int, overall: float) -> float:
         weight, could = self._mixed(hour)

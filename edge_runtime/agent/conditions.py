@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_runtime.agent.config import AgentConfig
+    from edge_runtime.agent.hours import LocalTime
     from edge_runtime.agent.limits import Decline
     from edge_runtime.messages import EnergyUse, Heartbeat, Telemetry
     from edge_runtime.transport.link import Link
@@ -48,6 +49,7 @@ class _Memory(msgspec.Struct, kw_only=True):
     usage: Usage = msgspec.field(default_factory=Usage)
     rates: StepRates = msgspec.field(default_factory=StepRates)
     availability: bytes = b""
+    saved_unix_s: float | None = None  # by a clock that could be believed
     up_kbit_s: float | None = None
     down_kbit_s: float | None = None
 
@@ -60,12 +62,20 @@ class Conditions:
         clock: unix time in seconds, as the device has it.
         monotonic: seconds, by a clock that nobody sets.
         root: below which files of the system are looked up.
+        synchronised: whether something keeps ``clock`` right; None: unknown.
     """
 
     def __init__(
-        self, config: AgentConfig, *, clock: Callable[[], float], monotonic: Callable[[], float], root: Path
+        self,
+        config: AgentConfig,
+        *,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+        root: Path,
+        synchronised: Callable[[], bool | None] = telemetry.clock_synchronised,
     ) -> None:
         self._config, self._clock, self._monotonic, self._root = config, clock, monotonic, root
+        self._synchronised = synchronised
         self._path = Path(config.state_dir) / _FILE
         self._memory = _read(self._path)
         self._availability = Availability(self._memory.availability)
@@ -75,7 +85,8 @@ class Conditions:
         self._told = NOTHING
         self._started_s = time.monotonic()
         self._measured: Telemetry | None = None
-        self._measured_s = self._ticked_s = self._saved_s = monotonic()
+        self._measured_s = self._ticked_s = self._saved_s = self._began_s = monotonic()
+        self._off_since_unix_s = self._memory.saved_unix_s  # until it is counted as time in which nothing could be done
         self._link_bytes, self._unsaved_bytes = (0, 0), 0
         self._battery_wh = config.energy.battery_wh or battery_wh(root)
         metered = config.link.metered
@@ -165,10 +176,11 @@ class Conditions:
 
         Args:
             link: counts its bytes.
-            could: whether a job would be taken now.
+            could: whether a job would come, and be taken, now.
         """
         now, clock = self._monotonic(), self._clock()
         local = local_time(clock)
+        self._count_off(clock, local)
         self._memory.usage.passed(local, now - self._ticked_s)
         self._ticked_s = now
         counted = (link.sent_bytes, link.received_bytes)
@@ -209,11 +221,27 @@ class Conditions:
         """Writes what the next start needs; where that fails it is tried again later."""
         self._saved_s, self._unsaved_bytes = self._monotonic(), 0
         self._memory.availability = self._availability.pack()
+        clock = self._clock()
+        self._memory.saved_unix_s = clock if self._is_believed(local_time(clock)) else None
         self._memory.up_kbit_s, self._memory.down_kbit_s = self.up.kbit_s, self.down.kbit_s
         try:
             write_durably(self._path, msgspec.msgpack.encode(self._memory))
         except StorageError as error:
             log.error("%s", error)  # noqa: TRY400 - one line, the user's disk is full
+
+    def _is_believed(self, local: LocalTime | None) -> bool:
+        """Not a clock that was never set, nor one that goes on from where it stood when the device went off."""
+        return local is not None and self._synchronised() is not False
+
+    def _count_off(self, clock: float, local: LocalTime | None) -> None:
+        """Once, as soon as the clock can be believed: between the last save and the start this device was off."""
+        if self._off_since_unix_s is None or local is None or not self._is_believed(local):
+            return
+        ran_s = self._monotonic() - self._began_s
+        off_s = clock - ran_s - self._off_since_unix_s
+        self._off_since_unix_s = None
+        if off_s > 0.0:
+            self._availability.was_off(local.week_second - ran_s, off_s)
 
     def _measure(self) -> Telemetry:
         """What is measured now, with what the file says in its place."""

@@ -466,7 +466,7 @@ class Agent:
     def _tick(self) -> None:
         now = self.loop.now()
         self.joules.tick()
-        self.conditions.tick(self.link, could=not self.state.paused)
+        self.conditions.tick(self.link, could=self.link.is_up and not self.state.paused)
         if self._watches:
             self._check_limits()
         if self.link.is_up and now >= self._next_heartbeat_s:

@@ -74,18 +74,43 @@ def test_the_table_survives_a_restart_in_little_space():
     assert Availability(b"\x07" + data[1:]).predict(0.0) is None
 
 
+def test_hours_that_a_device_is_off_count_against_it():
+    """Whoever runs in the evenings only can take part in the evenings: not whenever it was seen."""
+    table, evening = Availability(), 18 * H
+    for day in range(14):
+        live(table, 4, lambda _hour: True, day * 86_400.0 + evening)
+        table.was_off((day + 1) * 86_400.0 % WEEK + evening, 20 * H)
+        table = Availability(table.pack())
+    assert table.predict(19 * H) > 0.6
+    assert table.predict(9 * H) < 0.15
+
+
+def test_of_a_long_absence_a_week_counts():
+    """A year in a drawer is a week of no; a moment is next to nothing."""
+    once, long, short = (Availability() for _ in range(3))
+    for table, off_s in ((once, WEEK), (long, 52 * WEEK), (short, 5.0)):
+        live(table, 168, lambda _hour: True)
+        table.was_off(1234.5, off_s)
+    assert once.pack() == long.pack()
+    assert all(once.predict(hour * H) < 0.8 for hour in range(168))
+    assert all(short.predict(hour * H) > 0.97 for hour in range(168))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     looks=st.lists(
         st.tuples(st.floats(-1e12, 1e12), st.none() | st.floats(0, WEEK, exclude_max=True), st.booleans()), max_size=60
     ),
+    off=st.lists(st.tuples(st.floats(-1e7, WEEK), st.floats(0, 1e9)), max_size=2),
     at=st.floats(0, WEEK, exclude_max=True),
     horizon=st.floats(1.0, 7 * H),
 )
-def test_a_prediction_is_a_share(looks, at, horizon):
+def test_a_prediction_is_a_share(looks, off, at, horizon):
     """Whatever clocks do, the prediction is unknown, or from 0 to 1."""
     table = Availability()
     for look in looks:
         table.seen(*look)
+    for back, off_s in off:
+        table.was_off(back, off_s)
     predicted = Availability(table.pack()).predict(at, horizon), table.predict(at, horizon)
     assert all(value is None or -1e-9 <= value <= 1 + 1e-9 for value in predicted)

@@ -35,6 +35,7 @@ class World:
 
     def __init__(self, folder: Path, **fields) -> None:
         self.folder, self.clock, self.monotonic, self.link = folder, NOON, 0.0, Counters()
+        self.synchronised: bool | None = True
         self.told = folder / "gauges.json"
         self.tell()
         self.config = AgentConfig(
@@ -52,7 +53,11 @@ class World:
     def start(self) -> Conditions:
         self.link = Counters()
         self.now = Conditions(
-            self.config, clock=lambda: self.clock, monotonic=lambda: self.monotonic, root=self.folder / "root"
+            self.config,
+            clock=lambda: self.clock,
+            monotonic=lambda: self.monotonic,
+            root=self.folder / "root",
+            synchronised=lambda: self.synchronised,
         )
         return self.now
 
@@ -105,6 +110,37 @@ def test_usage_and_rates_survive_a_restart(tmp_path):
     assert world.now.heartbeat().availability_percent == 0
     world.passes(DAY_S)
     assert world.now.known({}).joules_today == 0.0
+
+
+def availability_after(world: World, off_s: float, *, before_s: float = 0.0) -> int | None:
+    """What a device that could train for a day expects at this hour, after it was off.
+
+    Its clock, which stood meanwhile, is set right ``before_s`` after the start; before that nothing synchronises it.
+    """
+    for _ in range(24):
+        world.passes(3600.0)
+    world.now.save()
+    world.start()
+    if before_s:
+        world.synchronised = False
+        world.passes(before_s)
+        world.synchronised = True
+    world.passes(5.0, clock=5.0 + off_s)
+    return world.now.heartbeat().availability_percent
+
+
+def test_the_time_that_a_device_was_off_counts_against_it(tmp_path):
+    """From the last save to the start, also when the clock is set right only later; a restart costs nothing."""
+    folders = [tmp_path / name for name in ("restarted", "off", "late", "never", "back")]
+    for folder in folders:
+        folder.mkdir()
+    restarted, off, late, never, back = (World(folder) for folder in folders)
+    assert availability_after(restarted, 20.0) >= 99
+    assert availability_after(off, 3 * DAY_S) < 80
+    assert availability_after(late, 3 * DAY_S, before_s=90.0) < 80
+    never.synchronised = False
+    assert availability_after(never, 3 * DAY_S) == 100
+    assert availability_after(back, -3 * DAY_S) == 100
 
 
 def test_clocks_that_jump_change_nothing_that_was_used(tmp_path):

@@ -318,6 +318,17 @@ def test_a_job_that_the_owner_forbids_is_declined_with_its_reason(world, tmp_pat
     world.until(lambda: world.requests)
 
 
+def test_without_a_connection_a_device_is_not_there(loop, tmp_path):
+    """Ticks without a link count as time in which it could not take part."""
+    now = [1_798_714_800.0]
+    agent = Agent(config(tmp_path, url=f"mqtt://localhost:{free_port()}"), loop=loop, clock=lambda: now[0])
+    for _ in range(20):
+        agent._tick()
+        now[0] += 60.0
+    assert agent.conditions.heartbeat().availability_percent == 0
+    agent.close()
+
+
 def test_a_limit_whose_fact_is_unknown_is_told_and_declines(world, tmp_path, caplog):
     """An owner who asked for external power does not pay for what the device cannot know: one warning with the cure,
     and no job, until a script says it."""

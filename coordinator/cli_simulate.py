@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from coordinator.simulation.settings import StepSource
     from coordinator.simulation.traces import Traces
 
-_ASSUMED_STEP_S = 0.01  # where nothing is trained, so nothing can be measured
+_ASSUMED_STEP_MS = 10.0  # where nothing is trained, so nothing can be measured
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +67,10 @@ def simulate(options: argparse.Namespace) -> int:
         data = load_data(options.data)
         shares = share_out(data, options.partition, len(traces.devices), seed=options.seed, samples=wanted)
     faults = parse_faults(options.faults or "")
-    step_s, source = _step_s(options, plan, shares)
+    step_ms, source = _step_ms(options, plan, shares)
     settings = Settings(
         seed=options.seed,
-        step_s=step_s,
+        step_s=step_ms / 1000,
         step_source=source,
         leaving=options.leaving,
         keep_reserve=options.keep_reserve,
@@ -87,10 +87,10 @@ def simulate(options: argparse.Namespace) -> int:
     except (ConfigError, BundleError, DataError, PluginError):
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it can be had again
-        return _failed(error, options, step_s)
+        return _failed(error, options, step_ms)
     finally:
         executor.close()
-    return _tell(report, options, step_s)
+    return _tell(report, options, step_ms)
 
 
 def _traces(options: argparse.Namespace) -> Traces:
@@ -105,41 +105,44 @@ def _traces(options: argparse.Namespace) -> Traces:
     return synthetic(options.devices, options.seed)
 
 
-def _step_s(options: argparse.Namespace, plan: Plan, shares: Shares | None) -> tuple[float, StepSource]:
+def _step_ms(options: argparse.Namespace, plan: Plan, shares: Shares | None) -> tuple[float, StepSource]:
+    """What a step takes on the reference device; measured, to two digits: more of them say nothing."""
     if options.step_ms is not None:
-        return options.step_ms / 1000, "given"
+        return options.step_ms, "given"
     if shares is None:
-        return _ASSUMED_STEP_S, "assumed"
+        return _ASSUMED_STEP_MS, "assumed"
     from coordinator.simulation.training import measure_step_s
 
-    return measure_step_s(plan, shares), "measured"
+    return float(f"{1000 * measure_step_s(plan, shares):.2g}"), "measured"
 
 
-def _tell(report: SimulationReport, options: argparse.Namespace, step_s: float) -> int:
+def _tell(report: SimulationReport, options: argparse.Namespace, step_ms: float) -> int:
+    """Prints the report, and the one command that gives it again, whatever came of the run."""
     from coordinator.simulation import as_json, as_text
 
     if options.json:
-        print_json({**as_json(report), "replay": _command(options, step_s)})
+        print_json({**as_json(report), "replay": _command(options, step_ms)})
     else:
         print(as_text(report))
+        print(f"replay: {_command(options, step_ms)}")
     return 1 if report.status == "failed" else 0
 
 
-def _failed(error: Exception, options: argparse.Namespace, step_s: float) -> int:
+def _failed(error: Exception, options: argparse.Namespace, step_ms: float) -> int:
     from coordinator.simulation import BrokenRuleError
 
     if not isinstance(error, BrokenRuleError):
         traceback.print_exception(error)
     line = " ".join(str(error).split()) or type(error).__name__
     print(f"edge-coordinator: the simulated run broke: {line}", file=sys.stderr)
-    print(f"replay: {_command(options, step_s)}", file=sys.stderr)
+    print(f"replay: {_command(options, step_ms)}", file=sys.stderr)
     return 1
 
 
-def _command(options: argparse.Namespace, step_s: float) -> str:
+def _command(options: argparse.Namespace, step_ms: float) -> str:
     """The command that gives the same run again, wherever and by however many processes."""
     parts = ["edge-coordinator", "simulate", str(options.plan), "--seed", str(options.seed)]
-    parts += ["--step-ms", repr(step_s * 1000)]
+    parts += ["--step-ms", repr(step_ms)]
     for name in ("devices", "traces", "data", "partition", "leaving", "limit_hours", "faults"):
         value = getattr(options, name)
         if value is not None:

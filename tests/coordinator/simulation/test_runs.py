@@ -197,6 +197,28 @@ def test_what_breaks_is_replayed_by_one_command(tmp_path, monkeypatch, capsys):
     assert broke in capsys.readouterr().err
 
 
+def test_a_run_that_failed_is_replayed_by_one_command(tmp_path, capsys):
+    """A round that nobody answers ends the run as failed; the command to see it again comes with the report."""
+    toy_bundle.write_bundle(tmp_path / "toy.bundle")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'name = "toy"\nbundle = "toy.bundle"\ndataset = "d"\nrounds = 3\n[participation]\ntarget = 3\nattempts = 1\n'
+        'deadline_s = 1.0\n[training]\nsteps = 2\n[uplink]\ncodec = "raw"\n[downlink]\ncodec = "raw"\n'
+    )
+    command = ["simulate", str(plan), "--devices", "20", "--no-training", "--seed", "4", "--step-ms", "60000"]
+    assert main(command) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert any("toy-1 failed" in line for line in said)
+    again = shlex.split(said[-1].removeprefix("replay: edge-coordinator "))
+    assert again[:2] == ["simulate", str(plan)]
+    assert main(again) == 1
+    repeated = capsys.readouterr().out.splitlines()
+    times = ("s here", " a second")  # of this machine
+    assert [line for line in repeated if not line.endswith(times)] == [
+        line for line in said if not line.endswith(times)
+    ]
+
+
 def test_the_command_reports_as_text_and_json(tmp_path, capsys):
     """The same plan file as production; a table for people, one object for programs."""
     toy_bundle.write_bundle(tmp_path / "toy.bundle")
@@ -212,6 +234,13 @@ def test_the_command_reports_as_text_and_json(tmp_path, capsys):
     assert "toy-1 finished" in said
     assert "from the device model" in said
     assert "(measured)" in said
+    step_ms = said.split("--step-ms ")[1].split()[0]
+    assert float(step_ms) == float(f"{float(step_ms):.2g}")
+    assert f"a step of the reference device: {float(step_ms):.3g} ms (measured)" in said
+    again = shlex.split(said.splitlines()[-1].removeprefix("replay: edge-coordinator "))
+    assert main([*again, "--processes", "1"]) == 0
+    table = said.split(" finished after")[0]
+    assert capsys.readouterr().out.startswith(table)
     assert main([*command, "--json", "--step-ms", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [version["version"] for version in found["versions"]] == [0, 1, 2, 3]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from coordinator import events as e
 from coordinator.budget import FLOAT_BYTES, update_budget
-from coordinator.histories import note_asked
+from coordinator.histories import note_asked, note_failed
 from coordinator.scheduling import Outcome, RoundRequest
 from coordinator.wording import counted
 
@@ -27,53 +27,69 @@ CROWD = 1000  # candidates; to select among so many takes some ms, and a whole s
 CROWD_PAUSE_S = 0.5  # then the places that become free meanwhile are given on together
 
 
-def candidates(state: RunState, work: Work, fleet: FleetView) -> list[str]:
+def candidates(state: RunState, work: Work, fleet: FleetView, least: int = 0) -> list[str]:
     """Eligible devices with nothing to do in this run that may be asked now, sorted.
 
     In a run with rounds each is asked once per attempt. A device whose update waits for its verdict is left out: it
     starts no other job of the run before that (what it did not send is known only then), and its update counts in this
-    round. Devices that declined or failed are left out until they are to be asked again. O(1) where nothing changed
-    since nobody was there.
+    round. Devices that declined or failed are left out until they are to be asked again; where that leaves fewer than
+    ``least``, those that failed come in before that. O(1) where nothing changed since nobody was there.
     """
     clock = state.clock
     there = (fleet.arrivals(state.need), clock.freed)
     if clock.nobody is not None and clock.nobody[:2] == there and work.now < clock.nobody[2]:
-        return []
-    taken = _taken(state, work.now)
-    found = [name for name in fleet.names(state.need) if name not in taken]
-    if found:
+        found: list[str] = []
+    else:
         clock.nobody = None
-        return found
-    ends = (row.not_before_unix_s for row in state.histories.values() if row.not_before_unix_s > work.now)
-    clock.nobody = (*there, min(ends, default=math.inf))
+        found = _without(_taken(state, work.now), state, fleet)
+        if not found:
+            paused = [row for row in state.histories.values() if row.not_before_unix_s > work.now]
+            ends = min((row.not_before_unix_s for row in paused), default=math.inf)
+            clock.nobody = (*there, ends, not all(row.declined for row in paused))
+    if len(found) < least and (clock.nobody is None or clock.nobody[3]):
+        return _without(_taken(state, work.now, failed=False), state, fleet)
     return found
 
 
-def _taken(state: RunState, now: float) -> set[str]:
-    """Devices that may not be asked now."""
+def _without(taken: set[str], state: RunState, fleet: FleetView) -> list[str]:
+    return [name for name in fleet.names(state.need) if name not in taken]
+
+
+def _taken(state: RunState, now: float, *, failed: bool = True) -> set[str]:
+    """Devices that may not be asked now, with or without those that are left alone since they failed."""
     asked = state.asked if state.mode == "synchronous" else ()
     waiting = (update.device for update in state.pending)
-    left_alone = (name for name, row in state.histories.items() if row.not_before_unix_s > now)
+    left_alone = (
+        name for name, row in state.histories.items() if row.not_before_unix_s > now and (failed or row.declined)
+    )
     return {*state.busy, *asked, *waiting, *left_alone}
 
 
-def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: int) -> tuple[int, int]:
-    """Asks up to ``count`` of the devices that are free; returns how many, and for how many the selector was asked."""
+class Asked(NamedTuple):
+    """Devices that were asked, how many were sought, and the updates that the selector wants (None: the plan's)."""
+
+    chosen: int
+    sought: int
+    wanted: int | None = None
+
+
+def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: int) -> Asked:
+    """Asks up to ``count`` of the devices that are free."""
     from coordinator.scheduling.explaining import Report, pack  # numpy: only where runs are run
 
     run = state.run
     if not free or count <= 0:
-        return 0, 0
+        return Asked(0, 0)
     memory = dict(run.selector_memory)
-    request = _request(state, free, min(count, len(free)), memory)
+    request = _request(state, work.now, free, min(count, len(free)), memory)
     selection = state.selector.select(work.now, fleet, request)
     run.selector_memory = memory
-    eligible, taken = fleet.eligible(state.need), _taken(state, work.now)
-    busy = why_busy(state, work.now, taken.intersection(eligible))
+    left = set(free)
+    busy = why_busy(state, work.now, set(fleet.eligible(state.need)) - left)
     chosen: dict[str, Choice] = {}
     for choice in selection.choices[: request.count]:
-        if choice.device in eligible and choice.device not in taken:  # nobody twice, and nobody who is not free
-            taken.add(choice.device)
+        if choice.device in left:  # nobody twice, and nobody who is not free
+            left.discard(choice.device)
             chosen[choice.device] = choice
     mean = _mean_samples(state, fleet)
     for choice in chosen.values():
@@ -93,7 +109,7 @@ def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: i
     )
     run.next_selection += 1
     work.save(run, row)
-    return len(chosen), request.count
+    return Asked(len(chosen), request.count, selection.wanted)
 
 
 def why_busy(state: RunState, now: float, devices: Iterable[str]) -> dict[str, str]:
@@ -108,7 +124,7 @@ def why_busy(state: RunState, now: float, devices: Iterable[str]) -> dict[str, s
         elif device in waiting:
             reasons[device] = "its update waits for the next model"
         elif history is not None and history.not_before_unix_s > now:
-            why = f"failed {counted(history.failures, 'time')} in a row" if history.failures else "declined"
+            why = "declined" if history.declined else f"failed {counted(history.failures, 'time')} in a row"
             reasons[device] = f"{why}, left alone for another {history.not_before_unix_s - now:.0f} s"
         else:
             reasons[device] = "was asked in this attempt already"
@@ -124,6 +140,14 @@ def observe(state: RunState, work: Work, device: str, outcome: Outcome) -> None:
         work.save(state.run)
 
 
+def blame(state: RunState, work: Work, row: e.AssignmentRow, reason: str) -> None:
+    """An assignment brought no update that counts: the device's history and the selector learn it, once."""
+    history = state.history(row.device)
+    note_failed(history, work.now, state.patience_s)
+    work.save(history)
+    observe(state, work, row.device, Outcome(assignment=row, reason=reason))
+
+
 def due(row: e.AssignmentRow) -> list[e.Effect]:
     """What tells a device its open assignment, or tells it again."""
     standing: list[e.Effect] = [e.SendStanding(copy.copy(row))] if row.standing else []
@@ -137,11 +161,8 @@ def repeat_jobs(state: RunState, work: Work) -> None:
             work.out += due(row)
 
 
-def _request(state: RunState, free: list[str], count: int, memory: dict[str, float]) -> RoundRequest:
+def _request(state: RunState, now: float, free: list[str], count: int, memory: dict[str, float]) -> RoundRequest:
     run = state.run
-    late = sum(
-        row.status == "open" and not row.away and row.version < run.version for row in state.assignments.values()
-    )
     return RoundRequest(
         run=run.run,
         round_=run.round,
@@ -155,8 +176,18 @@ def _request(state: RunState, free: list[str], count: int, memory: dict[str, flo
         bundle=bytes.fromhex(run.bundle.sha256[:8]),
         up_bytes=_up_bytes(state),
         down_bytes=_down_bytes(state),
-        expected_late=late,
+        expected_late=_late(state, now),
     )
+
+
+def _late(state: RunState, now: float) -> list[tuple[float, float | None]]:
+    """Jobs of earlier versions that are still open: seconds since each was given, and those that its device takes."""
+    late = []
+    for row in state.assignments.values():
+        if row.status == "open" and not row.away and row.version < state.run.version:
+            history = state.histories.get(row.device)  # none of a run that an older version began
+            late.append((max(0.0, now - row.assigned_unix_s), None if history is None else history.elapsed_s))
+    return late
 
 
 def _assign(state: RunState, work: Work, fleet: FleetView, choice: Choice, mean_samples: float | None) -> None:
@@ -185,6 +216,7 @@ def _assign(state: RunState, work: Work, fleet: FleetView, choice: Choice, mean_
         role=role,
         standing=standing,
         sequence=-1 if standing else 0,
+        selection=run.next_selection,
     )
     run.next_assignment += 1
     history = state.history(choice.device)

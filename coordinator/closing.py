@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from coordinator import events as e
-from coordinator.asking import outcome
+from coordinator.asking import blame, outcome
 from edge_runtime.messages import Evaluation
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def advance(state: RunState, work: Work, event: e.Aggregated) -> None:
         work.save(state.table[device])
     run.version += 1
     run.round += 1
-    run.attempt = run.places = 0
+    run.attempt = run.places = run.wanted = 0
     run.select_after_unix_s = 0.0
     run.hyper = event.hyper
     run.bytes_complete = True
@@ -131,15 +131,18 @@ def _tell_selector(state: RunState, work: Work, chosen: list[e.UpdateRow]) -> No
 
 
 def _drop_stale(state: RunState, work: Work) -> None:
+    """Ends what cannot count any more: whoever never answered, or always too late, has failed like one that says so."""
     oldest = state.run.version - state.plan.participation.max_staleness
     reason = "stale: its update could not count any more"
     for row in state.assignments.values():
         if row.status == "open" and row.version < oldest:
             if not row.standing:
                 _cancel(state, work, row, reason)
+                blame(state, work, row, reason)
             elif row.pulled:
                 state.end_pull(row, reason)
                 work.save(row)
+                blame(state, work, row, reason)
     state.prune()
 
 
@@ -195,7 +198,8 @@ def _combine(parts: Iterable[Evaluation | None]) -> Evaluation | None:
     known = [part for part in parts if part is not None and part.samples]
     if not known:
         return None
-    counted = all(part.correct is not None for part in known)
+    counted = [part for part in known if part.correct is not None]  # who counts none takes them from nobody
+    known = counted or known
     return Evaluation(
         samples=sum(part.samples for part in known),
         loss_sum=math.fsum(part.loss_sum for part in known),

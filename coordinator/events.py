@@ -41,7 +41,8 @@ class RunRow(msgspec.Struct, kw_only=True):
     ``selector_memory`` is what the selector remembers beside the histories of devices. ``hyper`` are hyper-parameters
     that the server optimiser sets for the jobs of this version, over those of the plan. ``places`` are the devices that
     the round wants at work (0: none asked yet), fewer than usual where the selector chose fewer; then it is not asked
-    again before ``select_after_unix_s``. ``next_selection`` numbers the selections of the run.
+    again before ``select_after_unix_s``. ``wanted`` are the updates that the selector wants to close the round (0: it
+    did not say). ``next_selection`` numbers the selections of the run.
     """
 
     run: str
@@ -73,6 +74,7 @@ class RunRow(msgspec.Struct, kw_only=True):
     selector_memory: dict[str, float] = {}
     hyper: dict[str, float] = {}
     places: int = 0
+    wanted: int = 0
     select_after_unix_s: float = 0.0
     next_selection: int = 0
 
@@ -86,6 +88,7 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     may be asked in its place; its update still counts. A ``standing`` assignment stays open until the run ends:
     ``sequence`` is the number of the update that its device pulled last (-1: none yet), ``version``, ``model``,
     ``steps`` and the times are those of that pull, and ``pulled`` says whether its update is still to come.
+    ``selection`` is the number of the selection that chose it (-1: of an older version, which numbered none).
     """
 
     run: str
@@ -112,6 +115,7 @@ class AssignmentRow(msgspec.Struct, kw_only=True):
     standing: bool = False
     sequence: int = 0
     pulled: bool = False
+    selection: int = -1
 
 
 class UpdateRow(msgspec.Struct, kw_only=True):
@@ -134,11 +138,12 @@ class UpdateRow(msgspec.Struct, kw_only=True):
 class HistoryRow(msgspec.Struct, kw_only=True):
     """What a run knows of a device from its earlier jobs; selectors read it, only the round machine writes it.
 
-    ``asked`` and ``counted`` are jobs given and updates taken in; ``failures`` of them in a row, without those that the
-    device declined. ``last_round``: when it was asked last (-1: never). ``loss_rms`` and ``samples`` are of its last
-    update. ``elapsed_s`` (from job to update) and ``step_s``, ``step_j`` (of training, as its updates said) are moving
-    averages, None before the first. ``queue_j`` is the virtual energy queue. It declined, or failed, and is not asked
-    before ``not_before_unix_s``.
+    ``asked`` and ``counted`` are jobs given and updates taken in; ``failures`` of them in a row (jobs that brought no
+    update that counts, said or unsaid), without those that the device declined. ``last_round``: when it was asked last
+    (-1: never). ``loss_rms`` and ``samples`` are of its last update. ``elapsed_s`` (from job to update) and ``step_s``,
+    ``step_j`` (of training, as its updates said) are moving averages, None before the first. ``queue_j`` is the virtual
+    energy queue. It declined (``declined``), or failed, and is not asked before ``not_before_unix_s``; after failures
+    earlier, where too few others are left.
     """
 
     run: str
@@ -154,6 +159,7 @@ class HistoryRow(msgspec.Struct, kw_only=True):
     step_j: float | None = None
     queue_j: float = 0.0
     not_before_unix_s: float = 0.0
+    declined: bool = False
 
 
 class SelectionRow(msgspec.Struct, kw_only=True):

@@ -46,10 +46,8 @@ def explanation(store: Store, run: str, round_: int, device: str | None = None) 
     rows = store.selections(run, round_)
     if not rows:
         raise ConfigError(_why_none(stored, round_))
-    assignments: dict[tuple[str, float | None], AssignmentRow] = {
-        **{(row.device, None): row for row in store.standing_assignments(run)},
-        **{(row.device, row.assigned_unix_s): row for row in store.assignments(run, round_) if not row.standing},
-    }
+    given = [*store.standing_assignments(run), *store.assignments(run, round_)]  # a pull moves a standing one on
+    assignments = {(row.device, row.selection): row for row in given}
     updates: dict[str, list[UpdateRow]] = {}
     for update in store.updates_of_round(run, round_):
         updates.setdefault(update.update.assignment, []).append(update)
@@ -86,7 +84,7 @@ def explanation_lines(told: list[dict[str, Any]], run: str) -> list[str]:
 def _selection(
     row: SelectionRow,
     report: Report,
-    assignments: dict[tuple[str, float | None], AssignmentRow],
+    assignments: dict[tuple[str, int], AssignmentRow],
     updates: dict[str, list[UpdateRow]],
     device: str | None,
 ) -> dict[str, Any]:
@@ -102,7 +100,7 @@ def _selection(
         entry.update(dict.fromkeys(_OF_CHOSEN))
         if choice is not None:
             entry.update(_work(choice))
-            assignment = assignments.get((name, row.at_unix_s)) or assignments.get((name, None))
+            assignment = assignments.get((name, row.number))
             if assignment is not None:
                 entry["role"] = assignment.role
                 entry["byte_budget"] = assignment.byte_budget

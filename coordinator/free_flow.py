@@ -14,10 +14,11 @@ The run fails when jobs are out, or failed, and nothing came for ``attempts`` de
 from __future__ import annotations
 
 import copy
+import heapq
 from typing import TYPE_CHECKING
 
 from coordinator import events as e
-from coordinator.asking import ask, candidates, due, renewed_budget, repeat_jobs
+from coordinator.asking import ask, blame, candidates, due, renewed_budget, repeat_jobs
 from coordinator.closing import close, finish
 from coordinator.histories import note_asked
 from coordinator.plan import step_bounds
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def flow(state: RunState, work: Work, fleet: FleetView) -> None:
     """Moves a run without rounds on as far as it can go now."""
     run, rules = state.run, state.plan.participation
+    _answer_early(state, work)
     if run.phase == "selecting":
         if len(fleet.eligible(state.need)) < rules.minimum:
             return
@@ -47,8 +49,8 @@ def flow(state: RunState, work: Work, fleet: FleetView) -> None:
     wanted = state.places - state.at_work
     if wanted > 0 and work.now >= run.select_after_unix_s:
         idle = not state.at_work
-        asked, _ = ask(state, work, fleet, candidates(state, work, fleet), wanted)
-        if asked and idle:
+        asked = ask(state, work, fleet, candidates(state, work, fleet), wanted)
+        if asked.chosen and idle:
             _start_waiting(state, work)
     if there >= rules.minimum and not _at_work(state):
         soon = work.now + state.patience_s
@@ -56,7 +58,7 @@ def flow(state: RunState, work: Work, fleet: FleetView) -> None:
             run.deadline_unix_s = soon
             work.save(run)
     if work.now >= run.deadline_unix_s:
-        _silence(state, work, there)
+        _silence(state, work, fleet, there)
 
 
 def note_arrival(state: RunState, work: Work) -> None:
@@ -89,11 +91,35 @@ def pulled(state: RunState, work: Work, event: e.Pulled) -> None:
     elif event.sequence <= row.sequence:
         work.out += due(row)  # tells the number that comes next
     elif state.run.phase != "done":
-        _begin(state, work, row, event)
+        interval_s = state.plan.participation.interval_s
+        if row.sequence >= 0 and work.now < row.assigned_unix_s + interval_s:
+            _answer_later(state, event, row.assigned_unix_s + interval_s)
+        else:
+            _begin(state, work, row, event)
+
+
+def _answer_later(state: RunState, event: e.Pulled, due_s: float) -> None:
+    """The interval since the pull before is not over: the job comes when it is."""
+    clock = state.clock
+    if event.assignment not in clock.early:
+        heapq.heappush(clock.early_due, (due_s, event.assignment))
+    clock.early[event.assignment] = event
+
+
+def _answer_early(state: RunState, work: Work) -> None:
+    """Answers the pulls that came too early and are due now; a device that left meanwhile says its own again."""
+    clock = state.clock
+    while clock.early_due and clock.early_due[0][0] <= work.now:
+        event = clock.early.pop(heapq.heappop(clock.early_due)[1])
+        device = work.fleet.get(event.device)
+        if device is not None and device.online:
+            pulled(state, work, event)
 
 
 def _begin(state: RunState, work: Work, row: e.AssignmentRow, event: e.Pulled) -> None:
     run = state.run
+    if row.pulled:  # its deadline passed, and the device goes on without it
+        blame(state, work, row, "its update never came")
     least, most = step_bounds(state.plan)
     if not state.pulls:
         _start_waiting(state, work)
@@ -136,20 +162,21 @@ def _at_work(state: RunState) -> int:
     return state.at_work - delivered
 
 
-def _silence(state: RunState, work: Work, there: int) -> None:
-    """Nothing came for as long as a deadline."""
+def _silence(state: RunState, work: Work, fleet: FleetView, there: int) -> None:
+    """Nothing came for as long as a deadline: jobs are repeated; where there are none, those that failed are asked."""
     run, rules = state.run, state.plan.participation
     if there >= rules.minimum:
         close(state, work)
         return
     _start_waiting(state, work)
-    if not _was_tried(state):
-        return
-    if run.attempt + 1 >= rules.attempts:
-        finish(state, work, "failed", _nothing_came(state))
-        return
-    run.attempt += 1
-    repeat_jobs(state, work)
+    if _was_tried(state):
+        if run.attempt + 1 >= rules.attempts:
+            finish(state, work, "failed", _nothing_came(state))
+            return
+        run.attempt += 1
+        repeat_jobs(state, work)
+    if not state.at_work:
+        ask(state, work, fleet, candidates(state, work, fleet, rules.minimum), state.places)
 
 
 def _was_tried(state: RunState) -> bool:

@@ -34,7 +34,7 @@ def note_taken(
     """An update of the device was taken in, ``elapsed_s`` after its job was given; the plan allows ``deadline_s``."""
     row.counted += 1
     row.failures = 0
-    row.not_before_unix_s = 0.0
+    row.not_before_unix_s, row.declined = 0.0, False
     elapsed_s = min(max(0.0, elapsed_s), _DEADLINES * deadline_s)
     facts = believed(meta, steps=assignment.steps, elapsed_s=max(elapsed_s, deadline_s))
     row.loss_rms, row.samples = facts.loss_rms, facts.samples
@@ -44,21 +44,21 @@ def note_taken(
 
 
 def note_failed(row: HistoryRow, now: float, patience_s: float) -> None:
-    """A job of the device failed: it is asked less and less often, and never not at all.
+    """A job of the device brought nothing that counts: it is asked less and less often, and never not at all.
 
     The pause doubles with every failure in a row, from ``FIRST_FAILURE_PAUSE_S`` (or ``patience_s``, where that is
     shorter: what a round waits for missing devices) to ``LONGEST_FAILURE_PAUSE_S``.
     """
     pause_s = min(FIRST_FAILURE_PAUSE_S, patience_s) * 2.0 ** min(row.failures, _MOST_DOUBLINGS)
     row.failures += 1
-    row.not_before_unix_s = now + min(pause_s, LONGEST_FAILURE_PAUSE_S)
+    row.not_before_unix_s, row.declined = now + min(pause_s, LONGEST_FAILURE_PAUSE_S), False
 
 
 def note_declined(row: HistoryRow, now: float, declined_s: float) -> None:
     """The device declined a job for about ``declined_s``; that is no failure."""
     if not declined_s > SHORTEST_DECLINE_S:  # NaN, too
         declined_s = SHORTEST_DECLINE_S
-    row.not_before_unix_s = now + min(declined_s, LONGEST_DECLINE_S)
+    row.not_before_unix_s, row.declined = now + min(declined_s, LONGEST_DECLINE_S), True
 
 
 def _averaged(before: float | None, value: float | None) -> float | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from coordinator.ledger import LARGEST_WATTS
 from coordinator.wording import counted
 
 if TYPE_CHECKING:
-    from edge_runtime.messages import UpdateMeta
+    from edge_runtime.messages import Evaluation, UpdateMeta
 
 LARGEST_NUMBER = 1 << 53  # of a sequence: what a float64 and every database still hold exactly
 LARGEST_SAMPLES = 1_000_000_000  # of one update; nothing that trains on a device has more
-LARGEST_LOSS = 1e100
-LARGEST_LOSS_RMS = 1e6  # above it a model has diverged; what a selector makes of it would say nothing
+LARGEST_LOSS = 1e6  # per sample; beyond it a model has diverged, and means that hold it would say nothing
 LARGEST_COST = 1 << 45  # milliseconds or bytes of one update; sums of many fit a database
 FASTEST_STEPS_PER_S = 1e6
 SLOWEST_STEP_S = 86_400.0
@@ -39,16 +40,43 @@ def implausible(meta: UpdateMeta, steps: int | None = None) -> str:
         return f"claims {meta.samples} samples"
     if steps is not None and meta.steps > steps:
         return f"claims {counted(meta.steps, 'step')} where {steps} were asked for"
-    evaluation = meta.evaluation
-    losses = [meta.loss] + ([] if evaluation is None else [evaluation.loss_sum])
-    wrong = [value for value in losses if value is not None and not abs(value) <= LARGEST_LOSS]
-    if wrong:
-        return f"reports a loss of {wrong[0]}"
     costs = max(meta.steps, meta.train_ms, meta.encode_cpu_ms, meta.written_bytes)
     if costs > LARGEST_COST:
         return f"reports {costs} steps, milliseconds or written bytes"
-    if evaluation is not None and max(evaluation.samples, evaluation.correct or 0) > LARGEST_SAMPLES:
-        return f"claims an evaluation of {max(evaluation.samples, evaluation.correct or 0)} samples"
+    return ""
+
+
+def trusted(meta: UpdateMeta) -> UpdateMeta:
+    """The same, with losses and evaluations that cannot be true taken as unknown; the update counts all the same."""
+    loss, loss_rms, evaluation, doubts = _losses(meta)
+    return msgspec.structs.replace(meta, loss=loss, loss_rms=loss_rms, evaluation=evaluation) if doubts else meta
+
+
+def _losses(meta: UpdateMeta) -> tuple[float | None, float | None, Evaluation | None, list[str]]:
+    """Loss, ``loss_rms`` and evaluation as they are believed, and what is not, in words."""
+    doubts = []
+    loss, loss_rms, evaluation = meta.loss, meta.loss_rms, meta.evaluation
+    if loss is not None and not abs(loss) <= LARGEST_LOSS:  # NaN, too
+        doubts.append(f"a loss of {loss:g}")
+        loss = None
+    if loss_rms is not None and not 0 <= loss_rms <= LARGEST_LOSS:
+        doubts.append(f"a root mean squared loss of {loss_rms:g}")
+        loss_rms = None
+    doubt = "" if evaluation is None else _doubt(evaluation)
+    if doubt:
+        doubts.append(doubt)
+        evaluation = None
+    return loss, loss_rms, evaluation, doubts
+
+
+def _doubt(evaluation: Evaluation) -> str:
+    samples, correct, loss_sum = evaluation.samples, evaluation.correct, evaluation.loss_sum
+    if samples > LARGEST_SAMPLES:
+        return f"an evaluation of {samples} samples"
+    if correct is not None and correct > samples:
+        return f"{correct} correct of {counted(samples, 'sample')}"
+    if not abs(loss_sum) <= LARGEST_LOSS * samples:
+        return f"a sum of losses of {loss_sum:g} over {counted(samples, 'sample')}"
     return ""
 
 
@@ -57,15 +85,11 @@ def believed(meta: UpdateMeta, *, steps: int | None, elapsed_s: float) -> Believ
 
     ``steps`` are those asked for, None for epochs; ``elapsed_s`` is the longest that the job can have taken.
     """
-    doubts = []
+    _, loss_rms, _, doubts = _losses(meta)
     samples: int | None = meta.samples
     if meta.samples > LARGEST_SAMPLES:
         samples = None
         doubts.append(f"{meta.samples} samples")
-    loss_rms = meta.loss_rms
-    if loss_rms is not None and not 0 <= loss_rms <= LARGEST_LOSS_RMS:
-        loss_rms = None
-        doubts.append(f"a root mean squared loss of {meta.loss_rms:g}")
     count = meta.steps
     if steps is not None and count > steps:
         doubts.append(f"{counted(count, 'step')} of {steps}")

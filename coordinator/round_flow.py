@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from coordinator.asking import ask, candidates, repeat_jobs
@@ -9,6 +10,7 @@ from coordinator.closing import close, finish
 from coordinator.wording import counted
 
 if TYPE_CHECKING:
+    from coordinator.asking import Asked
     from coordinator.fleet import FleetView
     from coordinator.run_state import RunState
     from coordinator.work import Work
@@ -31,7 +33,8 @@ def _start(state: RunState, work: Work, fleet: FleetView) -> None:
     patient = run.short_since_unix_s is not None and work.now < run.short_since_unix_s + state.patience_s
     if (most < rules.target and patient and not state.busy) or work.now < run.select_after_unix_s:
         return
-    free = candidates(state, work, fleet)
+    waited = run.short_since_unix_s is not None and not patient
+    free = candidates(state, work, fleet, rules.minimum - len(state.pending) if waited else 0)
     there = len(free) + len(state.pending)
     if there >= rules.target:
         if run.short_since_unix_s is not None:
@@ -47,12 +50,22 @@ def _start(state: RunState, work: Work, fleet: FleetView) -> None:
             repeat_jobs(state, work)
         if there < rules.minimum or work.now < run.short_since_unix_s + state.patience_s:
             return
-    asked, sought = ask(state, work, fleet, free, state.places)
-    if asked or (not free and state.late >= rules.minimum):  # late updates alone make a round, too
+    asked = ask(state, work, fleet, free, state.places)
+    if asked.chosen or (not free and state.late >= rules.minimum):  # late updates alone make a round, too
         run.phase = "open"
         run.deadline_unix_s = work.now + rules.deadline_s
-        run.places = max(asked, rules.minimum) if asked < sought else state.places
+        run.places, run.wanted = _places(state, asked), max(0, asked.wanted or 0)
         work.save(run)
+
+
+def _places(state: RunState, asked: Asked) -> int:
+    """Devices that the round wants at work: as many as the selector chose, and more where only few could be chosen."""
+    rules = state.plan.participation
+    if asked.chosen < asked.sought:
+        return max(asked.chosen, rules.minimum)
+    if asked.wanted is None:
+        return state.places
+    return min(state.places, max(asked.chosen, rules.minimum, math.ceil(asked.wanted * rules.over_commit - 1e-9)))
 
 
 def _watch(state: RunState, work: Work, fleet: FleetView) -> None:
@@ -77,8 +90,9 @@ def _watch(state: RunState, work: Work, fleet: FleetView) -> None:
     if enough:
         close(state, work)
     elif not state.open_round and not _was_tried(state):
-        run.deadline_unix_s = work.now + state.patience_s  # all declined or are kept waiting: that is no failure
-        work.save(run)
+        asked = _ask_those_left(state, work, fleet)
+        run.deadline_unix_s = work.now + (rules.deadline_s if asked.chosen else state.patience_s)
+        work.save(run)  # all declined or are kept waiting: that is no failure
     elif run.attempt + 1 < rules.attempts:
         _ask_again(state, work, fleet)
     else:
@@ -102,7 +116,13 @@ def _ask_again(state: RunState, work: Work, fleet: FleetView) -> None:
     work.save(run)
     state.recount()
     repeat_jobs(state, work)
-    ask(state, work, fleet, candidates(state, work, fleet), state.places - state.fresh)
+    _ask_those_left(state, work, fleet)
+
+
+def _ask_those_left(state: RunState, work: Work, fleet: FleetView) -> Asked:
+    """Where the others are too few, also those that are left alone since they failed: else the round stands still."""
+    least = state.plan.participation.minimum - state.fresh - state.late
+    return ask(state, work, fleet, candidates(state, work, fleet, least), state.places - state.fresh)
 
 
 def _too_few(state: RunState) -> str:

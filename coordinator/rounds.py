@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator import events as e
 from coordinator import free_flow, round_flow
-from coordinator.asking import due, observe, outcome
+from coordinator.asking import blame, due, observe, outcome
 from coordinator.closing import advance, aggregate_effect, finish, note_holding, start_evaluations
 from coordinator.free_flow import note_arrival, pulled
-from coordinator.histories import note_declined, note_failed, note_taken
-from coordinator.plausibility import implausible
+from coordinator.histories import note_declined, note_taken
+from coordinator.plausibility import implausible, trusted
 from coordinator.scheduling import Outcome
 from coordinator.wording import counted
 from coordinator.work import Work
@@ -176,7 +176,7 @@ def _take(state: RunState, work: Work, event: e.UpdateArrived) -> None:
     row = e.UpdateRow(
         update=event.update,
         blob=event.blob,
-        meta=event.meta,
+        meta=trusted(event.meta),
         received_unix_s=work.now,
         counted_round=round_,
         weight=state.method.weight(event.meta, round_ - assignment.version),
@@ -206,7 +206,7 @@ def _refuse(state: RunState, work: Work, event: e.UpdateDamaged | e.UpdateRow, r
     row = e.UpdateRow(
         update=event.update,
         blob=event.blob,
-        meta=event.meta,
+        meta=trusted(event.meta),
         received_unix_s=work.now,
         verdict="refused",
         reason=reason,
@@ -254,11 +254,8 @@ def _failed(state: RunState, work: Work, assignment: e.AssignmentRow, reason: st
     if assignment.status != "open" or not (_owes(assignment) or assignment.sequence < 0):
         return
     _end(state, work, assignment, "failed", reason)
-    history = state.history(assignment.device)
-    note_failed(history, work.now, state.patience_s)
-    work.save(history)
     note_holding(state, work, assignment, None)
-    observe(state, work, assignment.device, Outcome(assignment=assignment, reason=reason))
+    blame(state, work, assignment, reason)
 
 
 def _owes(assignment: e.AssignmentRow) -> bool:

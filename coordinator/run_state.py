@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from coordinator.aggregation import ServerMethod
-    from coordinator.events import AssignmentStatus, Row
+    from coordinator.events import AssignmentStatus, Pulled, Row
     from coordinator.fleet import Requirement
     from coordinator.plan import Plan
     from coordinator.scheduling import Selector
@@ -38,17 +38,20 @@ class Clock:
     """What a state noticed on its way: the time of the last event, and when there is something to look for again.
 
     ``freed`` counts how often an assignment ended or devices became free otherwise. ``nobody`` is what was there when
-    no device could be asked: arrivals in the fleet, ``freed``, and when the first device that is kept waiting comes
-    back. ``next_expiry_s``: no assignment has its deadline before that.
+    no device could be asked: arrivals in the fleet, ``freed``, when the first device that is kept waiting comes back,
+    and whether one of them waits since it failed. ``next_expiry_s``: no assignment has its deadline before that.
+    ``early``: pulls that are answered later, by assignment, and ``early_due``: when, as a heap; devices say them again.
     """
 
-    __slots__ = ("freed", "next_expiry_s", "nobody", "now")
+    __slots__ = ("early", "early_due", "freed", "next_expiry_s", "nobody", "now")
 
     def __init__(self) -> None:
         self.now = -math.inf
         self.freed = 0
-        self.nobody: tuple[int, int, float] | None = None
+        self.nobody: tuple[int, int, float, bool] | None = None
         self.next_expiry_s = -math.inf
+        self.early: dict[str, Pulled] = {}
+        self.early_due: list[tuple[float, str]] = []
 
 
 @dataclass
@@ -174,14 +177,14 @@ class RunState:
 
     @property
     def goal(self) -> int:
-        """So many updates of the current version close a round: fewer than the target where fewer were chosen.
+        """So many updates of the current version close a round: the selector's own number, else the plan's target.
 
-        Also of fewer, ``over_commit`` says how many more than needed they are.
+        Never more than were chosen.
         """
-        rules = self.plan.participation
-        if not self.run.places:
+        rules, run = self.plan.participation, self.run
+        if not run.places:
             return rules.target
-        return min(rules.target, max(rules.minimum, math.ceil(self.run.places / rules.over_commit - 1e-9)))
+        return min(rules.target, max(rules.minimum, min(run.wanted or rules.target, run.places)))
 
     def remembers(self, row: AssignmentRow) -> bool:
         """Whether an assignment is recent enough, or still open."""

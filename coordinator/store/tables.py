@@ -85,6 +85,7 @@ runs = Table(
     _text("selector_memory"),
     _text("hyper"),
     _count("places"),
+    _count("wanted"),
     _time("select_after_unix_s"),
     _count("next_selection"),
 )
@@ -116,6 +117,7 @@ assignments = Table(
     Column("standing", Boolean, nullable=False),
     _count("sequence"),
     Column("pulled", Boolean, nullable=False),
+    _count("selection"),
     Index("assignments_by_version", "run", "version"),
 )
 
@@ -187,6 +189,7 @@ histories = Table(  # what a run knows of a device from its earlier jobs
     _real("step_j", nullable=True),
     _real("queue_j"),
     _time("not_before_unix_s"),
+    Column("declined", Boolean, nullable=False),
 )
 
 selections = Table(  # why devices were chosen or not
@@ -259,7 +262,14 @@ servers = Table(  # who takes care of the runs at the moment, for other processe
 
 # Columns that older versions lack, and what their rows get there.
 ADDED: dict[str, dict[str, Any]] = {
-    "runs": {"selector_memory": "{}", "hyper": "{}", "places": 0, "select_after_unix_s": 0.0, "next_selection": 0},
-    "assignments": {"role": "trainer", "standing": False, "sequence": 0, "pulled": False},
+    "runs": {
+        "selector_memory": "{}",
+        "hyper": "{}",
+        "places": 0,
+        "wanted": 0,
+        "select_after_unix_s": 0.0,
+        "next_selection": 0,
+    },
+    "assignments": {"role": "trainer", "standing": False, "sequence": 0, "pulled": False, "selection": -1},
     "devices": {"heartbeat": None},
 }

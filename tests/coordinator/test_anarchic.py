@@ -127,6 +127,80 @@ def test_who_pulls_and_never_delivers_may_pull_again_after_the_deadline():
     assert h.of(e.Aggregate, step(state, h.arrived(other, 104.0, sequence=1), fleet))
 
 
+def delivered(state, fleet, job, now):
+    """Its update is taken, and counts at once."""
+    step(state, h.arrived(job, now, sequence=job.sequence), fleet)
+    next_model(state, fleet, now)
+
+
+def test_a_pull_before_its_interval_is_answered_when_it_is_due():
+    """Said again or not, by a clock that is wrong or a device that wants more than its share: one job, in time."""
+    state, fleet, standing = running("a", target=1, interval_s=50.0)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 0, now=10.0))
+    delivered(state, fleet, job, 11.0)
+    for now in (12.0, 30.0, 59.9):
+        assert pull(state, fleet, standing["a"], 1, now=now, steps=7) == []
+        assert not h.jobs(step(state, e.Tick(now), fleet))
+    (job,) = h.jobs(step(state, e.Tick(60.0), fleet))
+    assert (job.sequence, job.steps, job.version, job.assigned_unix_s) == (1, 7, 1, 60.0)
+    assert not h.jobs(step(state, e.Tick(61.0), fleet))
+    delivered(state, fleet, job, 62.0)
+    assert h.jobs(pull(state, fleet, standing["a"], 2, now=110.0))  # in time: at once
+
+
+def test_nobody_counts_more_often_than_the_interval_allows():
+    """One device pulls whenever it may not, the others as they should: all have the same number of updates."""
+    names = ["eager", *"abc"]
+    state, fleet, standing = running(*names, target=2, rounds=500, interval_s=100.0)
+    counts, sequences = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for second in range(0, 4000, 2):
+        now = float(second)
+        events = [step(state, e.Tick(now), fleet)]
+        for number, name in enumerate(names):
+            if name == "eager" or second % 104 == 4 * number:
+                events.append(pull(state, fleet, standing[name], sequences[name], now=now))
+        for job in {row.device: row for effects in events for row in h.jobs(effects)}.values():
+            counts[job.device] += 1
+            sequences[job.device] += 1
+            if h.of(e.Aggregate, step(state, h.arrived(job, now, sequence=job.sequence), fleet)):
+                next_model(state, fleet, now)
+    assert counts["eager"] <= 4000 / 100
+    assert min(counts.values()) >= 38
+
+
+def test_an_early_pull_of_a_device_that_left_is_forgotten():
+    """It says it again when it is back; and none is answered once the run is over."""
+    state, fleet, standing = running("a", "b", target=1, interval_s=50.0)
+    for name in "ab":
+        (job,) = h.jobs(pull(state, fleet, standing[name], 0, now=10.0))
+        delivered(state, fleet, job, 11.0)
+        pull(state, fleet, standing[name], 1, now=12.0)
+    fleet.announce(13.0, h.device("a", online=False, abilities=["standing"]))
+    step(state, e.DeviceLeft(13.0, "a"), fleet)
+    assert [row.device for row in h.jobs(step(state, e.Tick(60.0), fleet))] == ["b"]
+    fleet.announce(70.0, h.device("a", session="s2", abilities=["standing"]))
+    assert not h.jobs(step(state, e.DeviceJoined(70.0, "a"), fleet))
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 1, now=71.0))
+    delivered(state, fleet, job, 72.0)
+    pull(state, fleet, standing["a"], 2, now=73.0)
+    step(state, e.StopRequested(74.0), fleet)
+    assert not h.jobs(step(state, e.Tick(200.0), fleet))
+
+
+def test_who_pulls_and_never_delivers_has_failed():
+    """At its next pull, or when what it pulled is too old to count; once each."""
+    state, fleet, standing = running("a", "b", target=1, max_staleness=0)
+    pull(state, fleet, standing["a"], 0)
+    pull(state, fleet, standing["a"], 1, now=102.0)
+    assert state.histories["a"].failures == 1
+    (job,) = h.jobs(pull(state, fleet, standing["b"], 0, now=103.0))
+    delivered(state, fleet, job, 104.0)
+    assert (state.histories["a"].failures, state.histories["b"].failures) == (2, 0)
+    (job,) = h.jobs(pull(state, fleet, standing["a"], 2, now=300.0))
+    delivered(state, fleet, job, 301.0)
+    assert state.histories["a"].failures == 0
+
+
 def test_a_failed_or_declined_pull_leaves_the_assignment():
     """Only what its owner forbids or what failed is over; the next number may be pulled at once."""
     state, fleet, standing = running("a", target=1)

@@ -7,6 +7,7 @@ import pytest
 from coordinator import events as e
 from coordinator.histories import LONGEST_DECLINE_S, LONGEST_FAILURE_PAUSE_S
 from coordinator.rounds import step
+from coordinator.run_state import RunState
 from coordinator.scheduling import Note, Selection
 from coordinator.scheduling.explaining import unpack
 from coordinator.scheduling.random import RandomSelector
@@ -84,6 +85,84 @@ def test_failing_devices_are_asked_less_and_less_but_never_not_at_all():
     assert len(h.jobs(step(state, e.Aggregated(now + 2.0, 0, h.blob(20)), fleet))) == 1
 
 
+def test_a_small_run_uses_its_attempts_though_all_its_devices_failed():
+    """Nobody waits for the end of a pause that is longer than the run has patience: the next attempt asks again."""
+    state, fleet, jobs = open_round(h.plan(target=2, minimum=2, deadline_s=1.0, attempts=30), "a", "b")
+    step(state, h.arrived(jobs["b"], 0.1), fleet)
+    job, now, asked = jobs["a"], 0.1, 1
+    while not state.ended and now < 20.0:
+        effects = step(state, e.JobReported(now, "a", job.assignment, "out of memory"), fleet)
+        while not h.jobs(effects) and not state.ended and now < 20.0:
+            now += 0.05
+            effects = step(state, e.Tick(now), fleet)
+        for row in h.jobs(effects):
+            job, asked = row, asked + 1
+    assert (state.run.status, asked) == ("failed", 30)
+    assert "out of memory" in state.run.reason
+
+
+def test_a_fleet_leaves_those_alone_that_failed():
+    """Where enough others are there, a further attempt asks nobody before its pause is over."""
+    state, fleet, jobs = open_round(h.plan(target=1, minimum=1, deadline_s=1.0, attempts=30), *"abcd")
+    (job,) = jobs.values()
+    failed, now = {}, 0.0
+    for _ in range(4):
+        failed[job.device] = job
+        effects = step(state, e.JobReported(now, job.device, job.assignment, "out of memory"), fleet)
+        asked = h.jobs(effects)
+        if asked:
+            (job,) = asked
+            assert job.device not in failed
+    assert len(failed) == 4  # all there are: only now one of them is asked again
+    effects = [effect for tick in range(10) for effect in step(state, e.Tick(0.05 * tick), fleet)]
+    assert len({row.device for row in h.jobs(effects)} & failed.keys()) == 1
+
+
+def test_a_round_that_lacks_devices_asks_those_that_failed():
+    """After its patience; in the round before they failed, and an hour is long."""
+    plan = h.plan(target=3, minimum=2, rounds=3, deadline_s=100.0)
+    state, fleet, jobs = open_round(plan, "a", "b", "c")
+    state.histories["c"].failures = 9
+    step(state, e.JobReported(1.0, "c", jobs["c"].assignment, "out of memory"), fleet)
+    for name in "ab":
+        effects = step(state, h.arrived(jobs[name], 2.0), fleet)
+    assert h.of(e.Aggregate, effects)
+    fleet.announce(2.5, h.device("b", online=False))
+    step(state, e.DeviceLeft(2.5, "b"), fleet)
+    asked = h.jobs(step(state, e.Aggregated(3.0, 0, h.blob(20)), fleet))
+    ticks = {now: [row.device for row in h.jobs(step(state, e.Tick(float(now)), fleet))] for now in range(4, 30)}
+    assert not asked
+    assert [names for names in ticks.values() if names] == [["a", "c"]]
+    assert next(now for now, names in ticks.items() if names) == 13
+
+
+def test_a_device_that_declined_after_failures_is_not_asked_early():
+    """Its owner's limits stand, however few others there are."""
+    state, fleet, jobs = open_round(h.plan(target=1, attempts=9, deadline_s=1.0), "a")
+    step(state, e.JobReported(0.0, "a", jobs["a"].assignment, "out of memory"), fleet)
+    (job,) = [row for tick in range(4) for row in h.jobs(step(state, e.Tick(0.1 * tick), fleet))]
+    step(state, declines(job, 0.5, 60.0), fleet)
+    effects = [effect for now in range(1, 60) for effect in step(state, e.Tick(float(now)), fleet)]
+    assert not h.jobs(effects)
+    assert not h.of(e.Finished, effects)
+    assert len(h.jobs(step(state, e.Tick(61.0), fleet))) == 1
+
+
+def test_a_buffered_run_asks_those_that_failed_when_nothing_else_is_left():
+    """Every deadline without an update is an attempt, not an hour of waiting."""
+    state, fleet, jobs = open_round(h.plan(mode="buffered", target=1, deadline_s=1.0, attempts=5), "a")
+    job, now, asked = jobs["a"], 0.0, 1
+    while not state.ended and now < 20.0:
+        effects = step(state, e.JobReported(now, "a", job.assignment, "out of memory"), fleet)
+        while not h.jobs(effects) and not state.ended and now < 20.0:
+            now += 0.25
+            effects = step(state, e.Tick(now), fleet)
+        for row in h.jobs(effects):
+            job, asked = row, asked + 1
+    assert state.run.status == "failed"
+    assert asked >= 5
+
+
 def test_a_run_learns_what_its_devices_take():
     """Seconds and joules per step, time from job to update, loss and samples; averaged over jobs."""
     state, fleet, jobs = open_round(h.plan(target=1, rounds=3), "a")
@@ -100,7 +179,7 @@ def test_a_run_learns_what_its_devices_take():
     assert row in h.one(e.Save, effects).rows
 
 
-def select_only(monkeypatch, *choose):
+def select_only(monkeypatch, *choose, wanted=None):
     """A selector that chooses one number of devices after another, then all that are wanted."""
     counts = list(choose)
 
@@ -108,7 +187,7 @@ def select_only(monkeypatch, *choose):
         count = counts.pop(0) if counts else request.count
         names = request.candidates[: min(count, request.count)]
         notes = {name: Note("first by name", {"score": 2.0}) for name in names}
-        return Selection(choices=[request.choice(name) for name in names], notes=notes)
+        return Selection(choices=[request.choice(name) for name in names], notes=notes, wanted=wanted)
 
     monkeypatch.setattr(RandomSelector, "select", select)
 
@@ -125,6 +204,50 @@ def test_a_selector_may_choose_fewer_than_wanted(monkeypatch):
     assert h.of(e.Aggregate, step(state, h.arrived(other, 53.0), fleet))
     jobs = h.jobs(step(state, e.Aggregated(54.0, 0, h.blob(20)), fleet))
     assert (len(jobs), state.goal) == (6, 4)  # the next round is as the plan says
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen", "goal", "places"),
+    [
+        (3, 5, 3, 5),
+        (None, 3, 3, 3),
+        (None, 5, 4, 5),
+        (9, 5, 4, 5),
+        (3, 2, 2, 2),
+        (-5, 5, 4, 5),
+        (1, 5, 2, 5),
+        (2, 6, 2, 6),
+    ],
+)
+def test_a_selector_says_how_many_updates_close_its_round(monkeypatch, wanted, chosen, goal, places):
+    """Its own over-commitment may differ from the plan's; bounded by minimum, target and the number chosen."""
+    select_only(monkeypatch, chosen, wanted=wanted)
+    state, fleet, jobs = open_round(h.plan(target=4, minimum=2, over_commit=1.5, rounds=3), *"abcdefg")
+    assert (len(jobs), state.goal, state.places) == (chosen, goal, places)
+    for number, row in enumerate(jobs.values(), 1):
+        effects = step(state, h.arrived(row, 1.0), fleet)
+        assert bool(h.of(e.Aggregate, effects)) == (number == goal)
+        if number == goal:
+            break
+    rows = [state.run, *state.assignments.values(), *state.updates.values(), *state.histories.values()]
+    assert RunState.from_rows(state.plan, rows).goal == goal
+    select_only(monkeypatch)
+    step(state, e.Aggregated(2.0, 0, h.blob(20)), fleet)
+    assert state.goal == 4  # the next round is another matter
+
+
+def test_what_a_selector_wants_holds_where_too_few_are_there(monkeypatch):
+    """Those who come later fill the places for what is wanted, not for the plan's target."""
+    select_only(monkeypatch, wanted=4)
+    state, fleet, jobs = open_round(h.plan(target=8, minimum=2, over_commit=1.5), "a", "b")
+    assert not jobs
+    assert len(h.jobs(step(state, e.Tick(10.0), fleet))) == 2
+    assert (state.goal, state.places) == (4, 6)
+    asked = []
+    for number, name in enumerate("cdefghij"):
+        fleet.announce(11.0, h.device(name))
+        asked += h.jobs(step(state, e.DeviceJoined(11.0 + number, name), fleet))
+    assert len(asked) == 4
 
 
 def test_a_selector_that_chooses_nobody_is_asked_again_after_a_while(monkeypatch):

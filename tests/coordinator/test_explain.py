@@ -47,7 +47,7 @@ def played(store):
     """Three of six asked: one counted, one failed and was replaced, one declined; one offline, one unwilling."""
     run = Played(store, h.plan(target=3, minimum=1, rounds=3), *"abcdef")
     run.fleet.announce(0.0, h.device("e", online=False))
-    run.fleet.measured(0.0, "f", Heartbeat(declines=1))
+    run.fleet.measured(1_000_000.0, "f", Heartbeat(declines=1))
     jobs = h.jobs(run.step(e.Tick(1_000_000.0)))
     assert len(jobs) == 3
     failing, declining, good = jobs
@@ -99,6 +99,17 @@ def test_what_became_follows_the_run(played):
     told = explanation(played.store, played.run, 0, late.device)
     became = [row["became"] for entry in told for row in entry["devices"] if row["chosen"]]
     assert became == ["delivered, 1 version late, in round 2"]
+
+
+def test_what_became_is_told_though_the_clock_was_set_back(played):
+    """The times of open jobs move with the clock; what was chosen keeps its job."""
+    late = next(row for row in played.state.assignments.values() if row.status == "open")
+    played.step(e.Tick(1_000_010.0))
+    played.step(e.Tick(500_000.0))
+    assert late.assigned_unix_s < 600_000.0
+    told = explanation(played.store, played.run, 0, late.device)
+    (chosen,) = [row for entry in told for row in entry["devices"] if row["chosen"]]
+    assert (chosen["assignment"], chosen["became"]) == (late.assignment, "at work")
 
 
 def test_one_table_one_line_per_device(played, capsys, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import events as e
 from coordinator.histories import LONGEST_DECLINE_S, note_taken
-from coordinator.plausibility import believed, implausible
+from coordinator.plausibility import believed, implausible, trusted
 from coordinator.rounds import step
 from edge_runtime.messages import EnergyUse, Evaluation, Heartbeat, UpdateMeta
 from tests.coordinator import helpers as h
@@ -67,15 +68,11 @@ def test_whatever_a_device_says_a_history_holds_numbers_that_can_be_true(rms, co
     [
         ({"samples": 10**10}, "claims 10000000000 samples"),
         ({"steps": 11}, "claims 11 steps where 10 were asked for"),
-        ({"loss": math.nan}, "loss of nan"),
-        ({"loss": -1e300}, "loss of -1e+300"),
         ({"train_ms": 1 << 60}, "milliseconds"),
-        ({"evaluation": Evaluation(samples=5, loss_sum=math.inf)}, "loss of inf"),
-        ({"evaluation": Evaluation(samples=10**12, loss_sum=1.0)}, "an evaluation of 1000000000000 samples"),
     ],
 )
 def test_what_would_reach_the_model_is_refused_by_name(said, reason):
-    """Samples, steps and losses weigh updates and are shown; what cannot be true does not count."""
+    """Samples and steps weigh updates; what cannot be true does not count."""
     meta = UpdateMeta(**{"round": 0, "model_version": 0, "samples": 10, "steps": 10, **said})
     assert reason in implausible(meta, 10)
     assert implausible(UpdateMeta(round=0, model_version=0, samples=10, steps=10, loss=1.0), 10) == ""
@@ -86,6 +83,13 @@ def test_what_would_reach_the_model_is_refused_by_name(said, reason):
     [
         ({"loss_rms": 1e30}, "a root mean squared loss of 1e+30"),
         ({"loss_rms": math.nan}, "loss of nan"),
+        ({"loss": math.nan}, "a loss of nan"),
+        ({"loss": -1e7}, "a loss of -1e+07"),
+        ({"evaluation": Evaluation(samples=5, loss_sum=math.inf)}, "a sum of losses of inf over 5 samples"),
+        ({"evaluation": Evaluation(samples=5, loss_sum=6e6)}, "a sum of losses of 6e+06 over 5 samples"),
+        ({"evaluation": Evaluation(samples=0, loss_sum=1.0)}, "a sum of losses of 1 over 0 samples"),
+        ({"evaluation": Evaluation(samples=5, loss_sum=1.0, correct=6)}, "6 correct of 5 samples"),
+        ({"evaluation": Evaluation(samples=10**12, loss_sum=1.0)}, "an evaluation of 1000000000000 samples"),
         ({"steps": 10**9, "train_ms": 1}, "1000000000 steps in 0.001 s"),
         ({"energy": EnergyUse(train_mj=10**15)}, "1e+12 J in 100 s"),
     ],
@@ -93,10 +97,54 @@ def test_what_would_reach_the_model_is_refused_by_name(said, reason):
 def test_what_only_a_selector_would_believe_is_unknown(said, doubt):
     """The update counts, the figure does not; the doubt is there for the log."""
     meta = UpdateMeta(**{"round": 0, "model_version": 0, "samples": 10, "steps": 5, "train_ms": 1000, **said})
-    facts = believed(meta, steps=None, elapsed_s=100.0)
+    facts, kept = believed(meta, steps=None, elapsed_s=100.0), trusted(meta)
     assert doubt in facts.doubts[0]
     assert implausible(meta) == ""
     assert None in (facts.loss_rms, facts.step_s, facts.step_j)
+    for name in said.keys() & {"loss", "loss_rms", "evaluation"}:
+        assert getattr(kept, name) is None
+
+
+def closed(said, honest, **changes):
+    """The record of a round of four devices, the first of which says what it likes."""
+    state, fleet, jobs = asked(h.plan(target=4, rounds=3, **changes), *"abcd")
+    for number, row in enumerate(jobs.values()):
+        effects = step(state, h.arrived(row, 1.0 + number, **(said if not number else honest)), fleet)
+    assert len(h.one(e.Aggregate, effects).updates) == 4
+    rows = h.one(e.Save, step(state, e.Aggregated(9.0, 0, h.blob(9)), fleet)).rows
+    return next(row for row in rows if isinstance(row, e.RoundRow)), rows
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"loss": 1e30, "samples": 10**9, "evaluation": Evaluation(samples=10**9, loss_sum=1e30, correct=0)},
+        {"loss": math.nan, "evaluation": Evaluation(samples=8, loss_sum=math.nan, correct=8)},
+        {"loss": -math.inf, "evaluation": Evaluation(samples=8, loss_sum=-math.inf, correct=8)},
+        {"loss": 2e6, "evaluation": Evaluation(samples=8, loss_sum=1.0, correct=9)},
+        {"loss": 1e99, "evaluation": Evaluation(samples=8, loss_sum=1e8, correct=2)},
+        {"evaluation": Evaluation(samples=0, loss_sum=5.0, correct=10**9)},
+        {"loss": 0.5, "evaluation": Evaluation(samples=10**9, loss_sum=0.0)},
+    ],
+)
+def test_a_lie_about_losses_is_in_no_record_of_a_round(said):
+    """Its numbers are unknown, its update counts, and the round's are those of the others; all of it can be stored."""
+    honest = {"loss": 0.5, "evaluation": Evaluation(samples=4, loss_sum=2.0, correct=3)}
+    record, rows = closed(said, honest)
+    assert record.train_loss == pytest.approx(0.5)
+    assert record.devices == Evaluation(samples=12, loss_sum=6.0, correct=9)
+    metas = [row.meta for row in rows if isinstance(row, e.UpdateRow)]
+    assert msgspec.json.decode(msgspec.json.encode(metas), type=list[UpdateMeta]) == metas
+
+
+def test_what_a_refused_update_says_can_be_stored_and_read_again():
+    """A loss that is not finite has no place in the store, whatever becomes of its update."""
+    state, fleet, jobs = asked(h.plan(target=2), "a", "b")
+    said = {"loss": math.nan, "evaluation": Evaluation(samples=8, loss_sum=math.nan), "samples": 0}
+    effects = step(state, h.arrived(jobs["a"], **said), fleet)
+    (row,) = [row for row in h.one(e.Save, effects).rows if isinstance(row, e.UpdateRow)]
+    assert row.verdict == "refused"
+    assert msgspec.json.decode(msgspec.json.encode(row.meta), type=UpdateMeta) == row.meta
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "buffered"])
@@ -116,7 +164,7 @@ def test_a_device_back_after_a_week_is_refused_by_name_and_gets_new_work(mode):
     effects = step(state, e.DeviceJoined(now, "b"), fleet)
     old = h.update_id(jobs["b"])
     answer = step(state, e.UpdateOffered(now, old, h.blob(9), h.meta(jobs["b"])), fleet)
-    assert e.AnswerFromStore(old) in answer
+    assert e.AnswerFromStore(old, ends=True) in answer
     assert any(row.device == "b" and row.version == 4 for row in [*h.jobs(effects), *h.jobs(answer)])
     assert old not in state.updates
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 
 def add(a: int, b: int) -> int:
@@ -15,6 +16,10 @@ def fail(text: str) -> None:
 
 def die() -> None:
     os._exit(3)
+
+
+def hold(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def unsendable() -> object:

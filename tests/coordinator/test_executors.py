@@ -66,6 +66,19 @@ def test_a_process_that_dies_costs_its_one_task(executor):
     assert [future.result(60) for future in others] == [0, 2, 4, 6, 8, 10]
 
 
+def test_a_task_that_is_cancelled_makes_room(executor):
+    """One in the queue is never begun; on a cluster one in progress is broken off."""
+    if executor.workers == 1:
+        pytest.skip("tasks are done when they are submitted")
+    cluster = not executor.local
+    holding = [executor.submit(tasks.hold, 600.0 if cluster else 0.5) for _ in range(executor.workers)]
+    queued = executor.submit(tasks.hold, 600.0)
+    assert queued.cancel()
+    assert [future.cancel() for future in holding if cluster] == [True] * len(holding if cluster else [])
+    assert executor.submit(tasks.add, 1, 2).result(60) == 3
+    assert queued.cancelled()
+
+
 def test_local_processes_are_others_and_go_with_their_executor():
     """A task runs elsewhere; after close nothing is left of processes and files."""
     made = open_executor(2)

@@ -140,8 +140,8 @@ def test_robust_methods_hold(federation, honest, name, attack):
 
 
 @pytest.mark.parametrize("name", METHODS.names())
-def test_a_lie_about_the_loss_moves_no_model(tmp_path, name):
-    """Losses and joules decide who is asked; no server method weighs by them."""
+def test_no_server_method_reads_the_losses_that_devices_report(tmp_path, name):
+    """Aggregation alone: whom the selectors ask under that lie is shown with them, by a run of the round machine."""
     models = []
     for lie in (None, 1e30):
         server = Server(tmp_path / str(lie), plan_of(name))

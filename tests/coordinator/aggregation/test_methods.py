@@ -161,9 +161,8 @@ def test_the_same_bits_come_out_of_any_number_of_processes(tmp_path, name, worke
     assert spread.made == alone.made
 
 
-def test_processes_decode_what_was_predicted_from_the_model(tmp_path, monkeypatch):
+def test_processes_decode_what_was_predicted_from_the_model(tmp_path):
     """The default codec may predict from the model: tasks read it themselves, and name updates that are bad."""
-    monkeypatch.setattr(gathering, "TASK_BYTES", 0)  # by path
     layout = Layout(("a.weight", "b.weight"), ((40, 50), (30, 40)))
     sent = [Sent(f"d{n:03}", v, codec="default") for n, v in enumerate(vectors(40, size=layout.size))]
     alone = Server(tmp_path / "alone", plan_of(), layout)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation import METHODS
+from coordinator.aggregation.bulyan import _choose
+from coordinator.aggregation.robust import krum_scores
 from coordinator.errors import PluginError
 from edge_runtime.errors import CodecError, ConfigError
 from edge_runtime.messages import UpdateMeta
@@ -73,6 +75,31 @@ def test_norm_clipping_bounds_what_a_liar_adds(tmp_path):
     fixed = Server(tmp_path / "fixed", plan_of("norm_clipping", {"max_norm": 0.5}))
     assert np.linalg.norm(fixed.round(sent_by(honest))) <= 0.5 + 1e-6
     assert not Server(tmp_path / "zero", plan_of("norm_clipping")).round(sent_by([0 * honest[0]] * 3)).any()
+
+
+def test_norm_clipping_holds_where_most_send_zeros(tmp_path):
+    """A median norm of 0 lets nothing through, not everything; a fixed length is what the plan says it is."""
+    zeros, lie = [np.zeros(vectors(1)[0].shape, np.float32)] * 3, np.full_like(vectors(1)[0], 1e6)
+    sent = sent_by([*zeros, lie])
+    assert not Server(tmp_path / "median", plan_of("norm_clipping")).round(sent).any()
+    fixed = Server(tmp_path / "fixed", plan_of("norm_clipping", {"max_norm": 2.0})).round(sent)
+    assert np.linalg.norm(fixed) == pytest.approx(0.5, rel=1e-4)
+    free = Server(tmp_path / "free", plan_of("norm_clipping", {"multiple": 0})).round(sent)
+    assert np.linalg.norm(free) > 1e6
+
+
+def test_bulyan_chooses_as_krum_does_again_and_again(tmp_path, monkeypatch):
+    """The same updates as by scoring anew for each choice, in a number of sorts that does not grow with them."""
+    rows = np.random.default_rng(2).normal(size=(31, 40)) * np.linspace(1, 4, 31)[:, None]
+    squares = ((rows[:, None] - rows[None]) ** 2).sum(axis=2)
+    left = list(range(31))
+    expected = [left.pop(int(krum_scores(squares[left][:, left], 7).argmin())) for _ in range(31 - 2 * 7)]
+    assert _choose(squares, 7) == sorted(expected)
+    sorts, sort, argsort = [], np.sort, np.argsort
+    monkeypatch.setattr(np, "sort", lambda *how, **options: sorts.append(1) or sort(*how, **options))
+    monkeypatch.setattr(np, "argsort", lambda *how, **options: sorts.append(1) or argsort(*how, **options))
+    Server(tmp_path, plan_of("bulyan")).round(sent_by(vectors(40)))
+    assert len(sorts) < 5
 
 
 def test_median_and_trimmed_mean_follow_their_formulas(tmp_path):

@@ -27,8 +27,7 @@ class PowerOfChoice:
     replacement in proportion to their samples, and those of them with the highest loss of their last update are
     chosen. A device that was never counted has an infinite loss, one that does not say has the median. The loss is the
     root of the mean square, as devices report it. Samples are clipped to their 95 % value, so that none is always drawn
-    because of what it claims. A device that failed is drawn less, and left for last with the chance ``1 - fade``: its
-    loss is of long ago.
+    because of what it claims. A device that failed is left for last with the chance ``1 - fade``, whatever its loss.
 
     Options:
         d: devices drawn; 0: three times as many as are wanted. Never fewer than wanted.
@@ -51,13 +50,15 @@ class PowerOfChoice:
         marks.figure("loss_rms", table.loss_rms)
         size = max(self.d or 3 * request.count, request.count)
         marks.figure("drawn", float(min(size, len(ready))), None)
-        drawn = draw(request.random, ready, clipped(table.samples[ready]) * table.fade[ready], size)
-        out = sits_out(table, marks)[drawn]
+        out = sits_out(table, marks)
+        marks.mark(ready[out[ready]], "sits out after its failures (p={fade:.2g} not to)")
+        awake = ready[~out[ready]]
+        pool = awake if len(awake) >= request.count else ready
+        drawn = draw(request.random, pool, clipped(table.samples[pool]), size)
         loss = np.where(table.counted[drawn] > 0, filled(table.loss_rms[drawn], 0.0), np.inf)
-        order = np.lexsort((uniforms(request.random, len(drawn)), -loss, out))
+        order = np.lexsort((uniforms(request.random, len(drawn)), -loss, out[drawn]))
         rows, others = drawn[order[: max(0, request.count)]], drawn[order[max(0, request.count) :]]
         marks.mark(others, "drawn, but others had a higher loss ({loss_rms:.3g})")
-        marks.mark(drawn[out], "drawn, but sits out after its failures (p={fade:.2g} not to)")
         marks.mark(rows, "highest loss among those drawn ({loss_rms:.3g})")
         marks.mark(rows[np.isnan(table.loss_rms[rows])], "among those drawn, and its loss is not known")
         choices = [request.choice(request.candidates[row]) for row in rows.tolist()]

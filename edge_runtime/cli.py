@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edge_runtime
-from edge_runtime import logs
+from edge_runtime import lean, logs  # noqa: F401 - lean comes before whatever imports msgspec
 from edge_runtime.errors import BundleError, ConfigError, DataError, EdgeError
 
 if TYPE_CHECKING:

@@ -56,6 +56,13 @@ def test_idle_agent_imports_nothing_heavy() -> None:
     assert not set(HEAVY) & set(loaded.split())
 
 
+def test_the_idle_agent_has_no_tools_for_types_in_memory() -> None:
+    """Whether they are installed or not."""
+    code = "import sys, edge_runtime.cli, edge_runtime.agent.daemon; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert not {"typing_extensions", "inspect", "ast", "dis"} & set(found.split())
+
+
 MEASURES = """
 import sys
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Devices that choose their moments and their steps: AFA-CD, AFA-CS and FedBuff beside FedAvg in rounds.
+"""Devices that choose their moments and their steps: AFA-CD, AFA-CS, FedBuff and FedAvg, beside FedAvg in rounds.
 
     python -m benchmarks.anarchic --devices 120 --seeds 5
 
-The worlds of ``benchmarks.scheduling``. With AFA-CD, AFA-CS and FedBuff every device holds a standing assignment: it
-trains whenever it likes, about ``--interval-s`` apart, for any number of steps up to ``--steps``, drawn afresh each
-time. AFA divides an update by its steps, FedBuff does not. FedAvg is synchronous, devices drawn at random: there a
-device may only end a job early, which it does when the job has drawn ``--job-joules``, and what it reached counts. All
-devices keep their battery's reserve by declining. All energies are from the device model of the traces, not measured.
+The worlds of ``benchmarks.scheduling``. With AFA-CD, AFA-CS, FedBuff and FedAvg every device holds a standing
+assignment: it trains whenever it likes, about ``--interval-s`` apart, for any number of steps up to ``--steps``, drawn
+afresh each time. AFA divides an update by its steps, the others do not; FedAvg weighs by samples. ``fedavg_in_rounds``
+is synchronous, devices drawn at random: there a device may only end a job early, which it does when the job has drawn
+``--job-joules``, and what it reached counts. All devices keep their battery's reserve by declining. All energies are from the device model of the traces, not measured.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from benchmarks.scheduling_data import PROBLEMS
 if TYPE_CHECKING:
     import argparse
 
-BASE = "fedavg"
+BASE = "fedavg_in_rounds"
 SERVER_LR = {"afa_cs": 0.2}  # every row acts on some twelve models: with 1 it swings (of 1, 0.5, 0.2, on seed 100)
 
 
 def policies(options: argparse.Namespace) -> dict[str, Policy]:
-    """The four methods; FedAvg is what the others are compared with."""
+    """The methods; FedAvg in rounds is what the others are compared with."""
     standing: dict[str, Any] = {"mode": "anarchic", "interval_s": options.interval_s}
     free = {"steps": options.steps}
     kept = {"keep_reserve": True, "free_steps": True}
     found = {BASE: Policy({"training": {**free, "job_joules": options.job_joules}}, {"keep_reserve": True})}
-    for method in ("afa_cd", "afa_cs", "fedbuff"):
+    for method in ("afa_cd", "afa_cs", "fedbuff", "fedavg"):
         plan = {"participation": standing, "training": free, "server_method": method}
         plan["server_optimizer_options"] = {"lr": SERVER_LR.get(method, 1.0)}
         found[method] = Policy(plan, kept)

@@ -5,8 +5,9 @@
 The round machine, selectors, codecs, server methods and the device's training are those of the product; devices are
 made of recorded traces (``benchmarks.fleet_traces``), and all energies are from their device model, not measured. A run
 lasts a stretch of virtual time, the same for all policies. ``random`` asks 1.3 times as many as a round takes and
-throws late updates away, as do ``power_of_choice``, ``oort`` and ``eafl``; the others keep them. ``random_half`` takes
-five updates a round instead of ten: what of ``energy_aware`` comes from asking fewer. ``wh_to_target`` is
+throws late updates away, as do ``power_of_choice``, ``oort`` and ``eafl``; the others keep them. ``oort_late_reuse``
+shows what of a gain over Oort is late reuse, ``random_half`` (five updates a round instead of ten) what comes from
+asking fewer. ``wh_to_target`` is
 what the whole fleet has drawn for the run, waste included, when models first have that accuracy on the test set (the
 mean of three evaluated ones in a row, which ``best_accuracy`` is of, too);
 ``wh_ratio`` is that over random's, paired by seed, with a bootstrap interval of 95 %. A device's accuracy is that of
@@ -38,6 +39,7 @@ POLICIES = {
     "random": Policy({"participation": _THROWN_AWAY}),
     "power_of_choice": Policy({"participation": {"selector": "power_of_choice", **_THROWN_AWAY}}),
     "oort": Policy({"participation": {"selector": "oort", **_THROWN_AWAY}}),
+    "oort_late_reuse": Policy({"participation": {"selector": "oort"}, "server_method": "refl"}),
     "eafl": Policy({"participation": {"selector": "eafl", **_THROWN_AWAY}}),
     "refl": Policy({"participation": {"selector": "refl"}, "server_method": "refl"}),
     "random_late_reuse": Policy({"server_method": "refl"}),

@@ -6,7 +6,8 @@ The worlds of ``benchmarks.scheduling``. With AFA-CD, AFA-CS, FedBuff and FedAvg
 assignment: it trains whenever it likes, about ``--interval-s`` apart, for any number of steps up to ``--steps``, drawn
 afresh each time. AFA divides an update by its steps, the others do not; FedAvg weighs by samples. ``fedavg_in_rounds``
 is synchronous, devices drawn at random: there a device may only end a job early, which it does when the job has drawn
-``--job-joules``, and what it reached counts. All devices keep their battery's reserve by declining. All energies are from the device model of the traces, not measured.
+``--job-joules``, and what it reached counts. All devices keep their battery's reserve by declining. All energies are
+from the device model of the traces, not measured.
 """
 
 from __future__ import annotations

@@ -426,7 +426,9 @@ def test_nan_in_an_update_is_refused_and_told(raw: Raw) -> None:
         verdict = raw.verdict(offer.update)
     assert not verdict.counted
     assert "NaN" in verdict.reason
-    assert raw.status(job.run)["failures"] == [{"device": "raw", "round": 0, "reason": verdict.reason}]
+    assert raw.status(job.run)["failures"] == [
+        {"device": "raw", "round": 0, "reason": verdict.reason, "declined": False}
+    ]
     coordinator_cli(["stop", job.run, "--state", str(raw.state)])
 
 
@@ -450,11 +452,6 @@ def test_updates_of_other_devices_versions_or_sizes_are_refused(raw: Raw, change
 
 
 IMPLAUSIBLE = {
-    "loss": UpdateMeta(round=0, model_version=0, samples=5, steps=1, loss=float("nan")),
-    "infinite loss": UpdateMeta(round=0, model_version=0, samples=5, steps=1, loss=float("inf")),
-    "evaluation": UpdateMeta(
-        round=0, model_version=0, samples=5, steps=1, evaluation=Evaluation(samples=1, loss_sum=float("nan"))
-    ),
     "samples": UpdateMeta(round=0, model_version=0, samples=1 << 63, steps=1),
     "written bytes": UpdateMeta(round=0, model_version=0, samples=5, steps=1, written_bytes=1 << 63),
 }
@@ -463,7 +460,7 @@ IMPLAUSIBLE = {
 @pytest.mark.mosquitto
 @pytest.mark.parametrize("kind", IMPLAUSIBLE)
 def test_figures_that_cannot_be_are_refused(raw: Raw, kind: str) -> None:
-    """A loss of NaN or 2**63 samples must reach neither the model nor the database, which could not be read again."""
+    """2**63 samples must reach neither the model nor the database, which could not be read again."""
     job = raw.job()
     offer = raw.offer(job, raw.delta(job), meta=IMPLAUSIBLE[kind])
     with raw.one_line("update", str(offer.update), "refused"):
@@ -471,6 +468,29 @@ def test_figures_that_cannot_be_are_refused(raw: Raw, kind: str) -> None:
         assert not raw.verdict(offer.update).counted
     assert len(raw.status(job.run)["failures"]) == 1
     coordinator_cli(["stop", job.run, "--state", str(raw.state)])
+
+
+UNBELIEVABLE = {
+    "loss": UpdateMeta(round=0, model_version=0, samples=5, steps=1, loss=float("nan")),
+    "infinite loss": UpdateMeta(round=0, model_version=0, samples=5, steps=1, loss=float("inf")),
+    "evaluation": UpdateMeta(
+        round=0, model_version=0, samples=5, steps=1, evaluation=Evaluation(samples=1, loss_sum=float("nan"))
+    ),
+}
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("kind", UNBELIEVABLE)
+def test_losses_that_cannot_be_are_unknown(raw: Raw, kind: str) -> None:
+    """They reach no record, and the database can be read again; the update, which is sound, counts."""
+    job = raw.job()
+    offer = raw.offer(job, raw.delta(job), meta=UNBELIEVABLE[kind])
+    with raw.one_line("device raw", job.run, "taken as unknown"):
+        raw.say(offer)
+        assert raw.verdict(offer.update).counted
+    status = raw.status(job.run)
+    assert (status["status"], status["train_loss"], status["device_accuracy"]) == ("finished", None, None)
+    assert [entry["device_loss"] for entry in status["history"]] == [None]
 
 
 def state_of(device: str) -> messages.DeviceState:

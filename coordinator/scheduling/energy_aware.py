@@ -128,14 +128,14 @@ class EnergyAware:
         """How many to choose, and where a round opens: how many updates are to close it.
 
         The latter is the share of the target, less the late updates that are due (at least half of it stays); as many
-        more are chosen as failures call for.
+        more are chosen as failures call for, and the plan's over-commitment allows.
         """
         if not opens_round(request):
             return max(0, request.count), None
-        over_commit = min(
-            max(1.0 / max(request.memory.get("success", _SUCCESS_AT_FIRST), 1e-9), 1.0), _MOST_OVER_COMMIT
-        )
-        whole = request.plan.participation.target * frugality.share_now(request.memory, self.options)
+        rules = request.plan.participation
+        called_for = max(1.0 / max(request.memory.get("success", _SUCCESS_AT_FIRST), 1e-9), 1.0)
+        over_commit = min(called_for, rules.over_commit, _MOST_OVER_COMMIT)
+        whole = rules.target * frugality.share_now(request.memory, self.options)
         wanted = math.ceil(whole - 1e-9)
         if self.options["adaptive_target"]:
             wanted = max(math.ceil(whole / 2), wanted - late_due(now, request))

@@ -247,6 +247,7 @@ def test_the_selector_says_how_many_updates_close_its_round():
     assert wanted(memory={"success": 0.8, "share": 1.0}) == (13, 10)
     assert wanted(expected_late=[(90.0, 100.0)]) == (5, 4)
     assert wanted(total=3) == (3, 3)
+    assert wanted(plan=w.plan(target=10, over_commit=1.0)) == (5, 5)  # a plan without any has no late updates from it
     assert wanted(attempt=1) == (15, None)
     assert wanted(plan=w.plan(mode="buffered", target=10)) == (15, None)
 

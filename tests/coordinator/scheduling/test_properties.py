@@ -140,7 +140,9 @@ def test_identical_devices_are_drawn_uniformly(name, tried):
     total, seeds, count = 12, 400, 3
     history = w.histories([w.past(number) if tried else None for number in range(total)])
     fleet = w.fleet([w.on_battery(80)] * total)
-    often = w.frequencies(SELECTORS.create(name, {}), fleet, total, seeds=seeds, count=count, history=history)
+    often = w.frequencies(
+        SELECTORS.create(name, {}), fleet, total, seeds=seeds, count=count, attempt=1, history=history
+    )
     expected = count / total * seeds
     assert sum(often) == pytest.approx(count, abs=0.01)
     assert sum((one * seeds - expected) ** 2 / expected for one in often) < 35.0  # 11 degrees of freedom: p = 0.0002

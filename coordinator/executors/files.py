@@ -30,7 +30,7 @@ class SharedFile:
         return _read(self.name)
 
     def path(self) -> Path:
-        return Path(self.name)
+        return _path(self.name)
 
 
 class SharedFiles:
@@ -55,6 +55,11 @@ class SharedFiles:
     def close(self) -> None:
         """Deletes all."""
         self._delete()
+
+
+@lru_cache(maxsize=64)
+def _path(name: str) -> Path:
+    return Path(name)
 
 
 @lru_cache(maxsize=_KEPT)

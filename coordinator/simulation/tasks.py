@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _EVALUATION_BATCH = 256
 _VIEWS_KEPT = 512  # datasets of virtual devices that a process keeps open and checked
+_MODELS_KEPT = 4  # versions that jobs start from, decoded
 _runner: list[JobRunner] = []  # of this process
 
 
@@ -71,6 +72,12 @@ class TrainedUpdate(NamedTuple):
 def content(data: bytes | Path) -> bytes:
     """The bytes of an update."""
     return data.read_bytes() if isinstance(data, Path) else data
+
+
+def prepare(bundle: Shared) -> None:
+    """The task: loads what all others need, so that the run does not begin with that."""
+    _job_runner()
+    _bundle(str(bundle.path()))
 
 
 def train(bundle: Shared, model: Shared, arrays: tuple[Shared, ...], order: Order) -> TrainedUpdate:
@@ -174,7 +181,12 @@ def _request(bundle: Shared, model: Shared, arrays: tuple[Shared, ...], order: O
 
 def _work_folder(bundle: Shared) -> Path:
     """Beside the shared files, so that it goes with them."""
-    folder = bundle.path().parent / f"work-{os.getpid()}"
+    return _folder(bundle.path(), os.getpid())
+
+
+@lru_cache(maxsize=2)
+def _folder(bundle: Path, process: int) -> Path:
+    folder = bundle.parent / f"work-{process}"
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -191,5 +203,5 @@ def _job_runner() -> JobRunner:
     from edge_runtime.training.job import JobRunner
 
     if not _runner:
-        _runner.append(JobRunner(bundles=2, datasets=_VIEWS_KEPT))
+        _runner.append(JobRunner(bundles=2, datasets=_VIEWS_KEPT, models=_MODELS_KEPT, write=Path.write_bytes))
     return _runner[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import OrderedDict
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 
 from coordinator.errors import ExecutorError
 from coordinator.simulation.data import Share, packed
-from coordinator.simulation.tasks import evaluate_shares, evaluate_test_set, train
+from coordinator.simulation.tasks import evaluate_shares, evaluate_test_set, prepare, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +72,7 @@ class RealTrainer:
         self._models: OrderedDict[str, Shared] = OrderedDict()
         self._folder, self._number = folder, 0
         folder.mkdir(exist_ok=True)
+        wait([executor.submit(prepare, self._bundle) for _ in range(executor.workers)])
 
     def start(self, order: Order) -> Handle:
         model = self.shared_model(order.model)

@@ -99,8 +99,10 @@ def pack(
     parts.append(bytes(padding))
     for section in sections:
         parts += section
-    body = b"".join(parts)
-    return body + _CRC.pack(zlib.crc32(body))
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return b"".join([*parts, _CRC.pack(crc)])
 
 
 def header_bytes(header: Header, channels: int) -> int:

@@ -26,12 +26,13 @@ from edge_runtime.training.schedule import job_seed
 from edge_runtime.training.state import codec_key, load_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Sequence
 
     from edge_runtime.agent.pipe import FailureKind, Phase, TrainRequest
     from edge_runtime.compression.base import Layout
     from edge_runtime.data import Dataset
     from edge_runtime.training.base import OnStep, Stop, Vector
+    from edge_runtime.training.outgoing import Write
     from edge_runtime.training.received import Received
     from edge_runtime.training.state import RunState
 
@@ -46,15 +47,26 @@ class JobRunner:
     Args:
         bundles: how many loaded bundles to keep.
         datasets: how many opened datasets to keep.
+        models: how many received models to keep by the names of their files; only for files that never change.
+        write: writes an update or state to its file; None: durably.
         clock: unix time in seconds, for windows by age.
     """
 
-    def __init__(self, *, bundles: int = 1, datasets: int = 2, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        *,
+        bundles: int = 1,
+        datasets: int = 2,
+        models: int = 0,
+        write: Write | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._loaded: OrderedDict[Hashable, _Loaded] = OrderedDict()
         self._datasets: OrderedDict[Hashable, Dataset] = OrderedDict()
         self._views: OrderedDict[Hashable, tuple[object, View]] = OrderedDict()
-        self._max_bundles, self._max_datasets = bundles, datasets
-        self._clock = clock
+        self._models: OrderedDict[Hashable, Received] = OrderedDict()
+        self._max_bundles, self._max_datasets, self._max_models = bundles, datasets, models
+        self._write, self._clock = write, clock
 
     def run(
         self,
@@ -88,7 +100,7 @@ class JobRunner:
             check_spec(spec)
         loaded = self._load(request, method.variant if job.variant is None else job.variant)
         samples, view = self._view(request, loaded)
-        received = receive(request, loaded.bundle, loaded.layout, method.down_channels)
+        received = self._receive(request, loaded, method.down_channels)
         evaluation = None
         if job.evaluate or not trains:
             rows = view.holdout if job.holdout_fraction > 0 or trains else view.train
@@ -106,7 +118,9 @@ class JobRunner:
         trained_s, trained_cpu_s = time.monotonic(), time.process_time()
         if channels.keys() != set(declared):
             raise TrainingError(f"method {method.name!r} sends {sorted(channels)}, but declares {sorted(declared)}")
-        done = write_update(request, received, channels, state, loaded.bundle, trained=method.channels)
+        done = write_update(
+            request, received, channels, state, loaded.bundle, trained=method.channels, write=self._write
+        )
         meta = _meta(job, result.samples, evaluation, written_bytes=done.written_bytes)
         return Trained(
             path=done.path,
@@ -141,6 +155,16 @@ class JobRunner:
             self._loaded[key] = loaded
         self._loaded.move_to_end(key)
         return loaded
+
+    def _receive(self, request: TrainRequest, loaded: _Loaded, channels: Sequence[str]) -> Received:
+        if not self._max_models:
+            return receive(request, loaded.bundle, loaded.layout, channels)
+        model = request.job.model
+        key = (request.job.bundle.sha256, model.vector_sha256, tuple(request.model_paths), tuple(channels))
+        known = self._models.get(key)
+        if known is None:
+            known = receive(request, loaded.bundle, loaded.layout, channels)
+        return _keep(self._models, key, known, self._max_models)
 
     def _view(self, request: TrainRequest, loaded: _Loaded) -> tuple[int, View]:
         job, config = request.job, request.dataset

@@ -20,7 +20,8 @@ from edge_runtime.training.schedule import job_seed
 from edge_runtime.training.state import codec_key, encode_state
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
+    from typing import TypeAlias
 
     from edge_runtime.agent.pipe import RefusedUpdate, TrainRequest
     from edge_runtime.bundle import Bundle
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from edge_runtime.training.base import Vector
     from edge_runtime.training.received import Received
     from edge_runtime.training.state import RunState
+
+    Write: TypeAlias = Callable[[Path, bytes | memoryview], object]
 
 log = logging.getLogger("edge.worker")
 
@@ -54,6 +57,7 @@ def write_update(
     bundle: Bundle,
     *,
     trained: Collection[str],
+    write: Write | None = None,
 ) -> Written:
     """Encodes an update and makes it and the state after it durable, as files that no row of the spool names yet.
 
@@ -64,6 +68,7 @@ def write_update(
         state: of the run before; afterwards, if nothing is raised, as it was written.
         bundle: of the job.
         trained: names of the channels that trainers of this method send, as refused updates did.
+        write: writes a file; None: durably.
 
     Raises:
         CodecError: it cannot be encoded as the job wants.
@@ -98,7 +103,7 @@ def write_update(
     written = hold(request, received, predicts=predicted)
     stored = encode_state(state, job.bundle.sha256, key) if state else b""
     digest = hashlib.sha256(encoded.data).hexdigest()
-    state_path, path = _write(request, stored, encoded.data, digest)
+    state_path, path = _write(request, stored, encoded.data, digest, write or write_durably)
     return Written(
         path=path,
         sha256=digest,
@@ -167,7 +172,7 @@ def _read(path: Path, limit_bytes: int) -> bytes:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _write(request: TrainRequest, state: bytes | memoryview, data: bytes, digest: str) -> tuple[str, str]:
+def _write(request: TrainRequest, state: bytes | memoryview, data: bytes, digest: str, write: Write) -> tuple[str, str]:
     """Paths of the state (empty if there is none) and of the update, whose hash is ``digest``."""
     paths = []
     try:
@@ -175,7 +180,7 @@ def _write(request: TrainRequest, state: bytes | memoryview, data: bytes, digest
             name = f"{request.job.run}.{request.job.assignment}.{hashed[:16]}.{kind}"
             paths.append(Path(request.output_folder) / name)
             if content:
-                write_durably(paths[-1], content)
+                write(paths[-1], content)
     except StorageError:
         for path in paths:
             remove(path)

@@ -251,11 +251,17 @@ def test_a_device_that_joins_says_how_it_is(tmp_path, seen):
     assert all((at - came[0]) % 50.0 == pytest.approx(0.0, abs=1e-6) for at in came)
 
 
-def test_clocks_of_devices_jump(tmp_path, monkeypatch):
-    """With the fault, clocks of some devices are set while they run, and what they foresee and count goes by them."""
-    worlds: list[World] = []
+@pytest.fixture
+def worlds(monkeypatch) -> list[World]:
+    """Those of all simulations."""
+    found: list[World] = []
     begin = World.run_to_end
-    monkeypatch.setattr(World, "run_to_end", lambda self: (worlds.append(self), begin(self))[1])
+    monkeypatch.setattr(World, "run_to_end", lambda self: (found.append(self), begin(self))[1])
+    return found
+
+
+def test_clocks_of_devices_jump(tmp_path, worlds):
+    """With the fault, clocks of some devices are set while they run, and what they foresee and count goes by them."""
     limits = OwnerLimits(joules_per_day=1e6, hours="00:00-24:00")
     devices = [h.device(f"d{number}", training_watts=1.0, limits=limits) for number in range(20)]
     plan = h.plan(tmp_path, target=5, rounds=20, attempts=50, deadline_s=200.0)
@@ -271,10 +277,12 @@ def test_clocks_of_devices_jump(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_clock_that_is_set_without_a_crash_does_no_harm(tmp_path, seed):
+def test_a_clock_that_is_set_without_a_crash_does_no_harm(tmp_path, worlds, seed):
     """The coordinator's clock jumps while it runs, both ways: every round closes, within its deadlines by true time."""
     plan = h.plan(tmp_path, rounds=8, target=4, over_commit=1.3, deadline_s=300.0, attempts=50, retain_updates="all")
     report = simulate(plan, synthetic(30, seed), Settings(seed=seed, step_s=1.0), faults=FaultPlan(clock=6))
     assert report.status == "finished", report.reason
     assert report.verified_versions == 8
     assert report.virtual_s < 8 * 300.0 * 5
+    server = worlds[0].server
+    assert len(server._jumps) - 1 == report.faults["clock"] > server._process - 1  # some without a new process

@@ -285,4 +285,4 @@ def test_a_clock_that_is_set_without_a_crash_does_no_harm(tmp_path, worlds, seed
     assert report.verified_versions == 8
     assert report.virtual_s < 8 * 300.0 * 5
     server = worlds[0].server
-    assert len(server._jumps) - 1 == report.faults["clock"] > server._process - 1  # some without a new process
+    assert len(server._jumps) - 1 > server._process - 1  # some without a new process

@@ -8,6 +8,7 @@ Losses are made up, falling with the version, from a different level for every d
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b, sha256
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,7 @@ from edge_runtime.training.randomness import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from concurrent.futures import Future
 
     from coordinator.simulation.training import Handle
     from edge_runtime.compression.base import Layout
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
 
 _SCALE = 1e-4  # of one number of an echo
 _KEPT = 16
+_AHEAD_BYTES = 256 * 1024 * 1024  # of echoes that are made before they are due
 
 
 class _Encoded(NamedTuple):
     codec: int | str
     sections: list[list[bytes | memoryview]]
     alignment: int
+    size_bytes: int
 
 
 class EchoTrainer:
@@ -58,22 +62,38 @@ class EchoTrainer:
     ) -> None:
         self._layout, self._channels, self._model, self._seed = layout, channels, model, seed
         self._encoded: dict[tuple[object, ...], _Encoded] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="echo")  # hashing leaves the interpreter to others
+        self._ahead_bytes = 0
 
     def start(self, order: Order) -> Handle:
-        return _Echo(self, order)
+        job = order.job
+        if job.epochs is None and job.steps is None and job.role == "trainer":
+            return _Echo(self, order, None)
+        return _Echo(self, order, self._encode(order, dict.fromkeys(self._channels[job.role], self._layout)))
 
     def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
         self._encoded.clear()
 
-    def make(self, order: Order) -> TrainedUpdate:
-        """The echo of one order."""
+    def begin(self, order: Order, found: _Encoded) -> Future[TrainedUpdate] | None:
+        """Makes an echo ahead of its time, if not too many wait already."""
+        if self._ahead_bytes + found.size_bytes > _AHEAD_BYTES:
+            return None
+        self._ahead_bytes += found.size_bytes
+        return self._thread.submit(self.make, order, found)
+
+    def used(self, found: _Encoded) -> None:
+        """An echo that was made ahead waits no longer."""
+        self._ahead_bytes -= found.size_bytes
+
+    def make(self, order: Order, found: _Encoded | None) -> TrainedUpdate:
+        """The echo of one order; without ``found`` it has no bytes, as of a job that only evaluates."""
         job = order.job
         steps = order.steps if order.stop_after is None else min(order.steps, order.stop_after)
         meta = UpdateMeta(round=job.round, model_version=job.model_version, samples=order.samples, steps=steps)
-        if job.epochs is None and job.steps is None and job.role == "trainer":
+        if found is None:
             return TrainedUpdate(b"", meta, sha256(b"").hexdigest(), 0)
         layouts = dict.fromkeys(self._channels[job.role], self._layout)
-        found = self._encode(order, layouts)
         tag = update_tag(UpdateId(job.run, order.device, job.assignment, job.sequence))
         header = Header(codec=found.codec, tag=tag, base_version=job.model_version)
         loss = _loss(order.device, job.model_version)
@@ -110,7 +130,7 @@ class EchoTrainer:
         header, places = unpack(data, layouts)
         view = memoryview(data)
         sections: list[list[bytes | memoryview]] = [[view[start:end]] for start, end in places.values()]
-        found = _Encoded(header.codec, sections, codec_class(job.codec).alignment)
+        found = _Encoded(header.codec, sections, codec_class(job.codec).alignment, len(data))
         while len(self._encoded) >= _KEPT:
             del self._encoded[next(iter(self._encoded))]
         self._encoded[key] = found
@@ -118,14 +138,24 @@ class EchoTrainer:
 
 
 class _Echo:
-    def __init__(self, trainer: EchoTrainer, order: Order) -> None:
-        self._trainer, self._order = trainer, order
+    def __init__(self, trainer: EchoTrainer, order: Order, found: _Encoded | None) -> None:
+        self._trainer, self._order, self._found = trainer, order, found
+        self._future = None if found is None else trainer.begin(order, found)
 
     def result(self) -> TrainedUpdate:
-        return self._trainer.make(self._order)
+        future = self._take()
+        return self._trainer.make(self._order, self._found) if future is None else future.result()
 
     def cancel(self) -> None:
-        """It was not begun."""
+        future = self._take()
+        if future is not None:
+            future.cancel()
+
+    def _take(self) -> Future[TrainedUpdate] | None:
+        future, self._future = self._future, None
+        if future is not None and self._found is not None:
+            self._trainer.used(self._found)
+        return future
 
 
 def _loss(device: str, version: int) -> float:

@@ -11,7 +11,7 @@ from coordinator import events as e
 from coordinator.budget import FLOAT_BYTES, update_budget
 from coordinator.histories import note_asked, note_failed
 from coordinator.scheduling import Outcome, RoundRequest
-from coordinator.wording import counted
+from coordinator.wording import counted, duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from coordinator.fleet import FleetView
     from coordinator.run_state import RunState
     from coordinator.scheduling import Choice
+    from coordinator.scheduling.explaining import Report
     from coordinator.work import Work
     from edge_runtime.messages import Role, UpdateMeta
 
 PAUSES = 10  # in the patience of a round: how often a selector is asked again that chose fewer than wanted
 CROWD = 1000  # candidates; to select among so many takes some ms, and a whole site may leave at once:
 CROWD_PAUSE_S = 0.5  # then the places that become free meanwhile are given on together
+NOBODY_PAUSE_S = 10.0  # before a selector that chose nobody is asked again, where nothing changed
+NOBODY_KEPT = 50  # reports that are kept of selections of one round that chose nobody
 
 
 def candidates(state: RunState, work: Work, fleet: FleetView, least: int = 0) -> list[str]:
@@ -36,7 +39,7 @@ def candidates(state: RunState, work: Work, fleet: FleetView, least: int = 0) ->
     ``least``, those that failed come in before that. O(1) where nothing changed since nobody was there.
     """
     clock = state.clock
-    there = (fleet.arrivals(state.need), clock.freed)
+    there = _there(state, fleet)
     if clock.nobody is not None and clock.nobody[:2] == there and work.now < clock.nobody[2]:
         found: list[str] = []
     else:
@@ -95,21 +98,58 @@ def ask(state: RunState, work: Work, fleet: FleetView, free: list[str], count: i
     for choice in chosen.values():
         _assign(state, work, fleet, choice, mean)
     if len(chosen) < request.count:
-        run.select_after_unix_s = work.now + state.patience_s / PAUSES
+        soon = work.now + state.patience_s / PAUSES
+        run.select_after_unix_s = soon if chosen else max(soon, work.now + min(NOBODY_PAUSE_S, state.patience_s))
+        state.clock.unwilling = None if chosen else (_there(state, fleet), soon)
     elif len(free) >= CROWD:
         run.select_after_unix_s = work.now + CROWD_PAUSE_S
-    report = pack(Report(chosen=chosen, notes=selection.notes, unfit=dict(fleet.unfit_reasons(state.need)), busy=busy))
-    row = e.SelectionRow(
-        run=run.run,
-        number=run.next_selection,
-        round=run.round,
-        attempt=run.attempt,
-        at_unix_s=work.now,
-        report=report,
-    )
+    report = Report(chosen=chosen, notes=selection.notes, unfit=dict(fleet.unfit_reasons(state.need)), busy=busy)
+    if _is_news(state, report):
+        row = e.SelectionRow(
+            run=run.run,
+            number=run.next_selection,
+            round=run.round,
+            attempt=run.attempt,
+            at_unix_s=work.now,
+            report=pack(report),
+        )
+        work.save(row)
     run.next_selection += 1
-    work.save(run, row)
+    work.save(run)
     return Asked(len(chosen), request.count, selection.wanted)
+
+
+def may_select(state: RunState, work: Work, fleet: FleetView) -> bool:
+    """Whether the selector may be asked now: not soon after it chose fewer than wanted.
+
+    One that chose nobody is asked again earlier where a device came or became free.
+    """
+    if work.now >= state.run.select_after_unix_s:
+        return True
+    unwilling = state.clock.unwilling
+    return unwilling is not None and work.now >= unwilling[1] and unwilling[0] != _there(state, fleet)
+
+
+def _there(state: RunState, fleet: FleetView) -> tuple[int, int]:
+    """Changes where a device came, or became free."""
+    return fleet.arrivals(state.need), state.clock.freed
+
+
+def _is_news(state: RunState, report: Report) -> bool:
+    """Whether a report is worth keeping: it chose somebody, or gives other reasons than the last one of its round."""
+    from coordinator.scheduling.explaining import reasons
+
+    round_, clock = state.run.round, state.clock
+    if report.chosen:
+        clock.told = None
+        return True
+    said = reasons(report)
+    if clock.told_round != round_:
+        clock.told_round, clock.told_count, clock.told = round_, 0, None
+    if said == clock.told or clock.told_count >= NOBODY_KEPT:
+        return False
+    clock.told, clock.told_count = said, clock.told_count + 1
+    return True
 
 
 def why_busy(state: RunState, now: float, devices: Iterable[str]) -> dict[str, str]:
@@ -125,7 +165,7 @@ def why_busy(state: RunState, now: float, devices: Iterable[str]) -> dict[str, s
             reasons[device] = "its update waits for the next model"
         elif history is not None and history.not_before_unix_s > now:
             why = "declined" if history.declined else f"failed {counted(history.failures, 'time')} in a row"
-            reasons[device] = f"{why}, left alone for another {history.not_before_unix_s - now:.0f} s"
+            reasons[device] = f"{why}, left alone for another {duration(history.not_before_unix_s - now)}"
         else:
             reasons[device] = "was asked in this attempt already"
     return reasons

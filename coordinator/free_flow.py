@@ -7,8 +7,9 @@ al., "Anarchic Federated Learning", ICML 2022): devices hold standing assignment
 the newest model and how many steps it takes. In both every ``target`` updates make the next model.
 
 A device waits for the verdict on its update before it starts anew, so a fleet that is smaller than the target cannot
-fill it: where nobody is at work any more, or nothing came for as long as a deadline, ``minimum`` updates make a model.
-The run fails when jobs are out, or failed, and nothing came for ``attempts`` deadlines.
+fill it: where nobody is at work any more, or nothing came for as long as a deadline (and ``interval_s``, in an anarchic
+run), ``minimum`` updates make a model. The run fails when jobs are out, or failed, and nothing came for ``attempts``
+times as long.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import heapq
 from typing import TYPE_CHECKING
 
 from coordinator import events as e
-from coordinator.asking import ask, blame, candidates, due, renewed_budget, repeat_jobs
+from coordinator.asking import ask, blame, candidates, due, may_select, renewed_budget, repeat_jobs
 from coordinator.closing import close, finish
 from coordinator.histories import note_asked
 from coordinator.plan import step_bounds
@@ -47,7 +48,7 @@ def flow(state: RunState, work: Work, fleet: FleetView) -> None:
         close(state, work)
         return
     wanted = state.places - state.at_work
-    if wanted > 0 and work.now >= run.select_after_unix_s:
+    if wanted > 0 and may_select(state, work, fleet):
         idle = not state.at_work
         asked = ask(state, work, fleet, candidates(state, work, fleet), wanted)
         if asked.chosen and idle:
@@ -70,7 +71,7 @@ def note_arrival(state: RunState, work: Work) -> None:
 
 
 def _start_waiting(state: RunState, work: Work) -> None:
-    state.run.deadline_unix_s = work.now + state.plan.participation.deadline_s
+    state.run.deadline_unix_s = work.now + state.silence_s
     work.save(state.run)
 
 
@@ -163,7 +164,7 @@ def _at_work(state: RunState) -> int:
 
 
 def _silence(state: RunState, work: Work, fleet: FleetView, there: int) -> None:
-    """Nothing came for as long as a deadline: jobs are repeated; where there are none, those that failed are asked."""
+    """Nothing came for as long as it may take: jobs are repeated; where there are none, those that failed are asked."""
     run, rules = state.run, state.plan.participation
     if there >= rules.minimum:
         close(state, work)
@@ -196,4 +197,7 @@ def _nothing_came(state: RunState) -> str:
     last = f"; last failure, on {failed[-1].device}: {failed[-1].reason}" if failed else ""
     owed = sum(row.pulled or (row.status == "open" and not row.standing) for row in state.assignments.values())
     silent = f", {counted(owed, 'device')} never answered" if owed else ""
-    return f"no update came for {counted(rules.attempts, 'time')} the deadline of {rules.deadline_s:g} s{silent}{last}"
+    span = f"the deadline of {rules.deadline_s:g} s"
+    if state.silence_s > rules.deadline_s:
+        span += f" and the interval of {rules.interval_s:g} s"
+    return f"no update came for {counted(rules.attempts, 'time')} {span}{silent}{last}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from coordinator.asking import ask, candidates, repeat_jobs
+from coordinator.asking import ask, candidates, may_select, repeat_jobs
 from coordinator.closing import close, finish
 from coordinator.wording import counted
 
@@ -31,7 +31,7 @@ def _start(state: RunState, work: Work, fleet: FleetView) -> None:
     if most < rules.minimum:
         return  # the usual case before a fleet is there
     patient = run.short_since_unix_s is not None and work.now < run.short_since_unix_s + state.patience_s
-    if (most < rules.target and patient and not state.busy) or work.now < run.select_after_unix_s:
+    if (most < rules.target and patient and not state.busy) or not may_select(state, work, fleet):
         return
     waited = run.short_since_unix_s is not None and not patient
     free = candidates(state, work, fleet, rules.minimum - len(state.pending) if waited else 0)
@@ -74,7 +74,7 @@ def _watch(state: RunState, work: Work, fleet: FleetView) -> None:
         close(state, work)
         return
     wanted = state.places - state.fresh - state.open_attempt
-    if wanted > 0 and work.now >= run.select_after_unix_s:
+    if wanted > 0 and may_select(state, work, fleet):
         ask(state, work, fleet, candidates(state, work, fleet), wanted)
     enough = state.fresh + state.late >= rules.minimum
     if not state.open_round:

@@ -41,9 +41,15 @@ class Clock:
     no device could be asked: arrivals in the fleet, ``freed``, when the first device that is kept waiting comes back,
     and whether one of them waits since it failed. ``next_expiry_s``: no assignment has its deadline before that.
     ``early``: pulls that are answered later, by assignment, and ``early_due``: when, as a heap; devices say them again.
+    ``unwilling``: what was there when the selector chose nobody, and when it may be asked again if that changes.
+    ``told`` are the reasons of the last stored selection if that chose nobody, ``told_count`` how many such are stored
+    of round ``told_round``.
     """
 
-    __slots__ = ("early", "early_due", "freed", "next_expiry_s", "nobody", "now")
+    __slots__ = (
+        *("early", "early_due", "freed", "next_expiry_s", "nobody", "now"),
+        *("told", "told_count", "told_round", "unwilling"),
+    )
 
     def __init__(self) -> None:
         self.now = -math.inf
@@ -52,6 +58,10 @@ class Clock:
         self.next_expiry_s = -math.inf
         self.early: dict[str, Pulled] = {}
         self.early_due: list[tuple[float, str]] = []
+        self.unwilling: tuple[tuple[int, int], float] | None = None
+        self.told: bytes | None = None
+        self.told_count = 0
+        self.told_round = -1
 
 
 @dataclass
@@ -223,7 +233,7 @@ class RunState:
                 for name, value in after.items():
                     setattr(row, name, value)
 
-        move(self.run, deadline_unix_s=now + deadline_s, select_after_unix_s=now + self.patience_s)
+        move(self.run, deadline_unix_s=now + self.silence_s, select_after_unix_s=now + self.patience_s)
         move(self.run, opened_unix_s=now, short_since_unix_s=now)
         for row in self.assignments.values():
             if row.status == "open":
@@ -252,6 +262,12 @@ class RunState:
     def patience_s(self) -> float:
         """How long a round waits for missing devices before it starts with fewer than ``target``."""
         return self.plan.participation.deadline_s / 10
+
+    @property
+    def silence_s(self) -> float:
+        """How long the next update may take: in an anarchic run a device may begin an interval after its last pull."""
+        rules = self.plan.participation
+        return rules.deadline_s + (rules.interval_s if self.mode == "anarchic" else 0.0)
 
     def is_evaluated(self, version: int) -> bool:
         """Whether the plan wants this version evaluated: the initial one, every n-th and the last."""

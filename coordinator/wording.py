@@ -27,6 +27,16 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """A time that is to pass, in the unit that people would choose: "58 s", "15 min", "6 h"."""
+    value = max(0.0, seconds)
+    for unit, most, next_ in (("s", 120, 60), ("min", 120, 60), ("h", 48, 24)):
+        if round(value) < most:
+            return f"{value:.0f} {unit}"
+        value /= next_
+    return f"{value:.0f} days"
+
+
 def joules(value: float) -> str:
     """An energy, to three digits."""
     for unit in ("J", "kJ", "MJ"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import msgspec
@@ -58,6 +59,14 @@ def pack(report: Report) -> bytes:
         {name: column.tobytes() for name, column in notes.figures.items()},
     )
     return bytes(zstd.compress(_encoder.encode(packed), level=_LEVEL))
+
+
+def reasons(report: Report) -> bytes:
+    """Who was chosen or not and why, without figures: equal where two reports say the same in other numbers."""
+    notes = as_table(report.notes)
+    kinds = {name: text.partition(",")[0] for name, text in report.busy.items()}
+    said = (sorted(report.chosen), report.unfit, kinds, notes.devices, notes.texts, notes.codes.tobytes())
+    return hashlib.sha256(_encoder.encode(said)).digest()
 
 
 def unpack(data: bytes) -> Report:

@@ -352,3 +352,31 @@ def test_keys_that_do_not_fit_the_mode_are_refused(rules, training, reason):
     with pytest.raises(ConfigError, match=reason):
         check_mode(plan)
     check_mode(msgspec.structs.replace(plan, training=Training(steps=3), participation=h.plan().participation))
+
+
+def test_an_interval_longer_than_the_deadline_is_no_silence():
+    """Devices that train once an hour, as the plan says, do not fail it, and two of them make a model of two."""
+    rules = {"mode": "anarchic", "target": 2, "interval_s": 3600.0, "deadline_s": 60.0, "attempts": 2}
+    state, fleet, standing = running("a", "b", **rules)
+    effects = []
+    for sequence, start in ((0, 0.0), (1, 3700.0)):
+        for name, late in (("a", 1.0), ("b", 3000.0)):
+            for now in range(int(start), int(start + late), 20):
+                effects += step(state, e.Tick(float(now)), fleet)
+            (job,) = h.jobs(pull(state, fleet, standing[name], sequence, now=start + late))
+            effects += step(state, h.arrived(job, start + late + 5.0, sequence=sequence), fleet)
+        assert len(h.one(e.Aggregate, effects).updates) == 2
+        effects = step(state, e.Aggregated(start + 3010.0, sequence, h.blob(20 + sequence)), fleet)
+    assert state.run.status != "failed"
+
+
+def test_silence_in_an_anarchic_run_ends_it_after_intervals_and_deadlines():
+    """The reason names both."""
+    rules = {"mode": "anarchic", "target": 1, "interval_s": 100.0, "deadline_s": 60.0, "attempts": 2}
+    state, fleet, standing = running("a", **rules)
+    pull(state, fleet, standing["a"], 0, now=1.0)
+    for now in range(1, 320):
+        step(state, e.Tick(float(now)), fleet)
+    assert state.run.status == "running"
+    step(state, e.Tick(330.0), fleet)
+    assert state.run.reason.startswith("no update came for 2 times the deadline of 60 s and the interval of 100 s")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from coordinator import events as e
+from coordinator.asking import NOBODY_KEPT
 from coordinator.histories import LONGEST_DECLINE_S, LONGEST_FAILURE_PAUSE_S
 from coordinator.rounds import step
 from coordinator.run_state import RunState
 from coordinator.scheduling import Note, Selection
 from coordinator.scheduling.explaining import unpack
+from coordinator.scheduling.notes import Marks
 from coordinator.scheduling.random import RandomSelector
 from edge_runtime.messages import EnergyUse
 from tests.coordinator import helpers as h
@@ -251,13 +254,43 @@ def test_what_a_selector_wants_holds_where_too_few_are_there(monkeypatch):
 
 
 def test_a_selector_that_chooses_nobody_is_asked_again_after_a_while(monkeypatch):
-    """Not at every event."""
+    """Not at every event, and soon only where a device came."""
     select_only(monkeypatch, 0, 0)
     state, fleet, jobs = open_round(h.plan(target=2), "a", "b")
     assert not jobs
-    chosen = [len(h.jobs(step(state, e.Tick(now), fleet))) for now in (0.1, 0.9, 1.0, 1.5, 2.0)]
-    assert chosen == [0, 0, 0, 0, 2]
+    chosen = [len(h.jobs(step(state, e.Tick(now), fleet))) for now in (0.1, 1.0, 2.0, 9.0, 10.0, 11.0)]
+    assert chosen == [0, 0, 0, 0, 0, 0]
+    assert state.run.next_selection == 2
+    fleet.announce(11.1, h.device("c"))
+    assert len(h.jobs(step(state, e.DeviceJoined(11.1, "c"), fleet))) == 2
     assert state.run.next_selection == 3
+
+
+def test_a_run_that_waits_all_night_stores_a_reason_once(monkeypatch):
+    """What says the same as the selection before is not kept again, and of what keeps changing only so much."""
+    said = ["waits for {score:.0f} %"]
+
+    def select(_self, now, _fleet, request):
+        marks = Marks(request.candidates)
+        marks.figure("score", now)
+        marks.mark(np.ones(len(request.candidates), bool), said[0])
+        return Selection(choices=[], notes=marks.table())
+
+    monkeypatch.setattr(RandomSelector, "select", select)
+    state, fleet = h.start(h.plan(target=2)), h.fleet("a", "b")
+
+    def stored(since, until):
+        effects = [effect for now in range(since, until) for effect in step(state, e.Tick(float(now)), fleet)]
+        return [row for save in h.of(e.Save, effects) for row in save.rows if isinstance(row, e.SelectionRow)]
+
+    assert len(stored(0, 2000)) == 1
+    said[0] = "is too hot"
+    assert len(stored(2000, 4000)) == 1
+    rows = 0
+    for turn in range(200):
+        said[0] = f"reason {turn}"
+        rows += len(stored(4000 + 20 * turn, 4020 + 20 * turn))
+    assert rows == NOBODY_KEPT - 2
 
 
 def test_every_selection_is_stored_with_its_reasons(monkeypatch):

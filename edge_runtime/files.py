@@ -41,7 +41,7 @@ def load_toml(path: Path, kind: type[_T]) -> _T:
     except msgspec.ValidationError as error:
         from edge_runtime.toml_errors import explained
 
-        raise ConfigError(f"{path}: {explained(str(error), kind)}") from error
+        raise ConfigError(f"{path}: {explained(str(error), kind, table)}") from error
 
 
 def lock_folder(folder: Path, taken: str) -> int:

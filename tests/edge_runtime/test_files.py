@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import array
 import os
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
 
 from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.files import load_toml, write_durably
+from edge_runtime.toml_errors import explained
 
 
 class Table(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,6 +40,52 @@ def test_wrong_toml_is_refused_by_name(tmp_path, text, said):
     (tmp_path / "a.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=rf"a\.toml: .*{said}"):
         load_toml(tmp_path / "a.toml", Table)
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Literal["fast", "slow"] = "fast"
+    metered: Literal["auto"] | bool = "auto"
+    options: dict[str, float] = {}
+    path: str = ""
+
+
+class Whole(msgspec.Struct, forbid_unknown_fields=True):
+    part: Part = Part()
+    parts: list[Part] = []
+    options: dict[str, bool | int] = {}
+    share: Annotated[float, msgspec.Meta(le=1.0)] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[part]\nmode = "fats"\n', "part.mode is 'fats', but must be 'fast' or 'slow'"),
+        ('[part]\nmetered = "no"\n', "part.metered is 'no', but must be 'auto' or true or false"),
+        ('[part]\noptions = { a = 1.0, rate = "0.2" }\n', "part.options.rate is text in quotes, but must be a number"),
+        ('options = { deep = "x" }\n', "options.deep is text in quotes, but must be"),
+        ('[[parts]]\n[[parts]]\nmode = "x"\n', "parts[1].mode is 'x', but must be 'fast' or 'slow'"),
+        ("share = 5\n", "share must be a number <= 1.0"),
+    ],
+)
+def test_wrong_values_name_their_key_and_what_is_allowed(tmp_path, text, said):
+    """Words that are allowed are listed; a key in a table of any keys is named."""
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_toml(tmp_path / "a.toml", Whole)
+    assert said in str(error.value)
+
+
+def test_what_is_missing_is_named_with_its_place():
+    """Also in files that are no TOML."""
+    assert explained("Object missing required field `link`", Whole) == "the key 'link' is missing"
+    assert (
+        explained("Object missing required field `x` - at `$.parts[1]`", Whole)
+        == "the key 'x' is missing in table 2 of [[parts]]"
+    )
+    assert (
+        explained("Expected `object`, got `array`", Whole)
+        == 'is a list, but must be an object with keys, as {"name": ...}'
+    )
 
 
 def test_missing_toml_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from edge_runtime.errors import BundleError, ConfigError, DataError
 if TYPE_CHECKING:
     from coordinator.plan import Plan
     from coordinator.simulation import Shares, SimulationReport
+    from coordinator.simulation.report import Progress
     from coordinator.simulation.settings import StepSource
     from coordinator.simulation.traces import Traces
 
@@ -31,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--devices", type=_count, metavar="N", help=f"how many (default: all of the traces); {world}")
     add("--traces", type=Path, metavar="DIR", help="folder with devices.jsonl, links.jsonl and presence.jsonl")
     add("--data", type=Path, metavar="FILE.npz", help="training data of all devices: arrays x, y and maybe group")
-    add("--partition", default="iid", metavar="HOW", help="iid, dirichlet:ALPHA or groups (default: iid)")
+    add("--partition", metavar="HOW", help="of --data: iid, dirichlet:ALPHA or groups (default: iid)")
     add("--no-training", action="store_true", help="updates are echoes: for scale, selection and recovery")
     add("--seed", type=_count0, default=0, metavar="N", help="of partition, synthetic fleet and faults (default: 0)")
     add(
@@ -43,7 +44,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--leaving", choices=("ends", "continues"), default="ends", help="what a job does when its device goes offline")
     add("--keep-reserve", action="store_true", help="devices decline jobs that would go below their battery's reserve")
     add("--free-steps", action="store_true", help="standing assignments: devices choose any number of steps")
-    add("--limit-hours", type=_positive, metavar="H", help="end the run after so much virtual time")
+    add(
+        "--limit-hours",
+        type=_positive,
+        metavar="H",
+        help="end the run after so much virtual time (default: 30 days without a version)",
+    )
     add("--device-accuracy", action="store_true", help="evaluate the final model on the data of every device")
     add("--faults", metavar="WHAT", help="default, or as broker=2,coordinator=3,clock=1,agents=0.05,workers=0.05,...")
     add("--processes", type=_count0, default=0, metavar="N", help="that train and sum (default: one per CPU)")
@@ -53,19 +59,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def simulate(options: argparse.Namespace) -> int:
-    """Simulates; 1 if the run failed, or did what must never happen."""
+    """Simulates; 1 if the run failed or stalled, or did what must never happen."""
     from coordinator.plan import load_plan
     from coordinator.simulation import Settings, load_data, parse_faults, share_out
 
     plan = load_plan(options.plan)
     if (options.data is None) != options.no_training:
         raise ConfigError("give the devices' data as --data FILE.npz, or --no-training, and not both")
+    for name in ("partition", "device_accuracy"):
+        if options.no_training and getattr(options, name):
+            raise ConfigError(f"--{name.replace('_', '-')} is for --data; leave it out with --no-training")
     traces = _traces(options)
     shares = None
     if options.data is not None:
         wanted = [device.samples for device in traces.devices]
         data = load_data(options.data)
-        shares = share_out(data, options.partition, len(traces.devices), seed=options.seed, samples=wanted)
+        shares = share_out(data, options.partition or "iid", len(traces.devices), seed=options.seed, samples=wanted)
     faults = parse_faults(options.faults or "")
     step_ms, source = _step_ms(options, plan, shares)
     settings = Settings(
@@ -83,7 +92,9 @@ def simulate(options: argparse.Namespace) -> int:
 
     executor = open_executor(options.processes, options.ray)
     try:
-        report = run(plan, traces, settings, shares=shares, faults=faults, executor=executor)
+        report = run(
+            plan, traces, settings, shares=shares, faults=faults, executor=executor, on_progress=_tell_progress
+        )
     except (ConfigError, BundleError, DataError, PluginError):
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it can be had again
@@ -125,7 +136,14 @@ def _tell(report: SimulationReport, options: argparse.Namespace, step_ms: float)
     else:
         print(as_text(report))
         print(f"replay: {_command(options, step_ms)}")
-    return 1 if report.status == "failed" else 0
+    return 1 if report.status in ("failed", "stalled") else 0
+
+
+def _tell_progress(progress: Progress) -> None:
+    """On standard error: the report may be read by a program."""
+    from coordinator.simulation.report import as_progress
+
+    print(as_progress(progress), file=sys.stderr, flush=True)
 
 
 def _failed(error: Exception, options: argparse.Namespace, step_ms: float) -> int:

@@ -285,15 +285,17 @@ def see(
     Of the owner's limits those count that depend on nothing but time: charging, and hours.
     """
     spans = () if limits.hours is None else parse_hours(limits.hours)
-    at = begin_s
+    at = until = begin_s
+    could = False
     while at < end_s:
         clock, place = START_UNIX_S + at + clock_offset_s, at + offset_s
-        could, until = presence.online_at(place), presence.next_change_s(place) - offset_s
-        if limits.only_when_charging:
-            could = could and presence.charging_at(place)
-        if spans:
-            left_s = hours_left_s(spans, clock % DAY_S)
-            could, until = could and left_s > 0.0, min(until, at + (left_s or hours_wait_s(spans, clock % DAY_S)))
+        if at >= until:
+            could, until = presence.online_at(place), presence.next_change_s(place) - offset_s
+            if limits.only_when_charging:
+                could = could and presence.charging_at(place)
+            if spans:
+                left_s = hours_left_s(spans, clock % DAY_S)
+                could, until = could and left_s > 0.0, min(until, at + (left_s or hours_wait_s(spans, clock % DAY_S)))
         week_second = (clock + _MONDAY_S) % (7 * DAY_S) if at < 0.0 else _week_second(clock)  # before, it was right
         table.seen(clock, week_second, could)
         at = min(at + HOUR_S, until, end_s)

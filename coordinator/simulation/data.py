@@ -6,6 +6,7 @@ The workers of an executor map the arrays once per machine; a virtual device's d
 from __future__ import annotations
 
 import io
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -59,13 +60,18 @@ def load_data(path: Path) -> Data:
         DataError: it cannot be read, or lacks an array, or they are of different lengths.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb"):
+                raise DataError(f"{path}: is no .npz file; write one with numpy.savez(FILE, x=inputs, y=targets)")
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ("x", "y") if name not in file.files]
             if missing:
                 raise DataError(f"{path}: has no array {missing[0]!r}; it has {', '.join(file.files) or 'none'}")
             data = Data(file["x"], file["y"], file["group"] if "group" in file.files else None)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give an .npz file with arrays x and y") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: x, y and group must be arrays of numbers, and the file whole") from error
     lengths = {len(array) for array in data if array is not None}
     if len(lengths) != 1 or 0 in lengths:
         raise DataError(f"{path}: arrays of different lengths, or empty: {sorted(lengths)}")

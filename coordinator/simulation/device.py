@@ -121,6 +121,18 @@ class VirtualDevice:
         self.disconnect()
         self._set_power()
 
+    @property
+    def may_come(self) -> bool:
+        """Whether it, not here now, will ever be: its trace has it online some day, its battery not flat."""
+        trace, presence = self.trace, self.presence
+        return bool(presence.online) and not (self.flat and not (trace.charge_watts and presence.charging))
+
+    def end(self) -> None:
+        """The run is over: what it was at is charged until now."""
+        if self.agent is not None:
+            self.disconnect()
+            self.agent.stop()
+
     def connect(self) -> None:
         """Connects to the broker, if both are there."""
         if self.connected or not self.here or not self.world.broker_up:

@@ -15,8 +15,10 @@ from edge_runtime.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MOST = 10_000  # times that a fault of the server strikes
+_RATES = ("agents", "workers", "duplicates")
 _Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
-_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 Kind: TypeAlias = Literal["broker", "coordinator", "clock"]
 
 LONGEST_LOSS_S = 60.0
@@ -69,10 +71,12 @@ def parse_faults(text: str) -> FaultPlan:
             values[name] = float(number)
         except ValueError as error:
             raise ConfigError(f"--faults {part!r}: {number!r} is no number") from error
-    try:
-        return msgspec.convert(values, FaultPlan, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"--faults {text!r}: {error}") from error
+    for name, value in values.items():
+        if name in _RATES and not 0.0 <= value <= 1.0:
+            raise ConfigError(f"--faults {name}={value:g}: write a share from 0 to 1, as {name}=0.05")
+        if name not in _RATES and not (0 <= value <= MOST and value == int(value)):
+            raise ConfigError(f"--faults {name}={value:g}: write how many times, a whole number from 0 to {MOST}")
+    return msgspec.convert(values, FaultPlan, strict=False)
 
 
 class JobFault(NamedTuple):
@@ -95,6 +99,7 @@ class Faults:
     def __init__(self, plan: FaultPlan, seed: int, expected_steps: int, strike: Callable[[Kind, Random], None]) -> None:
         self.plan = plan
         self.struck: dict[str, int] = {}
+        self._seen: set[tuple[str, int]] = set()
         self._strike = strike
         self._server, self._jobs, self._messages = (
             Random(f"{seed}/faults/{purpose}") for purpose in ("server", "jobs", "messages")
@@ -112,11 +117,12 @@ class Faults:
             self.note(kind)
             self._strike(kind, self._server)
 
-    def of_job(self) -> JobFault | None:
-        """What strikes the job that begins now."""
+    def of_job(self, job: tuple[str, int]) -> JobFault | None:
+        """What strikes the job that begins now; once a job, also where it begins again."""
         plan = self.plan
-        if not plan.agents and not plan.workers:
+        if job in self._seen or not (plan.agents or plan.workers):
             return None
+        self._seen.add(job)
         draw, share = self._jobs.random(), self._jobs.random()
         if draw < plan.agents:
             return JobFault("agents", share)

@@ -33,7 +33,8 @@ class Recorder:
         self.versions: dict[int, VersionReport] = {}
         self.jobs: dict[_Key, AssignmentReport] = {}
         self._verdicts: dict[UpdateId, bool] = {}
-        self._spent: dict[_Key, float] = {}
+        self._spent: dict[_Key, float] = {}  # also what comes after a job's verdict
+        self._counted: set[_Key] = set()
         self._lost: set[_Key] = set()
         self._pulled: dict[str, _Key] = {}  # the last pull of every standing assignment
         self._answered: set[_Key] = set()  # pulls with an update
@@ -50,10 +51,10 @@ class Recorder:
         else:
             totals.idle_wait += joules
         self.by_device[device] += joules
+        if key is not None:
+            self._spent[key] = self._spent.get(key, 0.0) + joules
         if key is None or key in self._lost:
             totals.wasted += joules
-        else:
-            self._spent[key] = self._spent.get(key, 0.0) + joules
 
     def saved(self, rows: Iterable[e.Row]) -> None:
         """The coordinator stored rows."""
@@ -64,8 +65,7 @@ class Recorder:
                 if row.update.assignment in self._pulled:
                     self._answered.add((row.update.assignment, row.update.sequence))
                 if row.verdict == "counted":
-                    self.counted += 1
-                    self._spent.pop((row.update.assignment, row.update.sequence), None)
+                    self._counts((row.update.assignment, row.update.sequence))
                 elif row.verdict == "refused":
                     self._waste((row.update.assignment, row.update.sequence))
             elif isinstance(row, e.RoundRow):
@@ -80,7 +80,14 @@ class Recorder:
             self._next_pull(key)
         if row.sequence >= 0:
             self.jobs[key] = AssignmentReport(
-                row.round, row.device, row.steps, row.role, row.version, row.assignment, row.sequence, row.status
+                round=row.round,
+                device=row.device,
+                steps=row.steps,
+                role=row.role,
+                version=row.version,
+                assignment=row.assignment,
+                sequence=row.sequence,
+                outcome=row.status,
             )
         if row.status in _ENDS:
             self._waste(key)
@@ -90,13 +97,22 @@ class Recorder:
         before = self._pulled.get(key[0])
         self._pulled[key[0]] = key
         if before in self.jobs and before not in self._answered:
-            self.jobs[before] = msgspec.structs.replace(self.jobs[before], status="failed")
+            self.jobs[before] = msgspec.structs.replace(self.jobs[before], outcome="failed")
             self._waste(before)
         self._answered.discard(before)
 
+    def _counts(self, key: _Key) -> None:
+        """All that its job draws, before and after this, is not wasted; it may have been given up, and come late."""
+        self.counted += 1
+        self._counted.add(key)
+        if key in self._lost:
+            self._lost.remove(key)
+            self.joules.wasted -= self._spent.get(key, 0.0)
+
     def _waste(self, key: _Key) -> None:
-        self._lost.add(key)
-        self.joules.wasted += self._spent.pop(key, 0.0)
+        if key not in self._lost and key not in self._counted:
+            self._lost.add(key)
+            self.joules.wasted += self._spent.get(key, 0.0)
 
     def _round(self, row: e.RoundRow) -> None:
         known = self.versions.get(row.version)
@@ -135,22 +151,24 @@ class Recorder:
 
     def end(self) -> None:
         """Whatever did not count until now never will."""
-        self.joules.wasted += sum(self._spent.values())
-        self._spent.clear()
+        for key in list(self._spent):
+            self._waste(key)
 
-    def outcomes(self, store: MemoryStore) -> tuple[dict[str, int], dict[str, DeviceReport]]:
-        """Jobs by their end, and devices with theirs."""
+    def outcomes(self, store: MemoryStore) -> tuple[dict[str, int], dict[str, DeviceReport], list[AssignmentReport]]:
+        """Jobs by their end, devices with theirs, and the jobs, each with what became of it."""
         devices = {
             trace.device: DeviceReport(device=trace.device, modelled_joules=self.by_device[number])
             for number, trace in enumerate(self._world.traces.devices)
         }
         updates = {(name.assignment, name.sequence): row.verdict for name, row in store.updates.items()}
         counts: dict[str, int] = {}
+        jobs = []
         for key, job in self.jobs.items():
-            end = updates.get(key, job.status)
+            end = updates.get(key, job.outcome)
             device = devices[job.device]
             device.asked += 1
             if end in ("counted", "refused", *_ENDS):
                 setattr(device, end, getattr(device, end) + 1)
             counts[end] = counts.get(end, 0) + 1
-        return counts, devices
+            jobs.append(msgspec.structs.replace(job, outcome=end))
+        return counts, devices, jobs

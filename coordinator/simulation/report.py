@@ -65,8 +65,12 @@ class DeviceReport(msgspec.Struct, kw_only=True):
     final_accuracy: float | None = None
 
 
-class AssignmentReport(msgspec.Struct, array_like=True, frozen=True):
-    """One job, in the order in which they were given."""
+class AssignmentReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One job, in the order in which they were given.
+
+    ``steps`` None: epochs of the plan. ``version``: of the model that it began from. ``sequence``: counts the jobs of
+    a standing assignment, else 0. ``outcome``: as in the report's ``outcomes``.
+    """
 
     round: int
     device: str
@@ -75,12 +79,23 @@ class AssignmentReport(msgspec.Struct, array_like=True, frozen=True):
     version: int
     assignment: str
     sequence: int
-    status: str
+    outcome: str
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a run that goes on: its newest version, and ``trained``, jobs that devices finished."""
+
+    version: int
+    virtual_s: float
+    wall_s: float
+    trained: int
 
 
 class SimulationReport(msgspec.Struct, kw_only=True):
     """A whole run. The same plan, traces, settings and seed give the same report but for ``wall_s``.
 
+    ``status``: finished; failed, as the coordinator says it; stopped, by the caller or at the limit of virtual time; or
+    stalled: nothing would have come of it any more. ``reason`` has it in words.
     ``outcomes`` counts jobs by their end: counted, refused, failed, declined, cancelled, open. ``faults`` counts those
     that struck. ``final_model_sha256`` names the last model's blob, ``final_vector_sha256`` the shared model that
     devices hold, with a lossy downlink. ``verified_versions`` were built again from the stored updates, bit for bit
@@ -160,6 +175,11 @@ def as_text(report: SimulationReport, *, rows: int = 12) -> str:
             f"{version.version:7}  {_time(version.virtual_s):>14}  {version.updates:7}  {version.late_updates:4}  "
             f"{accuracy:>8}  {loss:>6}  {joules.total:15.1f}  {100 * wasted:4.1f} %  {version.lost_to_battery:15}"
         )
+    if every > 1:
+        lines.append(
+            f"(every {_ordinal(every)} of {len(shown)} versions; updates and late are of that version alone, joules "
+            "and devices lost of the run until then)"
+        )
     joules = report.modelled_joules
     counts = ", ".join(f"{count} {name}" for name, count in sorted(report.outcomes.items()) if count)
     end = f"{report.run} {report.status}{': ' + report.reason if report.reason else ''}"
@@ -169,18 +189,38 @@ def as_text(report: SimulationReport, *, rows: int = 12) -> str:
         f"devices: {report.devices}, of which {contributed} contributed (Jain {report.jain:.2f}); "
         f"{report.lost_to_battery} times one was lost to its battery"
     )
-    lines.append(f"a step of the reference device: {1000 * report.step_s:.3g} ms ({report.step_source})")
+    lines.append(f"a step of the reference device: {1000 * report.step_s:.10g} ms ({report.step_source})")
     lines.append(f"jobs: {counts or 'none'}; {report.trained} trained, {report.device_rounds_per_s:.0f} a second")
     parts = f"training {joules.training:.1f}, radio {joules.radio:.1f}, idle while at work {joules.idle_wait:.1f}"
     lines.append(
         f"from the device model: {joules.total:.1f} J ({parts}), {100 * report.wasted_fraction:.1f} % of it wasted"
     )
+    accuracies = sorted(one.final_accuracy for one in report.device_reports if one.final_accuracy is not None)
+    if accuracies:
+        mean, tenth = sum(accuracies) / len(accuracies), accuracies[len(accuracies) // 10]
+        lines.append(
+            f"on the data of every device: accuracy {100 * mean:.1f} % on average over {len(accuracies)} devices, "
+            f"{100 * tenth:.1f} % at the worst tenth, {100 * accuracies[0]:.1f} % at the worst"
+        )
     if report.faults:
         struck = ", ".join(f"{count} {name}" for name, count in sorted(report.faults.items()))
         lines.append(f"faults: {struck}; every update had one verdict, and none counted twice")
     if report.verified_versions:
         lines.append(f"{report.verified_versions} versions built again from their updates, bit for bit")
     return "\n".join(lines)
+
+
+def as_progress(progress: Progress) -> str:
+    """A line for people who wait."""
+    return (
+        f"{_time(progress.virtual_s)} of virtual time: version {progress.version}, {progress.trained} jobs trained, "
+        f"{progress.wall_s:.0f} s here"
+    )
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def _time(seconds: float) -> str:

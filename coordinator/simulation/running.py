@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from coordinator.plan import Plan
     from coordinator.simulation.data import Shares
     from coordinator.simulation.faults import FaultPlan
-    from coordinator.simulation.report import VersionReport
+    from coordinator.simulation.report import Progress, VersionReport
     from coordinator.simulation.traces import Traces
     from coordinator.store import Store
     from edge_runtime.messages import BlobRef, Evaluation
@@ -50,6 +50,7 @@ def simulate(
     faults: FaultPlan = NO_FAULTS,
     executor: Executor | None = None,
     on_version: Callable[[VersionReport], bool] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> SimulationReport:
     """Simulates one run of a plan.
 
@@ -62,6 +63,7 @@ def simulate(
         faults: what goes wrong.
         executor: where devices train and updates are summed; None: this process. Any gives the same report.
         on_version: is told of every version as it is made, and again once it was evaluated; true ends the run.
+        on_progress: is told every few seconds of this machine how far the run is.
 
     Raises:
         EdgeError: plan, bundle, test set or data cannot be used, as :func:`coordinator.submission.submit` says.
@@ -79,7 +81,7 @@ def simulate(
     try:
         used = executor or cast("Executor", own)
         simulation = _Simulation(plan, traces, settings, shares=shares, faults=faults, executor=used, folder=folder)
-        return simulation.run(on_version)
+        return simulation.run(on_version, on_progress)
     finally:
         if own is not None:
             own.close()
@@ -124,7 +126,11 @@ class _Simulation:
             self._settings.seed,
         )
 
-    def run(self, on_version: Callable[[VersionReport], bool] | None) -> SimulationReport:
+    def run(
+        self,
+        on_version: Callable[[VersionReport], bool] | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> SimulationReport:
         """Lets the run go to its end and looks at it."""
         began = time.perf_counter()
         world = World(
@@ -140,6 +146,7 @@ class _Simulation:
             evaluate=self._evaluate,
             executor=self._executor if self._executor.workers > 1 else None,
             on_version=on_version,
+            on_progress=on_progress,
         )
         events = world.run_to_end()
         wall_s = time.perf_counter() - began
@@ -157,7 +164,7 @@ class _Simulation:
         assert world.result is not None
         run = self._store.run
         assert run is not None
-        outcomes, devices = world.recorder.outcomes(self._store)
+        outcomes, devices, jobs = world.recorder.outcomes(self._store)
         for virtual in world.devices:
             device = devices[virtual.name]
             device.lost_to_battery, device.samples = virtual.lost_to_battery, world.samples(virtual.number)
@@ -184,7 +191,7 @@ class _Simulation:
             final_vector_sha256=run.vector_sha256,
             versions=[world.recorder.versions[version] for version in sorted(world.recorder.versions)],
             device_reports=list(devices.values()),
-            assignments=list(world.recorder.jobs.values()),
+            assignments=jobs,
         )
 
     def _check(self, report: SimulationReport) -> None:

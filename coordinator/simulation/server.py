@@ -151,6 +151,14 @@ class VirtualServer:
         """The run is to end now."""
         self._step(e.StopRequested(self.now, reason))
 
+    @property
+    def waits(self) -> bool:
+        """Whether the run can go on only with devices that it has yet to find."""
+        state = self.state
+        if state is None or state.run.phase != "selecting":
+            return False
+        return all(row.status != "open" for row in state.assignments.values())
+
     def lost_broker(self) -> None:
         """All devices are gone, as far as it knows."""
         for device in list(self.fleet.devices()):

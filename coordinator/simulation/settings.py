@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 START_UNIX_S = 1_767_225_600.0  # 2026-01-01 00:00 UTC, when every simulation begins
+STALLED_S = 30 * 86_400.0  # of virtual time without a new version
 CHUNK_BYTES = 96 * 1024
 StepSource: TypeAlias = Literal["given", "measured", "assumed"]
 
@@ -27,7 +28,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     what a step takes, as from the file of ``[telemetry]``; else once they have trained. Before the run begins, devices
     have watched their own presence for ``history_days``.
 
-    ``limit_s`` ends the run after so much virtual time. ``device_accuracy``: at the end the final model is evaluated on
+    ``limit_s`` ends the run after so much virtual time; without it a run that makes no version for ``STALLED_S`` has
+    stalled, and ends. ``device_accuracy``: at the end the final model is evaluated on
     the data of every device.
     """
 

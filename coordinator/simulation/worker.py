@@ -63,7 +63,7 @@ class VirtualWorker:
             order = order._replace(stop_after=most, stopped=f"it drew {joules:g} J, all that it may")
             steps = min(steps, most)
         training = self._begin(order, now, steps)
-        fault = world.faults.of_job()
+        fault = world.faults.of_job((job.assignment, job.sequence))
         if fault is not None:
             ends = now + fault.share * (training.train_s + training.wait_s)
             world.timeline.at(ends, self._strike, fault.kind, training.number)

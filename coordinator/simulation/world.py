@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +21,9 @@ from coordinator.simulation.faults import (
 )
 from coordinator.simulation.owner import OwnerLimits
 from coordinator.simulation.recorder import Recorder
+from coordinator.simulation.report import Progress
 from coordinator.simulation.server import VirtualServer
+from coordinator.simulation.settings import STALLED_S
 from coordinator.simulation.timeline import Timeline
 from edge_runtime import compression, methods
 from edge_runtime.agent.availability import Availability
@@ -48,6 +51,10 @@ if TYPE_CHECKING:
     from edge_runtime.messages import BlobRef, Evaluation, FromCoordinator
 
 _BLOB_LIMIT_BYTES = 500_000_000
+STALL_LOOK_S = 60.0
+DEADLINES_OF_SILENCE = 6  # one more than after which a coordinator itself gives up devices that do not answer
+PROGRESS_S = 5.0  # of this machine, between two lines
+EVENTS_OF_A_LOOK = 64
 _STEPS_OF_A_JOB, _STEPS_OF_A_ROUND = 3, 10  # of the round machine, roughly: so faults fall all over the run
 
 
@@ -67,6 +74,7 @@ class World:
         evaluate: begins the evaluation of a model on the test set.
         executor: decodes and sums updates; None: this process.
         on_version: is told of every version, again when it was evaluated; true ends the run.
+        on_progress: is told every few seconds of this machine how far the run is.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class World:
         evaluate: Callable[[BlobRef], Future[Evaluation]],
         executor: Executor | None,
         on_version: Callable[[VersionReport], bool] | None,
+        on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.plan, self.bundle, self.traces, self.settings = plan, bundle, traces, settings
         self.timeline = Timeline()
@@ -92,7 +101,10 @@ class World:
         self.broker_up = True
         self.horizon_s = math.inf if settings.limit_s is None else settings.limit_s
         self.result: tuple[str, str] | None = None
-        self._on_version = on_version
+        self._on_version, self._on_progress = on_version, on_progress
+        self._version_s = 0.0  # when the newest version was made
+        self._stalled = False
+        self._empty_s = math.inf  # since when it is known that no device will ever be there again
         self._enough = False
         expected = plan.rounds * (plan.participation.target * _STEPS_OF_A_JOB + _STEPS_OF_A_ROUND)
         self.faults = Faults(faults, settings.seed, expected, self._strike)
@@ -122,16 +134,56 @@ class World:
         self.recorder.begin()
         self.server.start()
         self.timeline.at(self.settings.tick_s, self.server.tick)
+        self.timeline.at(STALL_LOOK_S, self._look_for_stall)
         if self.settings.limit_s is not None:
             self.timeline.at(self.settings.limit_s, self._time_is_up)
         count, step = 0, self.timeline.step
+        began_s = told_s = time.perf_counter()
         while self.result is None and step():
             count += 1
+            if self._on_progress is not None and not count % EVENTS_OF_A_LOOK:
+                now_s = time.perf_counter()
+                if now_s - told_s >= PROGRESS_S:
+                    told_s = now_s
+                    self._on_progress(self._progress(now_s - began_s))
+        for device in self.devices:
+            device.end()
         return count
+
+    def _progress(self, wall_s: float) -> Progress:
+        recorder = self.recorder
+        return Progress(
+            version=max(recorder.versions), virtual_s=self.timeline.now_s, wall_s=wall_s, trained=recorder.trained
+        )
 
     def ended(self, status: str, reason: str) -> None:
         """The coordinator says that the run has ended."""
-        self.result = status, reason
+        self.result = "stalled" if self._stalled else status, reason
+
+    def _look_for_stall(self) -> None:
+        """Ends a run that waits for devices of which none can ever come, or that has made no version for long."""
+        now_s, server = self.timeline.now_s, self.server
+        if server.up and server.state is not None:
+            reason = ""
+            if any(device.here or device.may_come for device in self.devices):
+                self._empty_s = math.inf
+            else:  # whatever the coordinator still makes of what it has, it makes within its deadlines
+                self._empty_s = min(self._empty_s, now_s)
+            last_s = self._empty_s + DEADLINES_OF_SILENCE * self.plan.participation.deadline_s
+            if now_s >= (self._empty_s if server.waits else last_s):
+                reason = (
+                    "no device will ever be there again, by its trace and its battery; give batteries charge_watts "
+                    "and spans of charging, and devices spans online"
+                )
+            elif self.settings.limit_s is None and now_s - self._version_s >= STALLED_S:
+                reason = (
+                    f"no version was made in {STALLED_S / DAY_S:g} days of virtual time: look at deadlines, owners' "
+                    "limits and presence; with --limit-hours a run goes on for that long"
+                )
+            if reason:
+                self._stalled = True
+                server.stop(reason)
+        self.timeline.at(now_s + STALL_LOOK_S, self._look_for_stall)
 
     def _time_is_up(self) -> None:
         if self.server.up:
@@ -141,6 +193,7 @@ class World:
 
     def version_made(self, version: VersionReport) -> None:
         """A version was made or evaluated."""
+        self._version_s = max(self._version_s, version.virtual_s)
         if self._on_version is not None and self._on_version(version) and not self._enough:
             self._enough = True
             self.timeline.at(self.timeline.now_s, self._stop_now)

@@ -31,6 +31,8 @@ class Availability:
         known = len(data) == 1 + 2 * HOURS and data[0] == _VERSION
         self._shares = bytearray(data[1 : 1 + HOURS] if known else HOURS)  # 255: all of the time
         self._weights = bytearray(data[1 + HOURS :] if known else HOURS)  # 255: the most that can be
+        self._weight = sum(self._weights)  # of all hours, in 255ths; and of that, times the shares, in 255ths of those
+        self._could = sum(weight * share for weight, share in zip(self._weights, self._shares, strict=True))
         self._hour = -1
         self._seen_s = self._could_s = 0.0  # within that hour
         self._last: tuple[float, float, bool] | None = None
@@ -114,12 +116,22 @@ class Availability:
         return kept * weight + part, kept * could + part * self._could_s / self._seen_s
 
     def _overall(self) -> tuple[float, float]:
-        found = [self._mixed(hour) for hour in range(HOURS) if self._weights[hour] or hour == self._hour]
-        return sum(weight for weight, _ in found), sum(could for _, could in found)
+        """As the sum of :meth:`_mixed` over all hours; whole numbers are kept, so nothing is lost as hours go by."""
+        weight, could = self._weight, self._could
+        if self._hour < 0 or self._seen_s <= 0.0:
+            return weight / 255.0 * _MOST, could / 65025.0 * _MOST
+        of_hour = self._weights[self._hour]
+        mixed_weight, mixed_could = self._mixed(self._hour)
+        weight, could = weight - of_hour, could - of_hour * self._shares[self._hour]
+        return weight / 255.0 * _MOST + mixed_weight, could / 65025.0 * _MOST + mixed_could
 
     def _fold(self) -> None:
         if self._hour >= 0 and self._seen_s > 0.0:
-            weight, could = self._mixed(self._hour)
-            self._weights[self._hour] = max(1, min(255, round(255.0 * weight / _MOST)))
-            self._shares[self._hour] = max(0, min(255, round(255.0 * could / weight)))
+            hour, weights, shares = self._hour, self._weights, self._shares
+            weight, could = self._mixed(hour)
+            before, before_could = weights[hour], weights[hour] * shares[hour]
+            weights[hour] = max(1, min(255, round(255.0 * weight / _MOST)))
+            shares[hour] = max(0, min(255, round(255.0 * could / weight)))
+            self._weight += weights[hour] - before
+            self._could += weights[hour] * shares[hour] - before_could
         self._seen_s = self._could_s = 0.0

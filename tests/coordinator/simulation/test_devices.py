@@ -61,7 +61,7 @@ def test_time_and_joules_come_from_the_trace(tmp_path):
     world.links["slow"] = slow
     report = simulate(h.plan(tmp_path, target=1, rounds=1), world, Settings(step_s=5.0))
     (job,) = report.assignments
-    assert (job.device, job.steps, job.status) == ("pi", 3, "received")
+    assert (job.device, job.steps, job.outcome) == ("pi", 3, "counted")
     joules = report.modelled_joules
     assert joules.training == pytest.approx(3 * 5.0 * 2.0 * 3.0)
     bytes_ = report.versions[1].bytes_up + report.versions[1].bytes_down

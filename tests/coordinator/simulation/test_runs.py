@@ -16,14 +16,18 @@ from coordinator.plan import Downlink, Training, Uplink
 from coordinator.scheduling import SELECTORS
 from coordinator.scheduling.random import RandomSelector
 from coordinator.simulation import DEFAULT_FAULTS, FaultPlan, Settings, as_text, parse_faults, simulate
-from coordinator.simulation.data import Data, share_out
+from coordinator.simulation.data import Data, load_data, share_out
+from coordinator.simulation.owner import OwnerLimits
+from coordinator.simulation.report import as_progress
 from coordinator.simulation.synthetic import synthetic
-from edge_runtime.errors import ConfigError
+from coordinator.simulation.traces import LinkTrace, write_traces
+from edge_runtime.errors import ConfigError, DataError
 from tests.coordinator.simulation import helpers as h
 from tests.edge_runtime import toy_bundle
 
 if TYPE_CHECKING:
     from coordinator.simulation import SimulationReport
+    from coordinator.simulation.report import Progress
 
 
 def same(one: SimulationReport, other: SimulationReport) -> bool:
@@ -122,6 +126,90 @@ def test_a_thousand_devices_take_seconds(tmp_path):
     assert sum(device.counted > 0 for device in report.device_reports) > 300
 
 
+@pytest.mark.parametrize(
+    ("trace", "spans"),
+    [
+        ({"battery_wh": 0.0005, "idle_watts": 1.0}, ([(0.0, 100_000.0)], [])),
+        ({}, ([], [])),
+        ({"battery_wh": 1.0, "battery_percent": 0.0, "charge_watts": 5.0}, ([(0.0, 100_000.0)], [])),
+    ],
+)
+def test_a_run_that_nobody_can_take_part_in_any_more_stalls(tmp_path, capsys, trace, spans):
+    """Empty batteries that are never charged, or nobody ever online: the command says so, fails, and is replayed."""
+    toy_bundle.write_bundle(tmp_path / "toy.bundle")
+    write_traces(h.traces(*(h.device(f"d{n}", **{"presence": "own", **trace}) for n in range(4)), own=spans), tmp_path)
+    (tmp_path / "plan.toml").write_text(
+        'name = "toy"\nbundle = "toy.bundle"\ndataset = "d"\nrounds = 1000\n[participation]\ntarget = 2\n'
+        '[training]\nsteps = 2\n[uplink]\ncodec = "raw"\n[downlink]\ncodec = "raw"\n'
+    )
+    command = ["simulate", str(tmp_path / "plan.toml"), "--traces", str(tmp_path), "--no-training"]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "toy-1 stalled: no device will ever be there again" in said
+    assert said.splitlines()[-1].startswith("replay: edge-coordinator simulate")
+
+
+def test_a_run_without_progress_stalls(tmp_path):
+    """Devices that are there and decline every job: after 30 days without a version, and not before a limit."""
+    limits = OwnerLimits(only_when_charging=True)
+    world = h.traces(h.device(limits=limits, battery_wh=1e6))
+    stalled = simulate(h.plan(tmp_path, target=1), world, Settings(tick_s=3600.0))
+    assert (stalled.status, round(stalled.virtual_s / 86_400)) == ("stalled", 30)
+    assert "--limit-hours" in stalled.reason
+    assert simulate(h.plan(tmp_path, target=1), world, Settings(limit_s=600.0)).status == "stopped"
+
+
+def test_joules_of_jobs_that_count_are_not_wasted(tmp_path):
+    """What a counted job draws until its device has the verdict is its own, and what was never used is wasted."""
+    plan = h.plan(tmp_path, rounds=3, target=4)
+    devices = [h.device(f"d{n}", training_watts=2.0, idle_watts=1.0, radio_joules_per_mb_up=1e4) for n in range(4)]
+    slow = LinkTrace(name="fast", times_s=[0.0], up_kbit_s=[1e3], down_kbit_s=[1e3], period_s=60.0, round_trip_s=2.0)
+    world = h.traces(*devices)
+    world.links["fast"] = slow
+    report = simulate(plan, world, Settings())
+    assert report.outcomes == {"counted": 12}
+    assert report.modelled_joules.idle_wait > 0.0
+    assert report.modelled_joules.radio > 0.0
+    assert report.wasted_fraction == 0.0
+    assert all(job.outcome == "counted" for job in report.assignments)
+
+
+def test_work_that_goes_on_at_the_end_is_charged(tmp_path):
+    """A run that is over while devices train: what they drew until then is in its joules, and wasted."""
+    world = h.traces(*(h.device(f"d{n}", training_watts=2.0, idle_watts=1.0) for n in range(4)))
+    report = simulate(h.plan(tmp_path), world, Settings(step_s=100.0, limit_s=50.0))
+    assert report.modelled_joules.training == pytest.approx(4 * 2.0 * 50.0, rel=0.01)
+    assert report.modelled_joules.idle_wait == pytest.approx(4 * 1.0 * 50.0, rel=0.01)
+    assert report.wasted_fraction == pytest.approx(1.0)
+
+
+def test_an_agent_dies_once_in_a_job(tmp_path):
+    """Deaths in every job: each comes once, then the job is done again, so the run ends."""
+    world = h.traces(*(h.device(f"d{n}") for n in range(6)))
+    report = simulate(h.plan(tmp_path), world, Settings(), faults=FaultPlan(agents=1.0))
+    assert report.status == "finished", report.reason
+    assert report.faults["agents"] <= sum(report.outcomes.values())
+
+
+def test_a_long_run_says_how_far_it_is(tmp_path, monkeypatch):
+    """While it simulates: virtual time and versions so far, never backwards."""
+    monkeypatch.setattr("coordinator.simulation.world.PROGRESS_S", 0.0)
+    told: list[Progress] = []
+    report = simulate(h.plan(tmp_path), synthetic(20, 1), Settings(), on_progress=told.append)
+    assert [one.version for one in told] == sorted(one.version for one in told)
+    assert 0 <= told[-1].virtual_s <= report.virtual_s
+    assert f"version {told[-1].version}, " in as_progress(told[-1])
+
+
+def test_a_table_that_leaves_versions_out_says_so(tmp_path):
+    """Every third of 31 versions: the table says so, and what its counts are of."""
+    report = simulate(h.plan(tmp_path, rounds=30, target=2), synthetic(20, 1), Settings(step_s=1.0))
+    text = as_text(report)
+    assert "(every 3rd of 31 versions; updates and late are of that version alone" in text
+    assert "a step of the reference device: 1000 ms (given)" in text
+    assert "every 1" not in as_text(report, rows=31)
+
+
 def test_a_run_ends_when_its_caller_has_enough_or_time_is_up(tmp_path):
     """At a version that the caller is told of, or at the limit of virtual time, with all that was reached."""
     plan, world = h.plan(tmp_path, rounds=100), synthetic(20, 1)
@@ -157,6 +245,19 @@ def test_wrong_wishes_are_refused(tmp_path):
     """Unknown faults and partitions, and too little data, are named with the cure."""
     with pytest.raises(ConfigError, match="write default, or NAME=NUMBER"):
         parse_faults("meteorites=1")
+    with pytest.raises(ConfigError, match=r"--faults agents=5: write a share from 0 to 1, as agents=0.05"):
+        parse_faults("agents=5")
+    with pytest.raises(ConfigError, match=r"--faults clock=0.5: write how many times, a whole number"):
+        parse_faults("clock=0.5")
+    script = tmp_path / "make_data.py"
+    script.write_text("print(1)")
+    with pytest.raises(DataError, match=r"make_data.py: is no .npz file; write one with numpy.savez"):
+        load_data(script)
+    np.savez(tmp_path / "objects.npz", x=np.array([{}, {}], dtype=object), y=np.zeros(2))
+    with pytest.raises(DataError, match="must be arrays of numbers"):
+        load_data(tmp_path / "objects.npz")
+    with pytest.raises(DataError, match="No such file"):
+        load_data(tmp_path / "none.npz")
     data = h.shares(tmp_path, 2).data
     with pytest.raises(ConfigError, match="there are: iid, dirichlet:ALPHA, groups"):
         share_out(data, "fair", 2)
@@ -244,7 +345,21 @@ def test_the_command_reports_as_text_and_json(tmp_path, capsys):
     assert main([*command, "--json", "--step-ms", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [version["version"] for version in found["versions"]] == [0, 1, 2, 3]
+    assert found["assignments"][0] | {"device": "", "assignment": ""} == {
+        "round": 0,
+        "device": "",
+        "steps": None,
+        "role": "trainer",
+        "version": 0,
+        "assignment": "",
+        "sequence": 0,
+        "outcome": "counted",
+    }
     assert found["step_s"] == 0.003
     assert found["replay"].startswith("edge-coordinator simulate")
     assert main(["simulate", str(plan), "--devices", "10"]) == 2
     assert "--no-training" in capsys.readouterr().err
+    assert main(["simulate", str(plan), "--devices", "10", "--no-training", "--partition", "dirichlet:1"]) == 2
+    assert "--partition is for --data; leave it out with --no-training" in capsys.readouterr().err
+    assert main([*command, "--device-accuracy"]) == 0
+    assert "on the data of every device: accuracy" in capsys.readouterr().out

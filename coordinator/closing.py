@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from coordinator import events as e
 from coordinator.asking import blame, outcome
+from coordinator.histories import note_cut_off
 from edge_runtime.messages import Evaluation
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from coordinator.run_state import RunState
     from coordinator.work import Work
+
+
+STALE = "stale: its update could not count any more"  # why a job was cut off; more follows once its device answered
 
 
 def close(state: RunState, work: Work) -> None:
@@ -131,18 +135,19 @@ def _tell_selector(state: RunState, work: Work, chosen: list[e.UpdateRow]) -> No
 
 
 def _drop_stale(state: RunState, work: Work) -> None:
-    """Ends what cannot count any more: whoever never answered, or always too late, has failed like one that says so."""
+    """Ends what cannot count any more: whoever let its deadline pass, or never says a word, has failed."""
     oldest = state.run.version - state.plan.participation.max_staleness
-    reason = "stale: its update could not count any more"
     for row in state.assignments.values():
-        if row.status == "open" and row.version < oldest:
-            if not row.standing:
-                _cancel(state, work, row, reason)
-                blame(state, work, row, reason)
-            elif row.pulled:
-                state.end_pull(row, reason)
+        if row.status == "open" and row.version < oldest and (row.pulled or not row.standing):
+            if row.standing:
+                state.end_pull(row, STALE)
                 work.save(row)
-                blame(state, work, row, reason)
+            else:
+                _cancel(state, work, row, STALE)
+            history = state.history(row.device)
+            if note_cut_off(history) or work.now >= row.deadline_unix_s:
+                blame(state, work, row, STALE)
+            work.save(history)
     state.prune()
 
 

@@ -143,7 +143,8 @@ class HistoryRow(msgspec.Struct, kw_only=True):
     (-1: never). ``loss_rms`` and ``samples`` are of its last update. ``elapsed_s`` (from job to update) and ``step_s``,
     ``step_j`` (of training, as its updates said) are moving averages, None before the first. ``queue_j`` is the virtual
     energy queue. It declined (``declined``), or failed, and is not asked before ``not_before_unix_s``; after failures
-    earlier, where too few others are left.
+    earlier, where too few others are left. ``cut_off`` weighs jobs in a row that were cancelled before their deadline,
+    those without a word of the device most (:func:`coordinator.histories.note_cut_off`).
     """
 
     run: str
@@ -160,6 +161,7 @@ class HistoryRow(msgspec.Struct, kw_only=True):
     queue_j: float = 0.0
     not_before_unix_s: float = 0.0
     declined: bool = False
+    cut_off: int = 0
 
 
 class SelectionRow(msgspec.Struct, kw_only=True):

@@ -18,6 +18,8 @@ FIRST_FAILURE_PAUSE_S = 60.0  # doubled with every further failure in a row
 LONGEST_FAILURE_PAUSE_S = 3600.0
 SHORTEST_DECLINE_S = 1.0
 LONGEST_DECLINE_S = 6 * 3600.0
+CUT_OFF_LIMIT = 12  # where jobs that were cut off become failures
+_SILENT, _ANSWERED = 4, 1  # what one adds to that
 _MOST_DOUBLINGS = 16
 _DEADLINES = 10  # a job that took longer than so many of them met a clock that was set
 
@@ -33,7 +35,7 @@ def note_taken(
 ) -> None:
     """An update of the device was taken in, ``elapsed_s`` after its job was given; the plan allows ``deadline_s``."""
     row.counted += 1
-    row.failures = 0
+    row.failures = row.cut_off = 0
     row.not_before_unix_s, row.declined = 0.0, False
     elapsed_s = min(max(0.0, elapsed_s), _DEADLINES * deadline_s)
     facts = believed(meta, steps=assignment.steps, elapsed_s=max(elapsed_s, deadline_s))
@@ -52,6 +54,22 @@ def note_failed(row: HistoryRow, now: float, patience_s: float) -> None:
     pause_s = min(FIRST_FAILURE_PAUSE_S, patience_s) * 2.0 ** min(row.failures, _MOST_DOUBLINGS)
     row.failures += 1
     row.not_before_unix_s, row.declined = now + min(pause_s, LONGEST_FAILURE_PAUSE_S), False
+
+
+def note_cut_off(row: HistoryRow) -> bool:
+    """A job was cancelled before its deadline, as its update could not count any more; True if that is a failure.
+
+    Over-commitment cuts slow devices off, and that is no fault of theirs; but three in a row of which the device never
+    said a word are, and a dozen are in any case.
+    """
+    row.cut_off += _SILENT
+    return row.cut_off >= CUT_OFF_LIMIT
+
+
+def note_answered(row: HistoryRow, elapsed_s: float | None = None) -> None:
+    """The device said something about a job that was cut off; ``elapsed_s``: it sent the update, so long after it."""
+    row.cut_off = max(0, row.cut_off - (_SILENT - _ANSWERED))
+    row.elapsed_s = _averaged(row.elapsed_s, elapsed_s)
 
 
 def note_declined(row: HistoryRow, now: float, declined_s: float) -> None:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from coordinator import events as e
 from coordinator import free_flow, round_flow
 from coordinator.asking import blame, due, observe, outcome
-from coordinator.closing import advance, aggregate_effect, finish, note_holding, start_evaluations
+from coordinator.closing import STALE, advance, aggregate_effect, finish, note_holding, start_evaluations
 from coordinator.free_flow import note_arrival, pulled
-from coordinator.histories import note_declined, note_taken
+from coordinator.histories import note_answered, note_declined, note_taken
 from coordinator.plausibility import implausible, trusted
 from coordinator.scheduling import Outcome
 from coordinator.wording import counted
@@ -142,6 +142,7 @@ def _answered(state: RunState, work: Work, name: UpdateId, blob: BlobRef, meta: 
     if reason:
         row = e.UpdateRow(update=name, blob=blob, meta=meta, received_unix_s=work.now)
         _refuse(state, work, row, reason)
+        _note_answer(state, work, assignment, "its update came", elapsed_s=work.now - assignment.assigned_unix_s)
         if assignment.status == "cancelled" and meta.model_version == assignment.version and not state.ended:
             note_holding(state, work, assignment, assignment.version)  # too late to count, but this it trained on
         return True
@@ -225,6 +226,7 @@ def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
         return
     if event.energy is not None or (assignment.status == "open" and not event.rejected):  # rejected: never begun
         work.note_energy(state, assignment, event.energy)
+    _note_answer(state, work, assignment, event.reason)
     if event.rejected and event.declined_s is not None:
         _declined(state, work, assignment, event)
         return
@@ -236,6 +238,17 @@ def _job_failed(state: RunState, work: Work, event: e.JobReported) -> None:
         work.out.append(e.SendJob(copy.copy(assignment)))
         return
     _failed(state, work, assignment, event.reason)
+
+
+def _note_answer(
+    state: RunState, work: Work, assignment: e.AssignmentRow, answer: str, *, elapsed_s: float | None = None
+) -> None:
+    """The device is heard of about a job that was cut off, for the first time: it is slow, not silent."""
+    if assignment.status == "cancelled" and assignment.reason == STALE:
+        assignment.reason = f"{STALE}; {answer}"
+        history = state.history(assignment.device)
+        note_answered(history, elapsed_s)
+        work.save(assignment, history)
 
 
 def _declined(state: RunState, work: Work, assignment: e.AssignmentRow, event: e.JobReported) -> None:

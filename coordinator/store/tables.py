@@ -190,6 +190,7 @@ histories = Table(  # what a run knows of a device from its earlier jobs
     _real("queue_j"),
     _time("not_before_unix_s"),
     Column("declined", Boolean, nullable=False),
+    _integer("cut_off"),
 )
 
 selections = Table(  # why devices were chosen or not

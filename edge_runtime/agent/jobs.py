@@ -136,7 +136,7 @@ def step(state: AgentState, event: Event) -> list[Effect]:  # noqa: C901, PLR091
         case JobArrived():
             return _job_arrived(state, event)
         case JobCancelled():
-            return _remove(state, (event.run, event.assignment), "cancelled by the coordinator", report=False)
+            return _remove(state, (event.run, event.assignment), "cancelled by the coordinator")
         case BlobReady(now, sha256):
             for entry in state.jobs.values():
                 entry.missing.discard(sha256)

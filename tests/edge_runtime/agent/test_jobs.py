@@ -444,12 +444,14 @@ def test_cancelled_running_job_stops():
     assert effects[-1] == j.StartTraining(job("a2"))
 
 
-def test_cancelled_waiting_job_leaves_quietly():
-    """A cancelled job that has not started is forgotten; a blob that another job needs is still fetched."""
+def test_cancelled_waiting_job_is_forgotten():
+    """The coordinator hears that it was; a blob that another job needs is still fetched."""
     state = fresh()
     arrive(state, job("a1", model="m1"))
     arrive(state, job("a2", model="m2"))
-    assert j.step(state, j.JobCancelled("run", "a1")) == [j.StopFetch(blob("m1").sha256)]
+    stopped, report = j.step(state, j.JobCancelled("run", "a1"))
+    assert stopped == j.StopFetch(blob("m1").sha256)
+    assert (report.status.assignment, report.status.reason) == ("a1", "cancelled by the coordinator")
     assert j.step(state, j.JobCancelled("run", "unknown")) == []
     assert list(state.jobs) == [("run", "a2")]
 

@@ -16,6 +16,7 @@ from edge_runtime.errors import BundleError, ConfigError, DataError, EdgeError
 
 if TYPE_CHECKING:
     from edge_runtime.agent.config import AgentConfig
+    from edge_runtime.agent.limits import Known
     from edge_runtime.bundle.manifest import Manifest
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -101,6 +102,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from edge_runtime.agent.config import link_settings, load_agent_config
+    from edge_runtime.agent.limit_facts import unknown_facts
     from edge_runtime.agent.limits import in_force
     from edge_runtime.data import open_dataset
     from edge_runtime.transport.link import check_tls
@@ -123,14 +125,15 @@ def _check(options: argparse.Namespace) -> int:
             View(data.name, snapshot, manifest, Window()).check_values()
     fits = {} if manifest is None else {"bundle": manifest.name}
     energy, limits = _energy(config), in_force(config.limits)
-    warnings = _unknown_facts(config) if limits else []
+    known = _known(config) if limits else None
+    warnings = [] if known is None else unknown_facts(known, config.limits, config.telemetry.file)
     if options.json:
         about = {"device": config.device, "broker": config.broker.url, "energy": energy}
         about |= {"limits": limits, "warnings": warnings}
         _print_json({**about, "datasets": found, **fits})
     else:
         print(f"device {config.device}, broker {config.broker.url}")
-        for line in _energy_lines(energy, config):
+        for line in _energy_lines(energy, config, known):
             print(f"energy: {line}")
         print(f"limits: {', '.join(limits) or 'none'}")
         for line in warnings:
@@ -158,15 +161,14 @@ def _check_state(folder: Path) -> None:
         raise ConfigError(f"state_dir {folder} cannot be used: {there} {what}; choose another one, or change its owner")
 
 
-def _unknown_facts(config: AgentConfig) -> list[str]:
-    """Limits that would decline every job, or would not hold, since nothing here says what they go by."""
+def _known(config: AgentConfig) -> Known:
+    """What limits would go by, as far as something here says it."""
     from edge_runtime.agent.conditions import Conditions
-    from edge_runtime.agent.limit_facts import unknown_facts
 
     conditions = Conditions(config, clock=time.time, monotonic=time.monotonic, root=Path("/"))
     if config.limits.only_unmetered:
         conditions.connected(_local_host(config))
-    return unknown_facts(conditions.known({}), config.limits)
+    return conditions.known({})
 
 
 def _local_host(config: AgentConfig) -> str | None:
@@ -201,8 +203,9 @@ def _energy(config: AgentConfig) -> dict[str, Any]:
     }
 
 
-def _energy_lines(energy: dict[str, Any], config: AgentConfig) -> list[str]:
+def _energy_lines(energy: dict[str, Any], config: AgentConfig, known: Known | None) -> list[str]:
     source, radio = energy["source"], energy["radio"]
+    day_told = known is not None and known.rate.step_joules is not None and config.limits.joules_per_day is not None
     if source is None:
         switched_off = config.energy.sensor == "none"
         cure = "switched off" if switched_off else "no sensor, and no watts for a modelled one in [energy]"
@@ -210,11 +213,13 @@ def _energy_lines(energy: dict[str, Any], config: AgentConfig) -> list[str]:
         lines += [
             f"limits.{key} will not hold: nothing here can measure"
             for key in ("job_joules", "joules_per_day")
-            if getattr(config.limits, key) is not None
+            if getattr(config.limits, key) is not None and not (day_told and key == "joules_per_day")
         ]
     else:
         word = "modelled" if source["modelled"] else f"measured by {source['sensor']} ({source['scope']})"
         lines = [f"{word}: {source['covers']}"]
+    if day_told:
+        lines.append(f"limits.joules_per_day goes by step_joules, as {config.telemetry.file} says it")
     wanted = ("plug", config.energy.sensor)
     lines += [
         f"refused: {refusal['reason']}"

@@ -76,8 +76,8 @@ def heartbeat_of(
         step_us=_scaled(step_s, _MICRO, _LONG),
         step_uj=_scaled(step_joules, _MICRO, _LONG),
         availability_percent=_scaled(availability, _PERCENT, _PERCENT),
-        data_left_mb=_below(None if data_left_bytes is None else data_left_bytes / _MB, _SHORT),
-        joules_left=_below(joules_left, _LONG),
+        data_left_mb=_above(None if data_left_bytes is None else data_left_bytes / _MB, _SHORT),
+        joules_left=_above(joules_left, _LONG),
     )
 
 
@@ -94,10 +94,17 @@ def _within(value: float | None, highest: int, lowest: int = 0) -> int | None:
 
 
 def _below(value: float | None, highest: int, lowest: int = 0) -> int | None:
-    """Rounded down: of what is left, not more than there is."""
+    """Rounded down: of a reserve that must not be touched, not more than there is."""
     if value is None or math.isnan(value):
         return None
     return lowest if value <= lowest else highest if value >= highest else math.floor(value)
+
+
+def _above(value: float | None, highest: int) -> int | None:
+    """Rounded up: of a budget, so that a small one does not read as used up; the device knows it exactly."""
+    if value is None or math.isnan(value):
+        return None
+    return 0 if value <= 0 else highest if value >= highest else math.ceil(value)
 
 
 def _scaled(value: float | None, factor: float, highest: int) -> int | None:

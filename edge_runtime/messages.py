@@ -143,7 +143,8 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True):
     thermal cap. ``reserve_percent`` is what the owner wants left in the battery. ``up_kbit_s`` and ``down_kbit_s`` are
     of the link as measured. ``step_us`` and ``step_uj`` are time and energy of one training step of the bundle whose
     SHA-256 begins with ``bundle`` (4 bytes; empty: none was trained yet). ``availability_percent`` is how likely the
-    device thinks it can take part during the next hour, from its own history. ``joules_left`` are of this day.
+    device thinks it can take part during the next hour, from its own history. ``joules_left`` are of this day. Both
+    budgets are rounded up: the device itself knows them exactly.
     """
 
     v: _Byte = 1

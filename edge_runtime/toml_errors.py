@@ -42,8 +42,9 @@ def _unknown_key(key: str, place: str, kind: Any) -> str:
         return f"unknown key {key!r}{where}; did you mean {close[0]!r}?"
     for other, heading in _tables(kind).values():
         if key in _keys(other):
-            meant = f"did you mean {known[0]!r}? It" if sections and len(known) == 1 else "it"
-            return f"unknown key {key!r}{where}; {meant} belongs in {heading}"
+            if sections and len(known) == 1:
+                return f"unknown key {key!r}{where}; did you mean {known[0]!r}? ({key!r} belongs in {heading})"
+            return f"unknown key {key!r}{where}; it belongs in {heading}"
     return f"unknown key {key!r}{where}; known are {', '.join(known)}"
 
 

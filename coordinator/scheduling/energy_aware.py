@@ -46,7 +46,9 @@ class EnergyAware:
         headroom: share of the battery above the reserve from which on more of it is worth no more.
         reserve_percent: where a device's owner does not say.
         margin_percent: that must be left above the reserve: idling and heartbeats draw on it, too.
-        least_availability: 0 to 1; least_temperature_margin_c, least_free_memory_mb: for the gates.
+        least_availability: 0 to 1; who is below, and probably not there for as long as its job takes, is let in with
+            the chance ``availability / least_availability``.
+        least_temperature_margin_c, least_free_memory_mb: for the gates.
         mains_weight: 1: joules from mains count as those of batteries, 0: they are free.
         queue_jobs: jobs beyond its share that halve a device's score.
         round_joules: of one device in a round that put nothing into its queue; 0: its share of what the round drew.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from coordinator.budget import LEAST_BYTES
-from coordinator.scheduling.draws import Column, Mask, filled
+from coordinator.scheduling.draws import Column, Mask, filled, uniforms
 from coordinator.scheduling.table import UNKNOWN_CHARGE, Table, willing
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from coordinator.scheduling.notes import Marks
 
+HOUR_S = 3600.0  # that availability is of
 DATA_ROUNDS = 20.0  # what is left of a data cap shall do for so many more rounds
 
 
@@ -81,6 +82,7 @@ def fit_work(table: Table, options: Mapping[str, float], marks: Marks) -> Work:
         steps = np.where(anchor, table.pass_steps, steps)
     seconds, joules = costs.of(steps)
     _explain(table, marks, ready & ~fits & ~anchor, costs=costs, steps=steps, floor=floor)
+    ready &= ~_leaving(table, options["least_availability"], seconds, ready & (fits | anchor), marks)
     full = table.steps
     return Work(ready & (fits | anchor), steps, anchor, up, seconds, joules, table.seconds(full), table.joules(full))
 
@@ -122,12 +124,26 @@ def _gates(table: Table, options: Mapping[str, float], up: Column, marks: Marks)
     for wrong, why in (
         (table.free_memory_mb < options["least_free_memory_mb"], "too little free memory"),
         (table.temperature_margin_c < options["least_temperature_margin_c"], "too hot to begin"),
-        (table.availability < options["least_availability"], "is likely to leave (availability {availability:.0%})"),
         (table.data_left_bytes < bytes_, "its data cap is used up"),
     ):
         marks.mark(ready & wrong, why)  # NaN is not wrong: what is unknown is left to the device
         ready &= ~wrong
     return ready
+
+
+def _leaving(table: Table, least: float, seconds: Column, ready: Mask, marks: Marks) -> Mask:
+    """Who is likely to leave before its job ends: probably there for less of the next hour than the job takes.
+
+    A device that is mostly off knows little of the hour in which it is on for once. So of these, too, some are let in:
+    one whose likelihood is half of the least that is called for, half of the times.
+    """
+    there = np.nan_to_num(table.availability, nan=1.0)
+    doubtful = np.flatnonzero(ready & (there < least) & (there * HOUR_S < seconds))
+    out = np.zeros(table.count, bool)
+    if len(doubtful):
+        out[doubtful] = uniforms(table.request.random, len(doubtful)) >= there[doubtful] / least
+        marks.mark(out, "is likely to leave (availability {availability:.0%})")
+    return out
 
 
 def _explain(table: Table, marks: Marks, out: Mask, *, costs: _Costs, steps: Column, floor: Column) -> None:

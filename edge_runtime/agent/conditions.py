@@ -82,7 +82,7 @@ class Conditions:
         self.up = Throughput(self._memory.up_kbit_s)
         self.down = Throughput(self._memory.down_kbit_s)
         self._file = TelemetryFile(config.telemetry.file)
-        self._told = NOTHING
+        self._told = self._told_last = NOTHING
         self._started_s = time.monotonic()
         self._measured: Telemetry | None = None
         self._measured_s = self._ticked_s = self._saved_s = self._began_s = monotonic()
@@ -147,11 +147,16 @@ class Conditions:
         """The owner's limit that forbids training now."""
         return held(self.known({}), self._config.limits)
 
+    def told_anew(self) -> bool:
+        """Whether the telemetry file says something else than at the last heartbeat."""
+        return self._told != self._told_last
+
     def heartbeat(self) -> Heartbeat:
         """What to say of all this."""
         limits, usage, bundle = self._config.limits, self._memory.usage, self._memory.rates.last
         known = self.known({})
         rate, limit = known.rate_of(bundle), held(known, limits)
+        self._told_last = self._told
         predicted = None if known.local is None else self._availability.predict(known.local.week_second)
         told_percent = self._told.availability_percent
         joules, data_mb = limits.joules_per_day, limits.data_mb_per_month
@@ -194,8 +199,12 @@ class Conditions:
             self.save()
 
     def joules_left(self) -> float | None:
-        """Of the owner's limit for this day; None: there is none."""
-        limit = self._config.limits.joules_per_day
+        """Of the owner's limit for this day, that a sensor is to watch; None: there is none.
+
+        Where the telemetry file says what a step draws, that is what counts for the day, whatever a sensor says: jobs
+        that would draw more than is left are declined.
+        """
+        limit = None if self._told.step_joules is not None else self._config.limits.joules_per_day
         return None if limit is None else max(0.0, limit - self._memory.usage.day.used)
 
     def worked(self, bundle: str, steps: int, train_s: float, use: EnergyUse | None) -> None:

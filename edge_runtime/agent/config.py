@@ -17,6 +17,7 @@ from edge_runtime.transport.link import LinkSettings, parse_url
 
 MB = 1_000_000
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+LEAST_JOULES = 1.0  # of a limit: heartbeats say what is left of it in whole joules
 Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
 
 
@@ -130,7 +131,10 @@ def load_agent_config(path: Path) -> AgentConfig:
             msgspec.structs.replace(data, path=str(folder / data.path)) if data.path else data for data in config.data
         ],
     )
-    check_agent_config(config)
+    try:
+        check_agent_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return config
 
 
@@ -151,7 +155,11 @@ def check_agent_config(config: AgentConfig) -> None:
     limits = config.limits
     if limits.hours is not None:
         parse_hours(limits.hours)
-    by_day = limits.joules_per_day if config.telemetry.file is None else None  # that file may say what steps draw
+    day_joules = limits.joules_per_day
+    if day_joules is not None and day_joules < LEAST_JOULES:
+        cure = f"set {LEAST_JOULES:g} or more, or leave it out"
+        raise ConfigError(f"limits.joules_per_day = {day_joules:g} is less than can be kept account of; {cure}")
+    by_day = day_joules if config.telemetry.file is None else None  # that file may say what steps draw
     check_energy_config(config.energy, {"job_joules": limits.job_joules, "joules_per_day": by_day})
     parse_url(config.broker.url, insecure=config.broker.insecure)
 

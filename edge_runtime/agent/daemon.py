@@ -479,7 +479,10 @@ class Agent:
     def _tell_unknown(self) -> None:
         from edge_runtime.agent.limit_facts import unknown_facts
 
-        before, self._unknown = self._unknown, unknown_facts(self.conditions.known({}), self.config.limits)
+        before, self._unknown = (
+            self._unknown,
+            unknown_facts(self.conditions.known({}), self.config.limits, self.config.telemetry.file),
+        )
         for line in self._unknown:
             if line not in before:
                 log.warning("%s", line)
@@ -491,6 +494,8 @@ class Agent:
             log.warning("training paused: %s", found.reason) if found else log.info("training may run again")
             told = events.Paused(self.loop.now(), "") if found is None else _pause(self.loop.now(), found)
             self._step(told)
+            if self.link.is_up and self.conditions.told_anew():
+                self._send_heartbeat()  # who selects need not wait for what a script has just said
         self._hurries = hurries
 
 

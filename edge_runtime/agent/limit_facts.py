@@ -12,14 +12,20 @@ if TYPE_CHECKING:
     from edge_runtime.agent.config import LimitsConfig
     from edge_runtime.agent.limits import Known
 
-_BY_FILE = "let a script of yours say {}, in the file that [telemetry] file names"
 
+def unknown_facts(known: Known, limits: LimitsConfig, telemetry_file: str | None) -> list[str]:
+    """What to warn the owner of; ``telemetry_file`` is the one that ``[telemetry]`` names already."""
 
-def unknown_facts(known: Known, limits: LimitsConfig) -> list[str]:
-    """What to warn the owner of."""
+    def by_file(key: str) -> str:
+        if telemetry_file is None:
+            return f"let a script of yours say {key}, in the file that [telemetry] file names"
+        return (
+            f"{telemetry_file}, which [telemetry] file names, does not say {key} either: let your script write it there"
+        )
+
     found = []
     if limits.only_when_charging and known.on_external_power is None:
-        cure = _BY_FILE.format("on_external_power")
+        cure = by_file("on_external_power")
         found.append(
             "limits.only_when_charging declines every job: nothing here says whether external power is connected; "
             f"{cure}"
@@ -30,12 +36,12 @@ def unknown_facts(known: Known, limits: LimitsConfig) -> list[str]:
             "true or false in [link]"
         )
     if limits.battery_reserve_percent is not None and known.battery_percent is None:
-        cure = _BY_FILE.format("battery_percent")
+        cure = by_file("battery_percent")
         found.append(
             f"limits.battery_reserve_percent does not hold: no battery can be read here; if there is one, {cure}"
         )
     if limits.max_temperature_c is not None and known.temperature_c is None:
-        cure = _BY_FILE.format("temperature_c")
+        cure = by_file("temperature_c")
         found.append(f"limits.max_temperature_c does not hold: no thermometer can be read here; {cure}")
     if limits.hours is not None and known.local is None:
         found.append("limits.hours does not hold: the clock was never set; set up time synchronisation")

@@ -1,7 +1,8 @@
 """``[telemetry] file``: what a script of the user's says about a board whose gauges the agent cannot read.
 
 A JSON object with any of the keys below; they go before what was measured. It is read whenever something is decided, so
-the script writes a new file and renames it over the old one. What cannot be believed is left out, with one warning.
+the script writes a new file and renames it over the old one. A key that cannot be believed is left out, or all of a
+file that is no JSON object, with one warning that says which.
 """
 
 from __future__ import annotations
@@ -63,24 +64,25 @@ class TelemetryFile:
         told = self._read(self._path, wrong)
         said = "; ".join(wrong)
         if said and not self._warned:
-            log.warning("telemetry.file %s: %s; left out until it is right", self._path, said)
+            part = "nothing in it counts" if told is None else "its other keys count, this is left out"
+            log.warning("telemetry.file %s: %s; %s until it is right", self._path, said, part)
         self._warned = said
-        return told
+        return told or NOTHING
 
-    def _read(self, path: Path, wrong: list[str]) -> Told:
+    def _read(self, path: Path, wrong: list[str]) -> Told | None:
         try:
             with path.open("rb") as file:
                 data = file.read(LIMIT_BYTES + 1)
             table = msgspec.json.decode(data) if len(data) <= LIMIT_BYTES else None
         except OSError as error:
             wrong.append(f"cannot be read ({error.strerror})")
-            return NOTHING
+            return None
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             wrong.append(f"is no JSON ({error})")
-            return NOTHING
+            return None
         if not isinstance(table, dict):
             wrong.append(f"must hold a JSON object of {LIMIT_BYTES} bytes at most")
-            return NOTHING
+            return None
         good = {key: value for key, value in table.items() if value is not None and _believable(key, value, wrong)}
         return Told(**good)
 

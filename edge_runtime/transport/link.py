@@ -40,6 +40,7 @@ CHUNK_BYTES = 96 * 1024
 CONNECT_TIMEOUT_S = 10.0  # TCP and TLS
 ANSWER_TIMEOUT_S = 5.0  # CONNACK and SUBACK; some 3.1.1-only brokers never answer an MQTT 5 client
 READ_S = 0.02  # then it is the turn of timers, and of what is to be written
+PATIENT_ATTEMPTS = 6  # within about ten seconds
 STABLE_S = 20.0  # a connection that lived this long resets the back-off
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -290,8 +291,16 @@ class Link:
         self._client = client
         self._timers = []
         try:
+            password = None if settings.username is None or settings.password is None else settings.password()
+        except FileNotFoundError as error:
+            self._drop(f"the password file {error.filename} is not there yet: is the server up?", patient=True)
+            return
+        except (OSError, ValueError) as error:
+            self._drop(f"the password file cannot be read: {error}")
+            return
+        try:
             if settings.username is not None:
-                client.username_pw_set(settings.username, settings.password() if settings.password else None)
+                client.username_pw_set(settings.username, password)
             if self.address.tls:
                 client.tls_set_context(_tls_context(settings))
             client.connect(
@@ -310,8 +319,11 @@ class Link:
         properties.MaximumPacketSize = PACKET_LIMIT_BYTES
         return properties
 
-    def _drop(self, reason: str, *, notify: bool = True) -> None:
-        """Ends this connection (if any) and plans the next one."""
+    def _drop(self, reason: str, *, notify: bool = True, patient: bool = False) -> None:
+        """Ends this connection (if any) and plans the next one.
+
+        ``patient``: what is missing may come by itself, so it is a warning only after :data:`PATIENT_ATTEMPTS`.
+        """
         client, self._client = self._client, None
         if client is None:
             return
@@ -336,7 +348,8 @@ class Link:
             self._attempt = 0 if stable else self._attempt
             self.rapid_losses = 0 if stable else self.rapid_losses + 1
         if notify:
-            log.log(logging.WARNING if was_up or self._attempt == 0 else logging.INFO, "link down: %s", reason)
+            tells = was_up or self._attempt == (PATIENT_ATTEMPTS if patient else 0)
+            log.log(logging.WARNING if tells else logging.INFO, "link down: %s", reason)
             self._on_down(reason)
         if self._started:
             limit_s = min(self._settings.backoff_limit_s, self._settings.backoff_first_s * 2**self._attempt)

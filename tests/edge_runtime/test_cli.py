@@ -101,6 +101,24 @@ def test_check_warns_of_limits_whose_fact_is_unknown(agent, capsys):
     assert "warning" not in run(agent, capsys, "check")[1]
 
 
+def test_check_knows_the_telemetry_file(agent, capsys):
+    """Joules of the day that it makes known hold; a cure names the file that is there already."""
+    gauges = agent / "gauges.json"
+    gauges.write_text('{"step_joules": 0.5}')
+    limits = "[limits]\njoules_per_day = 5\nmax_temperature_c = 70\nbattery_reserve_percent = 20\n"
+    told = '[telemetry]\nfile = "gauges.json"\n[energy]\nsensor = "thor"\n'
+    (agent / "agent.toml").write_text(AGENT + limits + told)
+    out = run(agent, capsys, "check")[1]
+    assert "limits.joules_per_day will not hold" not in out
+    assert f"energy: limits.joules_per_day goes by step_joules, as {gauges} says it" in out
+    gauges.write_text("{")
+    out = run(agent, capsys, "check")[1]
+    assert "goes by step_joules" not in out
+    assert "let a script of yours" not in out
+    if "limits.battery_reserve_percent does not hold" in out:  # on a machine without a battery
+        assert f"{gauges}, which [telemetry] file names, does not say battery_percent either" in out
+
+
 def test_check_refuses_a_state_folder_that_run_would_refuse(agent, capsys):
     """A file in its place, or a spool of newer software; a folder that is not there yet is no fault, and not made."""
     assert run(agent, capsys, "check")[0] == 0

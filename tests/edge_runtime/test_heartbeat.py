@@ -55,7 +55,8 @@ def test_a_heartbeat_fits_whatever_a_device_measures(telemetry, fields):
 
 
 def test_units_are_those_of_the_wire():
-    """Seconds become microseconds, bytes 10^6 bytes, shares per cent; what is left is rounded down."""
+    """Seconds become microseconds, bytes 10^6 bytes, shares per cent; a battery is rounded down,
+    budgets up: one of less than a whole unit is not used up."""
     telemetry = Telemetry(
         uptime_s=12.6,
         clock_unix_s=1.8e9,
@@ -96,9 +97,17 @@ def test_units_are_those_of_the_wire():
         step_us=12_500,
         step_uj=1,
         availability_percent=76,
-        data_left_mb=2,
-        joules_left=99,
+        data_left_mb=3,
+        joules_left=100,
     )
+
+
+def test_a_small_budget_is_not_none_and_a_spent_one_is():
+    """Half a joule and half a megabyte that are left read as 1; nothing left, or too much used, as 0."""
+    small = heartbeat_of(Telemetry(uptime_s=1.0, clock_unix_s=1.8e9), joules_left=0.4, data_left_bytes=5e5)
+    assert (small.joules_left, small.data_left_mb) == (1, 1)
+    spent = heartbeat_of(Telemetry(uptime_s=1.0, clock_unix_s=1.8e9), joules_left=0.0, data_left_bytes=-5.0)
+    assert (spent.joules_left, spent.data_left_mb) == (0, 0)
 
 
 def test_unknown_stays_unknown():

@@ -63,7 +63,7 @@ def test_a_plan_in_epochs_is_cut_to_steps():
         (w.beat(declines=200), "its owner's limits forbid it now: a limit this version does not know"),
         (w.beat(free_memory_mb=10), "too little free memory"),
         (w.beat(temperature_margin_c=0), "too hot to begin"),
-        (w.beat(availability_percent=2), "is likely to leave (availability 2%)"),
+        (w.beat(availability_percent=0), "is likely to leave (availability 0%)"),
         (w.beat(data_left_mb=0), "its data cap is used up"),
         (w.beat(joules_left=1), "would draw 2 J, and 1 J are left for today"),
     ],
@@ -71,6 +71,17 @@ def test_a_plan_in_epochs_is_cut_to_steps():
 def test_gates_say_why(heartbeat, reason):
     """A device that should not be asked is not, and the note says it in words."""
     assert select([heartbeat]) == [reason]
+
+
+def test_a_device_that_is_mostly_off_is_asked_while_it_is_on():
+    """A job that ends within its probable presence is given to it; a longer one now and then, and never never."""
+    mostly_off, there = w.beat(availability_percent=4), w.beat(availability_percent=95)
+    assert w.frequencies(make(), w.fleet([mostly_off]), 1, seeds=20, count=1) == [1.0]  # 144 s for a job of 1 s
+    slow = {"step_us": 30_000_000, "availability_percent": 4}
+    plan = w.plan(deadline_s=1000.0, training={"steps": 10, "min_steps": 10})
+    often = w.frequencies(make(), w.fleet([w.beat(**slow)]), 1, seeds=300, count=1, plan=plan)[0]
+    assert 0.25 < often < 0.55  # 300 s; by chance 4 % / 10 %
+    assert w.frequencies(make(), w.fleet([there]), 1, seeds=20, count=1, plan=plan) == [1.0]
 
 
 def test_what_is_unknown_closes_no_gate():

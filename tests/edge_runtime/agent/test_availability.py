@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,20 @@ def at_night(hour: int) -> bool:
     return hour % 24 < 6
 
 
+@given(st.lists(st.tuples(st.sampled_from([600.0, 1800.0, 3599.0]), st.booleans()), max_size=400))
+@settings(max_examples=20, deadline=None)
+def test_what_is_kept_is_all_that_is_known(looks):
+    """A daemon that starts from what was written down foresees the same as the one that wrote it, whatever it saw."""
+    table, at = Availability(), 0.0
+    for passed_s, could in looks:
+        at += passed_s
+        table.seen(1.8e9 + at, at % WEEK, could)
+    again = Availability(table.pack())
+    for hour in (0, 50, 167):
+        foreseen = table.predict(hour * H)
+        assert again.predict(hour * H) == (None if foreseen is None else pytest.approx(foreseen, abs=1e-3))
+
+
 def test_hours_are_learnt():
     """After two weeks a device that may train at night knows which hours those are, also those that come in part."""
     table = Availability()
@@ -40,6 +55,19 @@ def test_an_hour_that_was_never_seen_is_like_the_others():
     live(table, 24, at_night)
     assert abs(table.predict(3 * 86_400.0 + 2 * H) - 0.25) < 0.05
     assert table.predict(2 * H) > 0.5
+
+
+def test_one_hour_a_day_is_foreseen():
+    """A device that is on for one hour of every day expects itself in that hour after a week, and in no other."""
+    table = Availability()
+    for day in range(8):
+        at = day * 86_400.0 + 18 * H
+        if day:
+            table.was_off(at % WEEK, 23 * H)
+        if day < 7:
+            live(table, 1, lambda _hour: True, at)
+    assert table.predict(18 * H) > 0.4
+    assert table.predict(12 * H) < 0.1
 
 
 def test_the_latest_weeks_count_most():

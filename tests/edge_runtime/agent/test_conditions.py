@@ -221,6 +221,14 @@ def test_absurd_values_of_the_file_are_left_out(tmp_path, caplog, content, told,
     assert said in caplog.text
 
 
+def test_what_is_left_out_of_the_file_is_said(tmp_path, caplog):
+    """Of a file with one wrong key the others count."""
+    path = tmp_path / "t.json"
+    path.write_text('{"battery_percent": 141, "step_s": 1}')
+    assert TelemetryFile(str(path)).read() == Told(step_s=1)
+    assert "100; its other keys count, this is left out until it is right" in caplog.text
+
+
 def test_a_missing_file_is_told_until_it_comes(tmp_path, caplog):
     """One warning; when the file is right and wrong again, another."""
     path = tmp_path / "t.json"
@@ -230,7 +238,7 @@ def test_a_missing_file_is_told_until_it_comes(tmp_path, caplog):
     assert file.read() == Told(step_s=1)
     path.unlink()
     file.read()
-    assert caplog.text.count("cannot be read (No such file or directory); left out until it is right") == 2
+    assert caplog.text.count("cannot be read (No such file or directory); nothing in it counts until it is right") == 2
     assert TelemetryFile(None).read() is NOTHING
 
 

@@ -318,6 +318,40 @@ def test_a_job_that_the_owner_forbids_is_declined_with_its_reason(world, tmp_pat
     world.until(lambda: world.requests)
 
 
+def test_what_a_script_says_is_heard_within_a_tick(world, tmp_path, caplog):
+    """A limit that ceases to hold by the telemetry file is told at the next tick, not at the next heartbeat; other news
+    of the file wait for that."""
+    caplog.set_level("INFO", "edge")
+    gauges = tmp_path / "gauges.json"
+    gauges.write_text('{"on_external_power": false}')
+    agent = world.agent(limits=LimitsConfig(only_when_charging=True), telemetry=TelemetryConfig(file=str(gauges)))
+    world.until(lambda: world.states and world.heartbeats)
+    agent._tick()
+    gauges.write_text('{"on_external_power": false, "temperature_c": 20}')
+    agent._tick()
+    gauges.write_text('{"on_external_power": true}')
+    agent._tick()
+    world.until(lambda: len(world.heartbeats) > 1)
+    assert [beat.declines > 0 for beat in world.heartbeats] == [True, False]
+    assert "training may run again" in caplog.text
+
+
+def test_the_days_joules_need_no_sensor_where_the_file_says_them(world, tmp_path, caplog):
+    """No word of a limit that would not hold: it holds by what a step draws, as the script says."""
+    gauges = tmp_path / "gauges.json"
+    gauges.write_text('{"step_joules": 0.5}')
+    limits = LimitsConfig(joules_per_day=5.0)
+    agent = world.agent(limits=limits, telemetry=TelemetryConfig(file=str(gauges)))
+    world.until(lambda: world.states and world.heartbeats)
+    world.tell(world.job(epochs=None, steps=8))
+    world.until(lambda: world.requests)
+    assert "without that limit" not in caplog.text
+    agent.conditions.worked("", 8, 1.0, None)
+    world.tell(world.job("a2", epochs=None, steps=8))
+    world.until(lambda: world.heard(messages.JobStatus))
+    assert "1 J are left of limits.joules_per_day = 5" in world.heard(messages.JobStatus)[0].reason
+
+
 def test_without_a_connection_a_device_is_not_there(loop, tmp_path):
     """Ticks without a link count as time in which it could not take part."""
     now = [1_798_714_800.0]

@@ -225,7 +225,7 @@ def test_owners_are_warned_of_limits_whose_fact_is_unknown():
         max_temperature_c=80.0,
         hours="22:00-06:00",
     )
-    power, link, battery, heat, hours = unknown_facts(Known(), every)
+    power, link, battery, heat, hours = unknown_facts(Known(), every, None)
     for line, key, cure in ((power, "only_when_charging", "on_external_power"), (link, "only_unmetered", "[link]")):
         assert line.startswith(f"limits.{key} declines every job: ")
         assert cure in line
@@ -237,7 +237,7 @@ def test_owners_are_warned_of_limits_whose_fact_is_unknown():
         assert line.startswith(f"limits.{key} does not hold: ")
         assert cure in line
     known = Known(on_external_power=False, link_metered=True, battery_percent=5.0, temperature_c=90.0, local=NOON)
-    assert unknown_facts(known, every) == unknown_facts(Known(), LimitsConfig()) == []
+    assert unknown_facts(known, every, None) == unknown_facts(Known(), LimitsConfig(), None) == []
 
 
 def test_limits_in_force_are_listed():

@@ -222,13 +222,15 @@ def test_wrong_password_is_said_and_a_new_one_is_picked_up(mosquitto_program, tm
     assert "refused 'dev': Not authorized" in line
 
 
-def test_password_file_that_cannot_be_read_is_tried_again(loop, broker, peers, tmp_path):
-    """A secret that is not there yet is a reason to wait, not to die."""
+def test_password_file_that_cannot_be_read_is_tried_again(loop, broker, peers, tmp_path, caplog):
+    """A secret that is not there yet is a reason to wait, not to die, nor at once to warn."""
+    caplog.set_level("INFO", "edge")
     path = tmp_path / "secret"
     peer = peers(broker.url, username="dev", password=path.read_text)
     peer.link.start()
     run_until(loop, lambda: peer.downs)
-    assert "secret" in peer.downs[0]
+    assert peer.downs[0] == f"the password file {path} is not there yet: is the server up?"
+    assert [record.levelname for record in caplog.records if "password file" in record.message] == ["INFO"]
     path.write_text("x")
     run_until(loop, lambda: peer.ups)
 

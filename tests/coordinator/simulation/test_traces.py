@@ -140,6 +140,8 @@ def test_traces_survive_their_files(tmp_path: Path) -> None:
         ("devices.jsonl", '{"device":"a","link":"x","presence":"p"}', "no trace 'x' in links.jsonl"),
         ("devices.jsonl", '{"device":"d","link":"l","presence":"p"}', "device 'd' is there twice"),
         ("devices.jsonl", '{"device":"a",', "is not valid JSON"),
+        ("devices.jsonl", '{"device":"a","presence":"p"}', "the key 'link' is missing"),
+        ("devices.jsonl", '["a", "l", "p"]', "is a list, but must be an object with keys"),
         ("devices.jsonl", '{"device":"a","link":"l","presence":"p","idle_watts":"1"}', "idle_watts is text in quotes"),
         ("links.jsonl", '{"name":"m","times_s":[0,5],"up_kbit_s":[1],"down_kbit_s":[1],"period_s":9}', "equally long"),
         ("links.jsonl", '{"name":"m","times_s":[0],"up_kbit_s":[-1],"down_kbit_s":[1],"period_s":9}', "up_kbit_s"),

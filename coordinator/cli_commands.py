@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from coordinator.errors import ModelError
+from coordinator.errors import ModelError, PluginError
 from coordinator.wording import NO_SERVER, counted
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import argparse
@@ -33,12 +33,19 @@ def print_json(value: Any) -> None:
 
 def submit(options: argparse.Namespace) -> int:
     """Checks a plan and stores it as a run."""
+    from coordinator.hints import hints
     from coordinator.plan import load_plan
     from coordinator.submission import submit as submit_plan
 
     plan = load_plan(options.plan)
     store = open_store(options, create=True)
-    run = submit_plan(store, plan)
+    try:
+        run = submit_plan(store, plan)
+    except (ConfigError, DataError, PluginError) as error:  # they name the plan, as there may be no file
+        said = str(error).removeprefix(f"plan {plan.name!r}: ")
+        raise type(error)(f"{options.plan}: {said}") from error
+    for hint in hints(plan):
+        print(f"hint: {hint}", file=sys.stderr, flush=True)
     if options.json:
         print_json({"run": run})
     else:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from coordinator.cli_commands import open_store, print_json
 from coordinator.errors import UnknownRunError
 from coordinator.report import device_report, failures, round_progress, run_ledger, run_summary
-from coordinator.status_page import bytes_words, device_table, figures, headline, page, phase, table
-from coordinator.wording import NO_SERVER, counted, energy_words, number, percent
+from coordinator.status_page import accuracy_words, bytes_words, device_table, figures, headline, page, phase, table
+from coordinator.wording import NO_SERVER, counted, energy_words, number
 
 if TYPE_CHECKING:
     import argparse
 
-    from coordinator.store import Store
+    from coordinator.store import Store, StoredRun
 
 POLL_S = 0.5
 
@@ -41,7 +41,7 @@ def runs(options: argparse.Namespace) -> int:
     if options.json:
         print_json([run_summary(store, entry.row.run) for entry in stored])
         return 0
-    rows = [["run", "status", "rounds", "accuracy", "up", "down", "energy", "reason"]]
+    rows = [["run", "status", "rounds", "accuracy", "up", "down", "bundles", "energy", "reason"]]
     for entry in stored:
         summary = run_summary(store, entry.row.run)
         rows.append(
@@ -91,7 +91,7 @@ def watch(store: Store, run: str, *, as_json: bool) -> int:
             sys.stdout.flush()
             lines = len(shown)
         else:
-            told = _tell_rounds(store, run, told, as_json=as_json)
+            told = tell_rounds(store, run, told, as_json=as_json)
             waits = _waiting(store, run) if stored.row.phase == "selecting" and not as_json else said
             if waits != said and stored.row.status == "running":
                 print(waits, flush=True)
@@ -121,21 +121,34 @@ def _wait(store: Store) -> None:
             return
 
 
-def _tell_rounds(store: Store, run: str, told: int, *, as_json: bool) -> int:
+def tell_rounds(store: Store, run: str, told: int, *, as_json: bool) -> int:
+    """Prints the rounds after the first ``told``, once they are evaluated; how many are told then."""
     history = run_summary(store, run)["history"]
-    for entry in history[told:]:
+    ready = _evaluated(store.run(run), history)
+    for entry in history[told:ready]:
         if as_json:
             print_json(entry)
         else:
             known = energy_words(entry["energy"])
             energy = "" if known == "-" else f", {known}"
-            accuracy = percent(entry["accuracy"] if entry["accuracy"] is not None else entry["device_accuracy"])
             print(
                 f"round {entry['round'] + 1}: {counted(entry['updates'], 'update')} ({entry['late_updates']} late), "
-                f"loss {number(entry['train_loss'])}, accuracy {accuracy}, {entry['seconds']:.2f} s, "
+                f"loss {number(entry['train_loss'])}, accuracy {accuracy_words(entry)}, {entry['seconds']:.2f} s, "
                 f"{bytes_words(entry, 'bytes_up')} up, {bytes_words(entry, 'bytes_down')} down{energy}",
                 flush=True,
             )
+    return max(told, ready)
+
+
+def _evaluated(stored: StoredRun, history: list[dict[str, Any]]) -> int:
+    """How many rounds can be told: those before one whose evaluation is still to come."""
+    plan = stored.plan
+    if stored.row.status != "running" or plan.test_set is None:
+        return len(history)
+    for index, entry in enumerate(history):
+        due = entry["version"] % plan.evaluate_every == 0 or entry["version"] == plan.rounds
+        if due and entry["accuracy"] is None and entry["test_loss"] is None:
+            return index
     return len(history)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from coordinator.errors import PluginError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 T = TypeVar("T")
 
@@ -31,8 +31,8 @@ class Registry(Generic[T]):
         """All names that :meth:`create` knows, sorted."""
         return sorted({*self._builtin, *(point.name for point in entry_points(group=self.group))})
 
-    def create(self, name: str, options: Mapping[str, float]) -> T:
-        """A new plug-in.
+    def create(self, name: str, options: Mapping[str, float], handed: Mapping[str, float] | None = None) -> T:
+        """A new plug-in with the user's options; ``handed`` are others that it gets, and errors do not name.
 
         Raises:
             PluginError: no such name, or options it does not take.
@@ -41,7 +41,7 @@ class Registry(Generic[T]):
         if factory is None:
             factory = self._installed(name)
         try:
-            return factory(options)
+            return factory({**(handed or {}), **options})
         except (TypeError, ValueError) as error:
             raise PluginError(f"{self.kind} {name!r} cannot be used with options {dict(options)}: {error}") from error
 
@@ -55,13 +55,16 @@ class Registry(Generic[T]):
         raise PluginError(f"no {self.kind} is called {name!r}; there are: {', '.join(self.names())}")
 
 
-def check_options(options: Mapping[str, float], known: Mapping[str, float]) -> dict[str, float]:
-    """``known`` defaults overlaid with ``options``.
+def check_options(
+    options: Mapping[str, float], known: Mapping[str, float], handed: Collection[str] = ()
+) -> dict[str, float]:
+    """``known`` defaults overlaid with ``options``; those of them that are ``handed`` over are no user's to give.
 
     Raises:
         ValueError: an option nobody knows.
     """
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(known)) or 'no options'}")
+        takes = ", ".join(sorted(set(known) - set(handed))) or "no options"
+        raise ValueError(f"unknown {', '.join(unknown)}; it takes {takes}")
     return {**known, **options}

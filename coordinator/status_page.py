@@ -79,14 +79,13 @@ def fitted(lines: list[str], width: int | None) -> list[str]:
 def headline(summary: dict[str, Any]) -> str:
     """The run in one line."""
     rounds = f"{summary['rounds']}/{counted(summary['rounds_planned'], 'round')}"
-    accuracy, up, _ = figures(summary)
-    down = bytes_words({**summary, "bytes_down": summary["bytes_down"] - summary["bytes_bundle"]}, "bytes_down")
+    accuracy, up, down, bundles = figures(summary)
     reason = f" ({summary['reason']})" if summary["reason"] else ""
     energy = energy_words(summary["energy"])
     return (
         f"{summary['run']}: {summary['status']}{reason}, {rounds}, accuracy {accuracy}, "
         f"{up} up{saving(summary['ratio_up'])}, {down} down{saving(summary['ratio_down'])} "
-        f"beside {size(summary['bytes_bundle'])} of bundles, "
+        f"beside {bundles} of bundles, "
         f"{counted(summary['devices'], 'device')}, {summary['seconds']:.1f} s, "
         f"energy {'unknown' if energy == '-' else energy}"
     )
@@ -168,9 +167,27 @@ def _rate(kbit_s: float | None) -> str:
 
 
 def figures(summary: dict[str, Any]) -> list[str]:
-    """Accuracy, and bytes up and down."""
-    accuracy = summary["accuracy"] if summary["accuracy"] is not None else summary["device_accuracy"]
-    return [percent(accuracy), bytes_words(summary, "bytes_up"), bytes_words(summary, "bytes_down")]
+    """Accuracy, and bytes up, down without bundles, and of bundles."""
+    down = {**summary, "bytes_down": summary["bytes_down"] - summary["bytes_bundle"]}
+    of_initial = " (initial model)" if summary["accuracy"] is not None and not _measured(summary) else ""
+    return [
+        f"{accuracy_words(summary)}{of_initial}",
+        bytes_words(summary, "bytes_up"),
+        bytes_words(down, "bytes_down"),
+        size(summary["bytes_bundle"]),
+    ]
+
+
+def _measured(summary: dict[str, Any]) -> bool:
+    """Whether a model that the run made was evaluated."""
+    return any(entry["accuracy"] is not None for entry in summary["history"])
+
+
+def accuracy_words(entry: dict[str, Any]) -> str:
+    """Accuracy on the test set, else on the devices' hold-outs, which is said."""
+    if entry["accuracy"] is None and entry["device_accuracy"] is not None:
+        return f"{percent(entry['device_accuracy'])} on devices"
+    return percent(entry["accuracy"])
 
 
 def bytes_words(entry: dict[str, Any], key: str) -> str:

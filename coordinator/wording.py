@@ -73,4 +73,8 @@ def number(value: float | None) -> str:
 
 def saving(ratio: float | None) -> str:
     """How many times fewer bytes than float32; empty if it was not measured."""
-    return "" if ratio is None else f" ({ratio:.1f}x fewer)" if ratio >= 1 else f" ({1 / ratio:.1f}x more)"
+    if ratio is None:
+        return ""
+    if f"{max(ratio, 1 / ratio):.1f}" == "1.0":
+        return " (as many as float32)"
+    return f" ({ratio:.1f}x fewer)" if ratio >= 1 else f" ({1 / ratio:.1f}x more)"

@@ -18,6 +18,7 @@ from coordinator.aggregation.norm_clipping import NormClipping
 from coordinator.aggregation.optimizers import OPTIMIZERS, create_optimizer
 from coordinator.aggregation.refl import Refl
 from coordinator.aggregation.trimmed_mean import TrimmedMean
+from coordinator.errors import PluginError
 from coordinator.plugins import Registry
 
 if TYPE_CHECKING:
@@ -42,8 +43,11 @@ def create_method(plan: Plan) -> ServerMethod:
     Raises:
         PluginError: no such method, or options it does not take.
     """
-    exponent = plan.participation.staleness_exponent
-    return METHODS.create(plan.server_method, {"staleness_exponent": exponent, **plan.server_options})
+    handed = {"staleness_exponent": plan.participation.staleness_exponent}
+    for name in plan.server_options:
+        if name in handed:
+            raise PluginError(f"server_options.{name}: set {name} in [participation] instead")
+    return METHODS.create(plan.server_method, plan.server_options, handed)
 
 
 __all__ = [

@@ -39,7 +39,8 @@ class FedAvg:
         """Takes the plan's options; raises ValueError for one that is unknown or out of range."""
         defaults = {"staleness_exponent": 0.5, **({"weight_cap": 10.0} if self.capped else {}), **self.defaults}
         common = ("staleness_exponent", "weight_cap")
-        self.options = take_options(options, defaults, {**dict.fromkeys(common, (0, math.inf)), **self.ranges})
+        ranges = {**dict.fromkeys(common, (0, math.inf)), **self.ranges}
+        self.options = take_options(options, defaults, ranges, handed=("staleness_exponent",))
         self.least = 1
 
     def init(self, size: int) -> State:  # noqa: ARG002

@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING
 from coordinator.plugins import check_options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 
 def take_options(
-    given: Mapping[str, float] | None, defaults: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]
+    given: Mapping[str, float] | None,
+    defaults: Mapping[str, float],
+    ranges: Mapping[str, tuple[float, float]],
+    handed: Collection[str] = (),
 ) -> dict[str, float]:
     """The defaults with what was given put in, each within its range (both ends included).
+
+    Those in ``handed`` come from elsewhere in the plan, so errors do not offer them.
 
     Raises:
         ValueError: an option nobody knows, or a value that is not finite or out of range.
     """
-    options = check_options(given or {}, defaults)
+    options = check_options(given or {}, defaults, handed)
     for name, value in options.items():
         low, high = ranges.get(name, (-math.inf, math.inf))
         if not math.isfinite(value):

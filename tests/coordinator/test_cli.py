@@ -18,6 +18,8 @@ from coordinator import cli
 from coordinator import events as e
 from coordinator.aggregation.making import make_model
 from coordinator.evaluation import evaluate_blob
+from coordinator.hints import hints
+from coordinator.plan import Training
 from coordinator.report import run_summary
 from coordinator.rounds import resume, step
 from coordinator.run_state import RunState
@@ -141,7 +143,7 @@ def test_submit_checks_and_stores(folder, capsys):
         ("rounds = 2", 'rounds = 2\nvariant = "last"', "no variant 'last'"),
         ("epochs = 1", "epochs = 1\nhyper = {rate = 1.0}", "'rate', bundle 'toy' knows lr, momentum"),
         ("target = 2", 'target = 2\nselector = "magic"', "no selector is called 'magic'"),
-        ('test_set = "test.npz"', 'test_set = "plan.toml"', "plan 'toy': test_set cannot be used: "),
+        ('test_set = "test.npz"', 'test_set = "plan.toml"', "plan.toml: test_set cannot be used: "),
         ('test_set = "test.npz"', 'test_set = "no.npz"', "no.npz is no file; correct test_set in the plan"),
     ],
 )
@@ -153,7 +155,36 @@ def test_unusable_plans_are_refused_at_once(folder, capsys, old, new, reason):
     assert reason in err
     assert "agent" not in err
     assert err.count("\n") == 1
+    assert any(str(folder / name) in err for name in ("plan.toml", "toy.bundle", "no.bundle"))
+    assert "plan 'toy'" not in err
     assert Store(folder / "state").runs() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"target": 3, "concurrency": 3, "mode": "buffered"}, ""),
+        ({"target": 50, "concurrency": 1, "mode": "buffered"}, "50 devices take turns for each, 1 at a time"),
+        ({"target": 5, "concurrency": 2, "mode": "anarchic"}, "at most 2 updates, after a silence"),
+        ({"training": Training(epochs=1, min_steps=5)}, "training.min_steps has no effect: selector 'random'"),
+        ({"server_method": "afa_cd", "mode": "buffered"}, "'afa_cd' is made for mode 'anarchic'"),
+        ({"server_method": "refl", "mode": "buffered"}, "'fedbuff' is made for it"),
+    ],
+)
+def test_what_is_seldom_meant_is_hinted_at(changes, said):
+    """A plan that can be run, but probably not as its user thinks."""
+    told = hints(h.plan(**changes))
+    assert len(told) == bool(said)
+    assert said in "".join(told)
+
+
+def test_hints_do_not_keep_a_plan_from_running(folder, capsys):
+    """They are said beside the answer."""
+    (folder / "plan.toml").write_text(PLAN.replace("epochs = 1", "epochs = 1\nmin_steps = 3"))
+    code, out, err = call(capsys, "submit", folder / "plan.toml", "--json")
+    assert (code, json.loads(out)) == (0, {"run": "toy-1"})
+    assert err.startswith("hint: training.min_steps has no effect")
 
 
 def test_status_tells_what_happened(finished, capsys):

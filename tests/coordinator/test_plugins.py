@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from coordinator.aggregation import METHODS, OPTIMIZERS
+from coordinator.aggregation import METHODS, OPTIMIZERS, create_method
 from coordinator.errors import PluginError
 from coordinator.plugins import Registry
 from coordinator.scheduling import SELECTORS, Outcome, RoundRequest
@@ -61,10 +61,18 @@ def test_unknown_names_and_options_are_named():
     """The error lists what there is."""
     with pytest.raises(PluginError, match=r"no selector is called 'x'; there are: .*random"):
         SELECTORS.create("x", {})
-    with pytest.raises(PluginError, match="unknown rate; it takes staleness_exponent"):
+    with pytest.raises(PluginError, match=r"options \{'rate': 1.0\}: unknown rate; it takes weight_cap$"):
         METHODS.create("fedavg", {"rate": 1.0})
     with pytest.raises(PluginError, match="lr is -1, it must be at least"):
         OPTIMIZERS.create("sgd", {"lr": -1.0})
+
+
+def test_errors_name_only_options_that_the_user_wrote():
+    """What a plan says in [participation] is handed over unseen, and is not to be said twice."""
+    with pytest.raises(PluginError, match=r"options \{'fraction': 0.2\}: unknown fraction; it takes no options$"):
+        create_method(h.plan(server_method="median", server_options={"fraction": 0.2}))
+    with pytest.raises(PluginError, match=r"set staleness_exponent in \[participation\] instead"):
+        create_method(h.plan(server_options={"staleness_exponent": 3.0}))
 
 
 def test_installed_plugins_are_found_by_entry_point(monkeypatch):

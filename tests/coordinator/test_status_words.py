@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from coordinator import events as e
+from coordinator.cli_status import tell_rounds
 from coordinator.fleet import Device
 from coordinator.plan import Training
 from coordinator.report import device_report, failures, round_progress, run_summary
 from coordinator.rounds import step
-from coordinator.status_page import device_table, page, phase
+from coordinator.status_page import accuracy_words, device_table, figures, headline, page, phase
 from coordinator.store import Store
-from edge_runtime.messages import Heartbeat
+from coordinator.wording import duration
+from edge_runtime.messages import Evaluation, Heartbeat
 from tests.coordinator import helpers as h
 
 
@@ -114,3 +117,49 @@ def test_a_run_without_rounds_says_what_it_does(store, mode, words):
     run.step(h.arrived(h.jobs(effects)[0], 2.0))
     assert phase(store, run.name) == words
     assert run_summary(store, run.name)["mode"] == mode
+
+
+def test_a_watched_round_is_told_once_it_is_evaluated(store, capsys):
+    """The accuracy beside it is that of the test set, as in status, and not that of the devices."""
+    run = Run(store, h.plan(target=1, rounds=3, test_set="test.npz"), "a")
+    run.state.run.test_set = h.blob(3)
+    (job,) = h.jobs(run.step(e.Tick(0.0)))
+    on_devices = Evaluation(samples=10, loss_sum=1.0, correct=9)
+    run.step(h.arrived(job, 1.0))
+    run.step(e.Aggregated(2.0, 0, h.blob(20)))
+    assert tell_rounds(store, run.name, 0, as_json=False) == 0
+    assert capsys.readouterr().out == ""
+    run.step(e.Evaluated(3.0, 1, msgspec.structs.replace(on_devices, correct=5)))
+    assert tell_rounds(store, run.name, 0, as_json=False) == 1
+    assert "accuracy 50.00 %," in capsys.readouterr().out
+    assert tell_rounds(store, run.name, 1, as_json=False) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"accuracy": 0.5, "device_accuracy": 0.9}, "50.00 %"),
+        ({"accuracy": None, "device_accuracy": 0.9}, "90.00 % on devices"),
+        ({"accuracy": None, "device_accuracy": None}, "-"),
+    ],
+)
+def test_an_accuracy_on_devices_is_called_that(entry, words):
+    """It is of other data, and often higher."""
+    assert accuracy_words(entry) == words
+
+
+def test_runs_and_status_agree_on_bytes(store):
+    """Bundles are beside what went down; an initial model's accuracy is called that; 1.0 times more is as many."""
+    run = Run(store, h.plan(target=1), "a")
+    summary = run_summary(store, run.name) | {"bytes_up": 19_300, "bytes_down": 47_400, "bytes_bundle": 34_900}
+    summary |= {"accuracy": 0.5, "ratio_up": 0.98, "ratio_down": 2.0}
+    assert figures(summary) == ["50.00 % (initial model)", "19.3 kB", "12.5 kB", "34.9 kB"]
+    line = headline(summary)
+    assert "19.3 kB up (as many as float32), 12.5 kB down (2.0x fewer) beside 34.9 kB of bundles" in line
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(58.2, "58 s"), (900.0, "15 min"), (21_597.0, "6 h"), (3e5, "3 days")])
+def test_times_to_wait_are_in_units_that_people_would_choose(seconds, words):
+    """Nobody counts 21597 seconds."""
+    assert duration(seconds) == words

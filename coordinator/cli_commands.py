@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ def explain(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"run": options.run, "selections": told})
     else:
-        print("\n".join(explanation_lines(told, options.run)))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(explanation_lines(told, options.run, width)))
     return 0
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coordinator.store import Store, StoredRun
 
 _COLUMNS = ("device", "chosen", "why", "role", "steps", "deadline", "became")
+_ESTIMATES = "~ what the selector estimated before the job, none of it measured; - it knew nothing"
 _OF_CHOSEN = ("role", "steps", "epochs", "deadline_s", "byte_budget", "assignment", "became")
 
 
@@ -45,7 +46,7 @@ def explanation(store: Store, run: str, round_: int, device: str | None = None) 
     stored = store.run(run)
     rows = store.selections(run, round_)
     if not rows:
-        raise ConfigError(_why_none(stored, round_))
+        raise ConfigError(_none_chosen(store, stored, round_) or _why_none(stored, round_))
     given = [*store.standing_assignments(run), *store.assignments(run, round_)]  # a pull moves a standing one on
     assignments = {(row.device, row.selection): row for row in given}
     updates: dict[str, list[UpdateRow]] = {}
@@ -59,10 +60,13 @@ def explanation(store: Store, run: str, round_: int, device: str | None = None) 
     return told
 
 
-def explanation_lines(told: list[dict[str, Any]], run: str) -> list[str]:
-    """The same for people: one table, with a line before each selection."""
+def explanation_lines(told: list[dict[str, Any]], run: str, width: int | None = None) -> list[str]:
+    """The same for people: one table, with a line before each selection.
+
+    Where that is wider than ``width`` characters, a paragraph per device, as long as it is.
+    """
     figures = list(dict.fromkeys(name for entry in told for row in entry["devices"] for name in row["figures"]))
-    rows = [[*_COLUMNS, *figures]]
+    rows = [[*_COLUMNS, *(f"~{name}" for name in figures)]]
     heads = {}
     for entry in told:
         chosen = sum(row["chosen"] for row in entry["devices"])
@@ -73,12 +77,30 @@ def explanation_lines(told: list[dict[str, Any]], run: str) -> list[str]:
         )
         rows += [_line(row, figures) for row in entry["devices"]]
     title, *lines = table(rows)
+    if width is not None and max(map(len, (title, *lines))) > width:
+        return _listed(told, list(heads.values()), figures)
     out: list[str] = []
     for number, line in enumerate(lines, 1):
         if number in heads:
             out += [*([""] if out else []), heads[number], title]
         out.append(line)
-    return out
+    return [*out, "", _ESTIMATES] if figures else out
+
+
+def _listed(told: list[dict[str, Any]], heads: list[str], figures: list[str]) -> list[str]:
+    """The same as a paragraph per device, for where the table is too wide."""
+    out: list[str] = []
+    for head, entry in zip(heads, told, strict=True):
+        out += [*([""] if out else []), head]
+        for row in entry["devices"]:
+            device, _, why, *rest = _line(row, figures)
+            names = [*_COLUMNS[3:], *(f"~{name}" for name in figures)]
+            known = [f"{name} {value}" for name, value in zip(names, rest, strict=True) if value != "-"]
+            out += [
+                f"{device} {'chosen' if row['chosen'] else 'not chosen'}: {why}",
+                *(f"    {text}" for text in known),
+            ]
+    return [*out, "", _ESTIMATES] if figures else out
 
 
 def _selection(
@@ -164,6 +186,19 @@ def _line(entry: dict[str, Any], figures: list[str]) -> list[str]:
         entry["became"] or "-",
         *values,
     ]
+
+
+def _none_chosen(store: Store, stored: StoredRun, round_: int) -> str:
+    """Where the model of an anarchic run comes from that needed no selection; empty if it is of none."""
+    row, standing = stored.row, store.standing_assignments(stored.row.run)
+    if not standing or not max(0, row.round - SELECTION_ROUNDS_KEPT + 1) <= round_ <= row.round:
+        return ""
+    senders = sorted({update.update.device for update in store.updates_of_round(row.run, round_)})
+    return (
+        f"run {row.run!r}, round {round_ + 1}: nobody new was chosen in it; {counted(len(standing), 'device')} chosen "
+        f"before decide themselves when they train, and its updates are from {', '.join(senders) or 'nobody yet'}; see "
+        f"edge-coordinator explain {row.run} 1"
+    )
 
 
 def _why_none(stored: StoredRun, round_: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from coordinator.budget import FLOAT_BYTES
@@ -131,12 +132,36 @@ def failures(store: Store, stored: StoredRun) -> list[dict[str, Any]]:
 
 
 def device_report(store: Store, stored: StoredRun | None = None) -> list[dict[str, Any]]:
-    """The devices as the server last knew them; with a run, also why a device cannot take part, and what it drew."""
+    """The devices as the server last knew them; with a run, also why a device cannot take part, and what it drew.
+
+    ``left_alone``: the running runs (or the run given) that do not ask a device now, ``for_s`` seconds more, since it
+    ``declined`` or else failed.
+    """
+    runs = store.runs() if stored is None else [stored]
+    alone = _left_alone(store, [entry.row.run for entry in runs if entry.row.status == "running"])
     if stored is None:
-        return [_device(row, "") for row in store.devices()]
+        return [{**_device(row, ""), "left_alone": alone.get(row.device, [])} for row in store.devices()]
     need = requirement(stored.plan, stored.row.model.size_bytes)
     drawn = grouped(store.energy(stored.row.run, "device"))
-    return [{**_device(row, unfit_row(row, need)), **_energy(drawn.get(row.device, []))} for row in store.devices()]
+    return [
+        {
+            **_device(row, unfit_row(row, need)),
+            "left_alone": alone.get(row.device, []),
+            **_energy(drawn.get(row.device, [])),
+        }
+        for row in store.devices()
+    ]
+
+
+def _left_alone(store: Store, runs: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """By device."""
+    now, found = time.time(), dict[str, list[dict[str, Any]]]()
+    for run in runs:
+        for row in store.histories(run):
+            if row.not_before_unix_s > now:
+                pause = {"run": run, "for_s": row.not_before_unix_s - now, "declined": row.declined}
+                found.setdefault(row.device, []).append(pause)
+    return found
 
 
 def _device(row: DeviceRow, unfit: str) -> dict[str, Any]:

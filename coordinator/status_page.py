@@ -10,6 +10,7 @@ from coordinator.report import device_report, failures, round_progress, run_ledg
 from coordinator.wording import (
     NO_SERVER,
     counted,
+    duration,
     energy_words,
     joules,
     number,
@@ -100,7 +101,16 @@ def phase(store: Store, run: str) -> str:
     if row.phase == "selecting":
         fit = [entry for entry in device_report(store, stored) if not entry["unfit"]]
         wanted = stored.plan.participation.target
-        return f"round {row.round + 1} waits for devices: {len(fit)} fit, {wanted} wanted"
+        held = _held(fit)
+        if len(fit) - len(held) >= wanted:
+            if store.selections(run, row.round):
+                return (
+                    f"round {row.round + 1}: its selector chose nobody of {counted(len(fit), 'device')} that fit; "
+                    f"edge-coordinator explain {run} {row.round + 1} says why"
+                )
+            return f"round {row.round + 1} selects among {counted(len(fit), 'device')}"
+        why = f", {len(held)} of them held: {'; '.join(held[:_SHOWN_FAILURES])}" if held else ""
+        return f"round {row.round + 1} waits for devices: {len(fit)} fit, {wanted} wanted{why}"
     if row.phase == "open":
         counts, rules = round_progress(store, stored), stored.plan.participation
         declined = f", {counts['declined']} declined" if counts["declined"] else ""
@@ -136,9 +146,22 @@ def device_table(report: list[dict[str, Any]], now: float, *, lives: bool) -> li
     return table(_without(rows, [name for name in (*_HEARTBEAT, "energy", "sensor") if _is_empty(rows, name)]))
 
 
-def _note(entry: dict[str, Any]) -> str:
+def _held(report: list[dict[str, Any]]) -> list[str]:
+    """Devices that could take part and are not asked now, each with the reason."""
+    return [f"{entry['device']} {reason}" for entry in report if (reason := _hold(entry))]
+
+
+def _hold(entry: dict[str, Any]) -> str:
     limit = "" if entry["heartbeat"] is None else entry["heartbeat"]["declines"]
-    return entry["unfit"] or (f"declines jobs: {limit}" if limit else "")
+    waits = [
+        f"{'declined' if pause['declined'] else 'failed'} in {pause['run']}, asked again in {duration(pause['for_s'])}"
+        for pause in entry["left_alone"]
+    ]
+    return "; ".join([*([f"declines jobs: {limit}"] if limit else []), *waits])
+
+
+def _note(entry: dict[str, Any]) -> str:
+    return entry["unfit"] or _hold(entry)
 
 
 def _heartbeat_words(heartbeat: dict[str, Any] | None) -> list[str]:

@@ -118,9 +118,10 @@ def test_one_table_one_line_per_device(played, capsys, tmp_path):
     out = capsys.readouterr().out.splitlines()
     told = explanation(played.store, played.run, 0)
     assert out == explanation_lines(told, played.run)
+    assert out[-1].startswith("~ what the selector estimated")
     assert out[0].startswith(f"{played.run}, round 1, attempt 1, selection 1 (")
     assert out[0].endswith("3 of 6 devices chosen")
-    assert out[1].split() == ["device", "chosen", "why", "role", "steps", "deadline", "became", "chance"]
+    assert out[1].split() == ["device", "chosen", "why", "role", "steps", "deadline", "became", "~chance"]
     line = next(line for line in out if line.startswith(played.names["good"]))
     assert "1 epoch" in line
     assert len([line for line in out if line.startswith("e ")]) == len(told)
@@ -188,3 +189,19 @@ def test_standing_assignments_are_explained(store):
     run.step(e.Pulled(1_000_002.0, "b", standing.assignment, 0, 3))
     last = by_device(explanation(store, run.run, 0)[-1])
     assert last["b"]["became"] == "holds a standing assignment, pulled 1 time"
+    plan_ends = run.state.run
+    plan_ends.round = 2
+    store.save([plan_ends])
+    with pytest.raises(ConfigError, match="2 devices chosen before decide themselves when they train, and its updates"):
+        explanation(store, run.run, 2)
+
+
+def test_a_table_that_is_too_wide_becomes_paragraphs(played):
+    """One per device, with what is known of it."""
+    told = explanation(played.store, played.run, 0)
+    lines = explanation_lines(told, played.run, 60)
+    at = next(number for number, line in enumerate(lines) if line.startswith(f"{played.names['good']} chosen: "))
+    assert "    steps 1 epoch" in lines[at:]
+    assert "    became delivered" in lines[at:]
+    assert "e not chosen: offline" in lines
+    assert explanation_lines(told, played.run, 1000) == explanation_lines(told, played.run)

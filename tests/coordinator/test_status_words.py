@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 
@@ -163,3 +165,17 @@ def test_runs_and_status_agree_on_bytes(store):
 def test_times_to_wait_are_in_units_that_people_would_choose(seconds, words):
     """Nobody counts 21597 seconds."""
     assert duration(seconds) == words
+
+
+def test_a_waiting_round_says_whom_it_waits_for(store):
+    """Devices that declined or whose owners' limits hold are named, with when they are asked again."""
+    run = Run(store, h.plan(target=2, minimum=1, deadline_s=1e6), "a", "b")
+    now = time.time()
+    store.save([row for name in "ab" for row in [Device(name, h.device(name), now).row()]])
+    assert phase(store, run.name) == "round 1 selects among 2 devices"
+    store.save([e.HistoryRow(run=run.name, device="a", not_before_unix_s=now + 21_599.0, declined=True)])
+    store.save([Device("b", h.device("b"), now, heartbeat=BEAT).row()])
+    said = phase(store, run.name)
+    assert said.startswith("round 1 waits for devices: 2 fit, 2 wanted, 2 of them held: a declined in ")
+    assert said.endswith("asked again in 6 h; b declines jobs: hours")
+    assert "asked again in 6 h" in "\n".join(device_table(device_report(store), now, lives=True))

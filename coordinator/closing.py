@@ -139,11 +139,12 @@ def _drop_stale(state: RunState, work: Work) -> None:
     oldest = state.run.version - state.plan.participation.max_staleness
     for row in state.assignments.values():
         if row.status == "open" and row.version < oldest and (row.pulled or not row.standing):
-            if row.standing:
+            if row.standing:  # its device asked for it
                 state.end_pull(row, STALE)
                 work.save(row)
-            else:
-                _cancel(state, work, row, STALE)
+                blame(state, work, row, STALE)
+                continue
+            _cancel(state, work, row, STALE)
             history = state.history(row.device)
             if note_cut_off(history) or work.now >= row.deadline_unix_s:
                 blame(state, work, row, STALE)

@@ -226,6 +226,10 @@ class Conditions:
         self._memory.rates.trained(bundle, steps, train_s, None if train_mj is None else 1e-3 * train_mj)
         self.save()
 
+    def doubt(self, bundle: str) -> None:
+        """A job with this bundle was declined by what a step took."""
+        self._memory.rates.doubted(bundle)
+
     def save(self) -> None:
         """Writes what the next start needs; where that fails it is tried again later."""
         self._saved_s, self._unsaved_bytes = self._monotonic(), 0

@@ -297,6 +297,8 @@ class Agent:
         state = spooled.state if spooled else None
         known = self.conditions.known(self._samples, self.files.missing_bytes(job))
         declined = limits.decline(job, known, self.config.limits)
+        if declined is not None and declined.slow:
+            self.conditions.doubt(job.bundle.sha256)
         self.standing.told(job)
         held = self.files.holds_base(job)
         self._step(events.JobArrived(self.loop.now(), job, state, crashes, held, declined))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MB = 1_000_000
 RETRY_S = 900.0  # when to ask again, where nothing says when it will be otherwise
 RECOVERY_S = 300.0  # likewise, of heat and memory
+DEADLINES_LATE = 4.0  # a late update counts still; one that would be as late as that is work for nothing
 MARGIN_C = 10.0  # below this margin to the thermal cap a device that chooses its own steps takes fewer
 _LIMITS = (
     "only_when_charging",
@@ -81,13 +82,14 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 class Decline(NamedTuple):
     """Why a job is declined, and for about how long it would be. ``limit``: the owner's, if any job would be.
 
-    ``keeps_work``: what runs may end after its step and send what it reached.
+    ``keeps_work``: what runs may end after its step and send what it reached. ``slow``: by what a step took before.
     """
 
     reason: str
     for_s: float
     limit: Declines = ""
     keeps_work: bool = True
+    slow: bool = False
 
 
 class Cost(NamedTuple):
@@ -220,11 +222,10 @@ def _unaffordable(cost: Cost, known: Known, limits: LimitsConfig, deadline_s: fl
             f"bundle and model alone take {cost.memory_bytes / MB:.3g} MB, and {free / MB:.0f} MB of memory are free"
         )
         return Decline(f"{needs} (limits.min_free_memory_mb = {least_mb:g})", RECOVERY_S)
-    if total_s > deadline_s:
+    if total_s > DEADLINES_LATE * deadline_s:
         parts = f"{cost.steps} steps in {cost.train_s:.3g} s, transfers {cost.transfer_s:.3g} s"
-        return Decline(
-            f"the job would take about {total_s:.3g} s here ({parts}), and its deadline is {deadline_s:g} s", RETRY_S
-        )
+        reason = f"the job would take about {total_s:.3g} s here ({parts}), and its deadline is {deadline_s:g} s"
+        return Decline(reason, RETRY_S, slow=cost.train_s > cost.transfer_s)
     if cost.step_joules > job_joules:
         return Decline(
             f"one step draws about {cost.step_joules:.3g} J, and limits.job_joules = {job_joules:g}", RETRY_S

@@ -38,6 +38,13 @@ class StepRates(msgspec.Struct, array_like=True):
         kept = [entry for entry in self.bundles if entry[0] != bundle]
         self.bundles = [*kept, now][-BUNDLES_KEPT:]
 
+    def doubted(self, bundle: str) -> None:
+        """A job was declined by what a step took: that may have been a bad moment, so it is believed half as much."""
+        self.bundles = [
+            (name, step_s if step_s is None or name != bundle else step_s / 2, step_joules)
+            for name, step_s, step_joules in self.bundles
+        ]
+
     def all(self) -> dict[str, Rate]:
         """By bundle."""
         return {bundle: Rate(step_s, step_joules) for bundle, step_s, step_joules in self.bundles}

@@ -399,7 +399,10 @@ def test_a_job_that_is_too_slow_here_is_declined_once_its_steps_are_known(world)
     (status,) = world.heard(messages.JobStatus)
     assert "the job would take about 500 s here (1000 steps in 500 s" in status.reason
     assert status.declined_s is not None
-    world.tell(world.job("a3", steps=100, epochs=None, deadline_s=60.0))
+    world.tell(world.job("a2b", steps=1000, epochs=None, deadline_s=60.0))  # what was measured is believed half as much
+    world.until(lambda: len(world.heard(messages.JobStatus)) == 2)
+    assert "the job would take about 250 s here" in world.heard(messages.JobStatus)[1].reason
+    world.tell(world.job("a3", steps=1000, epochs=None, deadline_s=60.0))  # and by now that is worth a try
     world.until(lambda: len(world.requests) == 2)
     assert agent.conditions.down.kbit_s > 1000
 

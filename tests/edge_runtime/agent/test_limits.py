@@ -18,7 +18,7 @@ NOON = LocalTime(day=1, month=1, day_second=43_200.0, week_second=43_200.0, day_
 
 
 def job(**fields) -> Job:
-    values = {"run": "r", "assignment": "a", "round": 0, "model_version": 0, "dataset": "d", "deadline_s": 60.0}
+    values = {"run": "r", "assignment": "a", "round": 0, "model_version": 0, "dataset": "d", "deadline_s": 15.0}
     defaults = {"steps": 100, "bundle": BlobRef(sha256=SHA, size_bytes=500_000)}
     model = ModelRef(blobs=[BlobRef(sha256="cd" * 32, size_bytes=1_000_000)])
     return Job(**{**values, **defaults, "model": model, **fields})

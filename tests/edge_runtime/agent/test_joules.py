@@ -303,15 +303,15 @@ def test_a_job_ends_at_its_joules_and_keeps_its_work(device: Any, orin: Path, ow
     """The smaller of the job's limit and the device's ends training after its step; the update is sent as any other,
     and the next job runs.
     """
-    limits = LimitsConfig(job_joules=1000.0 if own else 10.0)
+    limits = LimitsConfig(job_joules=1000.0 if own else 25.0)
     one = device(root=orin, limits=limits)
     one.give("first", run="other", steps=1)
     one.until(lambda: one.agent.state.updates)  # the worker is there: what its start draws counts for its job
-    one.give(steps=2000, joule_limit=10.0 if own else None)
+    one.give(steps=20_000, hyper={"lr": 1e-4}, joule_limit=25.0 if own else None)
     update = one.update()
     name = "job_joules of its plan" if own else "limits.job_joules"
-    assert f"J (measured), and {name} = 10" in update.meta.stopped
-    assert 0 < update.meta.steps < 2000
+    assert f"J (measured), and {name} = 25" in update.meta.stopped
+    assert 0 < update.meta.steps < 20_000
     assert update.meta.energy.train_mj > 1000
     assert (update.state, update.blob.size_bytes > 0) == ("ready", True)
     assert one.said == []
@@ -324,16 +324,16 @@ def test_the_joules_of_the_day_end_training_and_decline_the_next_job(device: Any
     """What jobs before drew counts; what was reached is sent, the next job is declined until tomorrow, also after a
     restart.
     """
-    one = device(root=orin, limits=LimitsConfig(joules_per_day=12.0))
+    one = device(root=orin, limits=LimitsConfig(joules_per_day=25.0))
     one.give("first", run="other", steps=None)  # only evaluates: what a step draws is unknown
     one.until(lambda: one.agent.state.updates)
-    one.give(steps=2000)
+    one.give(steps=20_000, hyper={"lr": 1e-4})
     update = one.update()
     assert "J (measured), and joules left of limits.joules_per_day = " in update.meta.stopped
-    assert 0 < update.meta.steps < 2000
+    assert 0 < update.meta.steps < 20_000
     one.give("b", run="third", steps=1)
     said = one.failure()
-    assert (said.status, "limits.joules_per_day = 12" in said.reason, said.declined_s > 0) == ("rejected", True, True)
+    assert (said.status, "limits.joules_per_day = 25" in said.reason, said.declined_s > 0) == ("rejected", True, True)
     assert one.agent.conditions.heartbeat().joules_left == 0
 
 
@@ -449,10 +449,10 @@ def test_a_limit_holds_though_the_sensor_failed_for_a_moment(
 ) -> None:
     """What was drawn before and after the failure counts; only the joules of the job are unknown."""
     monkeypatch.setattr(meter, "RETRY_FIRST_S", 0.1)
-    one = device(root=orin, limits=LimitsConfig(job_joules=INPUT_WATTS * 2.0))
+    one = device(root=orin, limits=LimitsConfig(job_joules=INPUT_WATTS * 3.5))
     one.give("a", run="other", steps=1)
     one.until(lambda: one.agent.state.updates)  # the worker is there
-    one.give(steps=2000)
+    one.give(steps=20_000, hyper={"lr": 1e-4})
     one.until_it_trains()
     current = orin / "sys/class/hwmon/hwmon1/curr1_input"
     known = current.read_text()
@@ -461,7 +461,7 @@ def test_a_limit_holds_though_the_sensor_failed_for_a_moment(
     boards.write(current, known.strip())
     meta = one.update().meta
     assert "J (measured), and limits.job_joules" in meta.stopped
-    assert 0 < meta.steps < 2000
+    assert 0 < meta.steps < 20_000
 
 
 def test_a_sensor_that_appears_later_is_found(device: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

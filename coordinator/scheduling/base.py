@@ -177,3 +177,20 @@ class Selector(Protocol):
         Gives the devices whose history it changed.
         """
         ...
+
+
+class Memoryless:
+    """The part of a selector that learns nothing but what histories hold."""
+
+    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:
+        """Learns nothing."""
+
+    def round_closed(
+        self,
+        round_: int,  # noqa: ARG002
+        outcomes: Sequence[Outcome],  # noqa: ARG002
+        histories: Mapping[str, HistoryRow],  # noqa: ARG002
+        memory: dict[str, float],  # noqa: ARG002
+    ) -> list[str]:
+        """Learns nothing."""
+        return []

@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from coordinator.aggregation.options import take_options, whole
-from coordinator.scheduling.base import Selection
+from coordinator.scheduling.base import Memoryless, Selection
 from coordinator.scheduling.draws import clipped, draw, filled, uniforms
 from coordinator.scheduling.notes import Marks
 from coordinator.scheduling.table import Table, sits_out, willing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from coordinator.events import HistoryRow
     from coordinator.fleet import FleetView
-    from coordinator.scheduling.base import Outcome, RoundRequest
+    from coordinator.scheduling.base import RoundRequest
 
 
-class PowerOfChoice:
+class PowerOfChoice(Memoryless):
     """Cho, Wang and Joshi, "Towards understanding biased client selection in federated learning", AISTATS 2022.
 
     Section 3, in the variant that asks no device for a loss first (rpow-d): ``d`` devices are drawn without
@@ -63,16 +62,3 @@ class PowerOfChoice:
         marks.mark(rows[np.isnan(table.loss_rms[rows])], "among those drawn, and its loss is not known")
         choices = [request.choice(request.candidates[row]) for row in rows.tolist()]
         return Selection(choices=choices, notes=marks.table())
-
-    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:
-        """Learns nothing: the history has the loss."""
-
-    def round_closed(
-        self,
-        round_: int,  # noqa: ARG002
-        outcomes: Sequence[Outcome],  # noqa: ARG002
-        histories: Mapping[str, HistoryRow],  # noqa: ARG002
-        memory: dict[str, float],  # noqa: ARG002
-    ) -> list[str]:
-        """Learns nothing."""
-        return []

@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from coordinator.aggregation.options import take_options
-from coordinator.scheduling.base import Selection
+from coordinator.scheduling.base import Memoryless, Selection
 from coordinator.scheduling.draws import chances, draw
 from coordinator.scheduling.notes import Marks
 from coordinator.scheduling.roles import draw_anchors
 from coordinator.scheduling.table import Table, willing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from coordinator.events import HistoryRow
     from coordinator.fleet import FleetView
-    from coordinator.scheduling.base import Outcome, RoundRequest
+    from coordinator.scheduling.base import RoundRequest
 
 
-class RandomSelector:
+class RandomSelector(Memoryless):
     """McMahan et al. 2017, algorithm 1: a uniformly random subset without replacement, of those who do not decline.
 
     Uniform among devices whose last jobs did not fail; one that failed has ``1 / (1 + failures)`` of their weight,
@@ -55,16 +54,3 @@ class RandomSelector:
         able = table.has("anchor") if self.anchor_probability else np.zeros(table.count, bool)
         choices = draw_anchors(request.random, choices, able, rows, self.anchor_probability)
         return Selection(choices=choices, notes=marks.table())
-
-    def observe(self, device: str, outcome: Outcome, memory: dict[str, float]) -> None:
-        """Learns nothing."""
-
-    def round_closed(
-        self,
-        round_: int,  # noqa: ARG002
-        outcomes: Sequence[Outcome],  # noqa: ARG002
-        histories: Mapping[str, HistoryRow],  # noqa: ARG002
-        memory: dict[str, float],  # noqa: ARG002
-    ) -> list[str]:
-        """Learns nothing."""
-        return []
